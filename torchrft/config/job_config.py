@@ -1,0 +1,371 @@
+"""Every parameter of a run: one field each, in the section where a reader would look.
+
+A field's name is unique over all sections, so `--algorithm.kl_estimator k2` and `--kl_estimator k2`
+mean the same. The text under a field is its documentation: `--help`, the JSON schema and
+docs/configuration.md are made from it. Rules that join several fields are in validation.py.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def _list_to_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _not_blank(value: str) -> str:
+    if not value.strip():
+        raise ValueError("must not be empty")
+    return value
+
+
+Text = Annotated[str, AfterValidator(_not_blank)]
+
+
+class Section(BaseModel):
+    """Strict and frozen: unknown keys, wrong types, NaN and infinity are refused."""
+
+    model_config = ConfigDict(
+        strict=True,
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+
+class Model(Section):
+    """Which model is trained."""
+
+    pretrain: Text
+    """Hugging Face folder or hub id of the policy and its tokenizer."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """Load the weights of `pretrain`, or make "random" ones from its config and `seed`."""
+    ref_pretrain: Text | None = None
+    """Folder or hub id of the KL term's reference; by default the policy's initial weights."""
+    critic_pretrain: Text | None = None
+    """Folder or hub id the critic starts from; by default `pretrain`."""
+
+
+class Data(Section):
+    """Where prompts come from and how they become tokens."""
+
+    prompt_data: Text | None = None
+    """Training prompts: a .jsonl or .parquet file, a dataset folder or a hub id; `:split` may follow."""
+    input_key: Text = "prompt"
+    """Column of the prompt: a string, or a list of chat messages."""
+    label_key: Text = "label"
+    """Column handed to the reward functions as `label`; rows may lack it."""
+    images_key: Text | None = None
+    """Column of a prompt's images."""
+    metadata_keys: list[Text] = []
+    """Columns handed to the reward functions in `metadata`."""
+    system_prompt: Text | None = None
+    """Put before every prompt as the system message; needs `apply_chat_template`."""
+    apply_chat_template: bool = False
+    """Format prompts with the tokenizer's chat template."""
+    max_len: PositiveInt = 4096
+    """Maximum tokens of prompt + response."""
+    prompt_max_len: PositiveInt = 2048
+    """Maximum tokens of a prompt; longer prompts are dropped and counted, never cut."""
+    mixed_mm_data: bool = False
+    """Batches mix prompts with and without images."""
+    processor: Text | None = None
+    """Folder or hub id of the multimodal processor; by default detected from `pretrain`."""
+
+
+class Training(Section):
+    """How long training runs, in which batches and with which numerics."""
+
+    num_episodes: PositiveInt = 1
+    """Passes over the prompt set; fixes the learning-rate schedule."""
+    max_steps: PositiveInt | None = None
+    """Stop after so many rollouts, counted from the start of the run, also across resumes."""
+    max_epochs: PositiveInt = 1
+    """Passes over the samples of one rollout."""
+    train_batch_size: PositiveInt
+    """Samples per optimizer step, over all ranks."""
+    micro_train_batch_size: PositiveInt = 1
+    """Samples per data-parallel rank per forward and backward pass."""
+    strict_batch_rule: bool = False
+    """Refuse train_batch_size < rollout_batch_size x n_samples_per_prompt instead of warning."""
+    packing_samples: bool = False
+    """Pack samples of different lengths into one row without padding; the loss stays the same."""
+    max_tokens_per_microbatch: PositiveInt | None = None
+    """Token budget of a packed micro-batch; by default micro_train_batch_size x max_len."""
+    freezing_actor_steps: NonNegativeInt = 0
+    """The first so many rollouts train the critic only."""
+    seed: NonNegativeInt = 42
+    """Seeds weights, prompt order and sampling."""
+    deterministic: bool = False
+    """Use deterministic kernels only (torch.use_deterministic_algorithms)."""
+    bf16: bool = True
+    """Compute in bfloat16 with float32 master weights and reductions; false computes in float32."""
+    compile: bool = False
+    """torch.compile every decoder layer."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    fused_linear_logprob: bool = False
+    """Log-probs from hidden states without ever holding all logits."""
+    chunk_size: PositiveInt = 4096
+    """Tokens per chunk of `fused_linear_logprob`."""
+
+
+class Optimizer(Section):
+    """AdamW and its learning-rate schedule."""
+
+    actor_learning_rate: PositiveFloat = 5e-7
+    """Peak learning rate of the policy."""
+    critic_learning_rate: PositiveFloat = 9e-6
+    """Peak learning rate of the critic."""
+    lr_warmup_ratio: Fraction = 0.03
+    """Share of all optimizer steps over which the learning rate rises linearly from 0."""
+    lr_decay: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the learning rate after warm-up."""
+    lr_min_ratio: Fraction = 0.1
+    """The learning rate decays to this share of its peak."""
+    max_norm: PositiveFloat = 1.0
+    """Gradients are clipped to this norm, over all parameters and ranks together."""
+    l2: NonNegativeFloat = 0.0
+    """Decoupled weight decay (AdamW), on matrices only."""
+    adam_betas: Annotated[
+        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
+        BeforeValidator(_list_to_tuple),
+    ] = (0.9, 0.95)
+    """AdamW's two decay rates."""
+    adam_offload: bool = False
+    """Keep the optimizer's state in host memory between updates."""
+    use_mp_opt: bool = False
+    """bfloat16 sharded parameters with float32 master weights inside the optimizer."""
+
+
+class Rollout(Section):
+    """The engine that generates, and how it samples."""
+
+    engine_type: Literal["vllm", "sglang", "native"] = "vllm"
+    """Rollout engine; "native" is torchrft's own, in PyTorch, on any device."""
+    rollout_batch_size: PositiveInt
+    """Prompts per rollout, over all ranks."""
+    micro_rollout_batch_size: PositiveInt = 2
+    """Samples per data-parallel rank per forward without gradient (old and reference log-probs)."""
+    n_samples_per_prompt: PositiveInt = 4
+    """Responses sampled per prompt."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature; log-probs for training are taken at the same one."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Nucleus sampling: keep the most likely tokens that hold this probability; 1 is off."""
+    top_k: NonNegativeInt = 0
+    """Sample among the k most likely tokens; 0 is off."""
+    first_token_temperature: PositiveFloat | None = None
+    """Temperature of a response's first token (FIRE sampling); by default `temperature`."""
+    max_new_tokens: PositiveInt | None = None
+    """Maximum tokens of a response, if smaller than what max_len leaves."""
+    min_new_tokens: NonNegativeInt = 0
+    """No stop token is sampled before so many tokens."""
+    stop: list[Text] = []
+    """Strings that end a response, in addition to the model's end-of-sequence tokens."""
+    stop_token_ids: list[NonNegativeInt] = []
+    """Token ids that end a response, in addition to the model's end-of-sequence tokens."""
+    max_num_seqs: PositiveInt = 256
+    """Sequences decoded at once by one engine; the others wait."""
+    engine_tp_size: PositiveInt = 1
+    """Tensor parallelism of the engine."""
+    engine_mem_util: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of GPU memory the engine may take."""
+    enable_engine_sleep: bool = True
+    """The engine gives its memory back while the trainer computes."""
+    dynamic_sampling: bool = False
+    """Drop groups whose rewards are all equal and sample on until the batch is full (DAPO)."""
+    dynamic_sampling_max_rounds: PositiveInt = 4
+    """Rounds of generation after which a step runs on what dynamic sampling found."""
+
+
+class Algorithm(Section):
+    """Advantage, loss and KL; formulas and papers are in docs/algorithms.md."""
+
+    advantage_estimator: Literal[
+        "group_norm",
+        "reinforce",
+        "cpgd",
+        "gspo",
+        "gmpo",
+        "rloo",
+        "reinforce_baseline",
+        "reinforce_plus_plus",
+        "gae",
+        "dr_grpo",
+        "dapo",
+        "cispo",
+    ] = "group_norm"
+    """Preset of advantage, policy loss and aggregation; group_norm is GRPO."""
+    policy_loss: Literal["ppo_clip", "gspo", "gmpo", "cpgd", "cispo", "reinforce"] | None = None
+    """Policy loss in place of the preset's."""
+    loss_aggregation: (
+        Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"] | None
+    ) = None
+    """How token losses become one number, in place of the preset's way."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of the KL divergence to the reference model."""
+    init_kl_coef: NonNegativeFloat = 0.001
+    """KL coefficient (initial, if it adapts); 0 means that no reference model is loaded."""
+    kl_placement: Literal["loss", "reward"] = "loss"
+    """Where the KL term goes."""
+    kl_controller: Literal["fixed", "adaptive"] = "fixed"
+    """Whether the KL coefficient follows `kl_target`."""
+    kl_target: PositiveFloat = 0.01
+    """KL divergence that the adaptive coefficient aims for (and CPGD's drift)."""
+    kl_horizon: PositiveInt = 10000
+    """Samples over which the adaptive coefficient reacts."""
+    clip_range: PositiveFloat = 0.2
+    """Lower clip: the probability ratio is kept above 1 - clip_range."""
+    clip_range_higher: PositiveFloat = 0.3
+    """Upper clip: the probability ratio is kept below 1 + clip_range_higher."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """Bound of the loss on negative advantages (dual-clip PPO), as a multiple of the advantage."""
+    value_clip: PositiveFloat = 0.2
+    """Clip of the critic's change."""
+    gamma: Fraction = 1.0
+    """Discount."""
+    lambd: Fraction = 0.95
+    """Lambda of generalized advantage estimation."""
+    entropy_coef: NonNegativeFloat = 0.0
+    """Weight of the entropy bonus."""
+    high_entropy_token_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of response tokens, by entropy, that keep their policy loss; 1 keeps all."""
+    cpgd_weight: Literal["std", "clip_filter", "none"] = "std"
+    """Weighting of CPGD's advantages."""
+    cpgd_drift_coef: NonNegativeFloat = 0.0
+    """Initial weight of CPGD's policy drift."""
+    overlong_filtering: bool = False
+    """Responses cut off by the length limit do not count in the loss."""
+    advantages_norm: bool = False
+    """Whiten advantages over all response tokens of the rollout."""
+    advantage_clip: NonNegativeFloat = 0.0
+    """Clip advantages to plus or minus this; 0 is off."""
+    rollout_correction: Literal["none", "token_tis", "seq_tis", "token_mask", "seq_mask"] = "none"
+    """Correction of the mismatch between the engine's log-probs and the trainer's."""
+    rollout_correction_cap: PositiveFloat = 2.0
+    """Cap of the importance weight of `rollout_correction`."""
+
+
+class RewardFunction(Section):
+    """One entry of `[reward] functions`."""
+
+    name: Text
+    """A registered name, or `path/to/file.py:function`."""
+    weight: float = 1.0
+    """Weight in the sum."""
+
+
+class Reward(Section):
+    """Where rewards come from and how they are processed."""
+
+    functions: list[RewardFunction] = []
+    """Rule rewards, summed by weight: `[{ name = "exact_match", weight = 1.0 }]`."""
+    reward_pretrain: Text | None = None
+    """Folder or hub id of a scalar reward model."""
+    remote_rm_url: list[Text] = []
+    """One or several URLs of a remote reward server."""
+    rm_use_engine: bool = False
+    """The reward model (`reward_pretrain`, by default `pretrain`) runs in the inference engine."""
+    overlong_buffer_len: NonNegativeInt = 0
+    """Responses that end within so many tokens of the limit are penalized (DAPO); 0 is off."""
+    overlong_penalty_factor: NonNegativeFloat = 1.0
+    """Largest overlong penalty."""
+    reward_running_norm: bool = False
+    """Divide rewards by the running standard deviation of all rewards so far."""
+    reward_running_norm_minus_mean: bool = False
+    """Subtract the running mean as well; needs `reward_running_norm`."""
+    reward_clip: NonNegativeFloat = 0.0
+    """Clip rewards to plus or minus this; 0 is off."""
+
+
+class Parallel(Section):
+    """How models are spread over ranks."""
+
+    zero_stage: Literal[1, 2, 3] = 2
+    """ZeRO stage: 1 shards optimizer state, 2 gradients too, 3 parameters too."""
+    fsdp: bool = False
+    """Full sharding with FSDP2's own options; excludes an explicit `zero_stage`."""
+    fsdp_cpu_offload: bool = False
+    """Parameters, gradients and optimizer state live in host memory."""
+    sp_size: PositiveInt = 1
+    """Sequence parallelism: ranks that share one sequence."""
+    tp_size: PositiveInt = 1
+    """Tensor parallelism: ranks that share one layer."""
+    dp_replicate: PositiveInt = 1
+    """Data-parallel replicas (HSDP's outer dimension)."""
+    dp_shard: int = -1
+    """Ranks over which a replica is sharded; -1 takes all that are left."""
+    collective_timeout: PositiveFloat = 1800.0
+    """Seconds after which a wait for another rank ends the job."""
+
+
+class Evaluation(Section):
+    """Greedy evaluation on held-out prompts."""
+
+    eval_data: Text | None = None
+    """Evaluation prompts, in the form of `prompt_data`."""
+    eval_steps: PositiveInt | None = None
+    """Evaluate before step 1 and every so many steps; by default only at the start and the end."""
+
+
+class Logging(Section):
+    """What a run writes down about itself."""
+
+    log_dir: Text | None = None
+    """Folder of metrics.jsonl, rollouts and plots; by default save_path/logs."""
+    plot_every: PositiveInt = 10
+    """Plot the distribution of generation lengths every so many steps."""
+    use_tensorboard: Text | None = None
+    """TensorBoard folder."""
+    use_wandb: Text | None = None
+    """Weights & Biases project (WANDB_MODE=offline works)."""
+    wandb_org: Text | None = None
+    """Weights & Biases organization."""
+    wandb_run_name: Text | None = None
+    """Weights & Biases run name; by default generated."""
+
+
+class Checkpoint(Section):
+    """What is saved, how often, and how a run resumes."""
+
+    save_path: Text = "./checkpoints"
+    """Folder of the run: config.toml, checkpoints/step-N, hf/step-N."""
+    save_interval: PositiveInt = 1
+    """Save every so many episodes."""
+    save_steps: PositiveInt | None = None
+    """Save every so many steps as well."""
+    load_checkpoint: bool = False
+    """Resume from `ckpt_path`, by default from the newest complete checkpoint under save_path."""
+    ckpt_path: Text | None = None
+    """Checkpoint to resume from: a step-N folder, or a folder of them; needs `load_checkpoint`."""
+    max_ckpt_num: PositiveInt = 3
+    """Checkpoints kept; the oldest go once a new one is complete."""
+    max_ckpt_mem: PositiveInt = 1000
+    """Gigabytes (1e9 bytes) that kept checkpoints and exports may take; the newest always stays."""
+
+
+class JobConfig(Section):
+    """The whole configuration of a run."""
+
+    model: Model
+    data: Data = Data()
+    training: Training
+    optimizer: Optimizer = Optimizer()
+    rollout: Rollout
+    algorithm: Algorithm = Algorithm()
+    reward: Reward = Reward()
+    parallel: Parallel = Parallel()
+    evaluation: Evaluation = Evaluation()
+    logging: Logging = Logging()
+    checkpoint: Checkpoint = Checkpoint()

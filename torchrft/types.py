@@ -1,0 +1,138 @@
+"""The records that pass between the parts: one typed, frozen dataclass per boundary.
+
+data --Prompt--> rollout --Completion--> reward --Sample--> trainer --RolloutBatch--> loss
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One row of the prompt file, tokenized.
+
+    `row` is the row's number in its file (0-based), `text` is what was tokenized (after the chat
+    template), `label` and `metadata` go to the reward functions untouched.
+
+    >>> Prompt(row=0, text="1 2=", token_ids=(3, 4, 5), label="2").metadata
+    {}
+    """
+
+    row: int
+    text: str
+    token_ids: tuple[int, ...]
+    label: Any = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How an engine samples. `temperature = 0` is greedy; `top_p = 1` and `top_k = 0` are off.
+
+    `seeds[i][j]` seeds sample j of prompt i: equal seeds and weights give equal tokens, whatever
+    else is in the batch. `max_total_tokens` bounds prompt + response, `max_new_tokens` the response
+    alone.
+
+    >>> SamplingParams(n=2, max_total_tokens=64).budget(prompt_len=60)
+    4
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_total_tokens: int = 4096
+    max_new_tokens: int | None = None
+    min_new_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    seeds: tuple[tuple[int, ...], ...] | None = None
+
+    def budget(self, prompt_len: int) -> int:
+        """Tokens that may be generated after a prompt of `prompt_len` tokens."""
+        room = self.max_total_tokens - prompt_len
+        return room if self.max_new_tokens is None else min(room, self.max_new_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled response.
+
+    `token_ids` includes the stop token if one ended it; `logprobs` are the engine's, one per token,
+    at the sampling temperature and before top-p / top-k. `policy_version` counts the weight updates
+    the engine had received. `prompt_index` is the position in the list given to `generate`.
+
+    >>> Completion(0, 0, (7, 1), (-0.1, -0.2), "7", "stop", policy_version=3).policy_version
+    3
+    """
+
+    prompt_index: int
+    sample_index: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    finish_reason: FinishReason
+    policy_version: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A sample's reward and the parts it is the weighted sum of.
+
+    >>> Score(1.5, {"exact_match": 1.0, "format": 0.5}).value
+    1.5
+    """
+
+    value: float
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A scored completion with its prompt. `group` is equal for the completions of one prompt."""
+
+    prompt: Prompt
+    completion: Completion
+    score: Score
+    group: int
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutBatch:
+    """What the loss needs of B samples, in response-aligned tensors of shape [B, T].
+
+    T is the longest response of the batch; column t belongs to response token t. `sequences[i]`
+    holds prompt + response of sample i as int64 [prompt_lens[i] + response_lens[i]].
+    """
+
+    sequences: tuple[Tensor, ...]
+    prompt_lens: Tensor  # int64 [B]
+    mask: Tensor  # bool [B, T], true on response tokens
+    rewards: Tensor  # float32 [B]
+    group: Tensor  # int64 [B]
+    rollout_logprobs: Tensor  # float32 [B, T]
+    advantages: Tensor | None = None  # float32 [B, T]
+    returns: Tensor | None = None  # float32 [B, T]
+    old_logprobs: Tensor | None = None  # float32 [B, T]; None means "the policy's own, detached"
+    ref_logprobs: Tensor | None = None  # float32 [B, T]
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def select(self, rows: list[int]) -> RolloutBatch:
+        """The samples `rows`, in that order; T stays as it is."""
+        index = torch.tensor(rows, dtype=torch.long, device=self.mask.device)
+        values: dict[str, Any] = {}
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            values[name] = value[index] if isinstance(value, Tensor) else value
+        values["sequences"] = tuple(self.sequences[row] for row in rows)
+        return RolloutBatch(**values)
