@@ -1,0 +1,1 @@
+"""Pure functions on tensors: no ranks, no config tree, no logging. See docs/algorithms.md."""

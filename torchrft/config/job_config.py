@@ -7,28 +7,23 @@ docs/configuration.md are made from it. Rules that join several fields are in va
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-def _list_to_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _not_blank(value: str) -> str:
-    if not value.strip():
-        raise ValueError("must not be empty")
-    return value
-
-
-Text = Annotated[str, AfterValidator(_not_blank)]
+from torchrft.config.field_types import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    RawText,
+    Text,
+    exact_int,
+    list_to_tuple,
+    name_to_table,
+    text_to_list,
+)
 
 
 class Section(BaseModel):
@@ -60,7 +55,7 @@ class Data(Section):
     """Where prompts come from and how they become tokens."""
 
     prompt_data: Text | None = None
-    """Training prompts: a .jsonl or .parquet file, a dataset folder or a hub id; `:split` may follow."""
+    """Training prompts: .jsonl or .parquet file, dataset folder or hub id; `:split` may follow."""
     input_key: Text = "prompt"
     """Column of the prompt: a string, or a list of chat messages."""
     label_key: Text = "label"
@@ -104,7 +99,7 @@ class Training(Section):
     """Token budget of a packed micro-batch; by default micro_train_batch_size x max_len."""
     freezing_actor_steps: NonNegativeInt = 0
     """The first so many rollouts train the critic only."""
-    seed: NonNegativeInt = 42
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seeds weights, prompt order and sampling."""
     deterministic: bool = False
     """Use deterministic kernels only (torch.use_deterministic_algorithms)."""
@@ -139,7 +134,7 @@ class Optimizer(Section):
     """Decoupled weight decay (AdamW), on matrices only."""
     adam_betas: Annotated[
         tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
-        BeforeValidator(_list_to_tuple),
+        BeforeValidator(list_to_tuple),
     ] = (0.9, 0.95)
     """AdamW's two decay rates."""
     adam_offload: bool = False
@@ -171,7 +166,7 @@ class Rollout(Section):
     """Maximum tokens of a response, if smaller than what max_len leaves."""
     min_new_tokens: NonNegativeInt = 0
     """No stop token is sampled before so many tokens."""
-    stop: list[Text] = []
+    stop: list[RawText] = []
     """Strings that end a response, in addition to the model's end-of-sequence tokens."""
     stop_token_ids: list[NonNegativeInt] = []
     """Token ids that end a response, in addition to the model's end-of-sequence tokens."""
@@ -269,11 +264,20 @@ class RewardFunction(Section):
 class Reward(Section):
     """Where rewards come from and how they are processed."""
 
-    functions: list[RewardFunction] = []
-    """Rule rewards, summed by weight: `[{ name = "exact_match", weight = 1.0 }]`."""
+    functions: list[
+        Annotated[
+            RewardFunction,
+            BeforeValidator(name_to_table, json_schema_input_type=RewardFunction | Text),
+        ]
+    ] = []
+    """Rule rewards, summed by weight: `[{ name = "exact_match", weight = 1.0 }]`; a plain name
+    counts with weight 1."""
     reward_pretrain: Text | None = None
     """Folder or hub id of a scalar reward model."""
-    remote_rm_url: list[Text] = []
+    remote_rm_url: Annotated[
+        list[Text],
+        BeforeValidator(text_to_list, json_schema_input_type=list[Text] | Text),
+    ] = []
     """One or several URLs of a remote reward server."""
     rm_use_engine: bool = False
     """The reward model (`reward_pretrain`, by default `pretrain`) runs in the inference engine."""
@@ -292,7 +296,7 @@ class Reward(Section):
 class Parallel(Section):
     """How models are spread over ranks."""
 
-    zero_stage: Literal[1, 2, 3] = 2
+    zero_stage: Annotated[Literal[1, 2, 3], BeforeValidator(exact_int)] = 2
     """ZeRO stage: 1 shards optimizer state, 2 gradients too, 3 parameters too."""
     fsdp: bool = False
     """Full sharding with FSDP2's own options; excludes an explicit `zero_stage`."""
@@ -304,7 +308,7 @@ class Parallel(Section):
     """Tensor parallelism: ranks that share one layer."""
     dp_replicate: PositiveInt = 1
     """Data-parallel replicas (HSDP's outer dimension)."""
-    dp_shard: int = -1
+    dp_shard: Annotated[Literal[-1] | PositiveInt, BeforeValidator(exact_int)] = -1
     """Ranks over which a replica is sharded; -1 takes all that are left."""
     collective_timeout: PositiveFloat = 1800.0
     """Seconds after which a wait for another rank ends the job."""

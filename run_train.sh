@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Train the job of a TOML file: [NGPU=2] [CONFIG_FILE=my.toml] ./run_train.sh [--any.option value]
+#
+# NGPU       processes on this machine, one per GPU (default 1)
+# NNODES     machines (default 1); with more, set RDZV_ENDPOINT=host:port, the same on all of them
+# LOG_RANK   ranks whose output is shown, e.g. 0,1 (default: all; only rank 0 reports progress)
+set -euo pipefail
+cd "$(dirname "$0")"
+
+export NGPU=${NGPU:-1} NNODES=${NNODES:-1}
+CONFIG_FILE=${CONFIG_FILE:-train_configs/debug_model.toml}
+job=(--config_file "$CONFIG_FILE" "$@")
+
+# A wrong config is refused here, in one process, before any other starts.
+python -m torchrft.config "${job[@]}" || { code=$?; [ "$code" = 10 ] && exit 0; exit "$code"; }
+
+exec torchrun --nnodes "$NNODES" --nproc_per_node "$NGPU" \
+    --rdzv_backend c10d --rdzv_endpoint "${RDZV_ENDPOINT:-localhost:0}" \
+    ${LOG_RANK:+--local-ranks-filter "$LOG_RANK" --tee 3} \
+    -m torchrft.train "${job[@]}"

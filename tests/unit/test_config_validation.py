@@ -1,0 +1,349 @@
+"""Each rule over several fields: a config that passes, one that does not, and its message."""
+
+import pytest
+
+from torchrft.config.availability import AVAILABLE_VALUES, NOT_YET, missing, unavailable
+from torchrft.config.fields import FIELDS, is_set
+from torchrft.config.job_config import JobConfig
+from torchrft.config.manager import ConfigError, load
+from torchrft.config.needs import NEEDS
+from torchrft.config.validation import (
+    RANGES,
+    Findings,
+    batch_arithmetic,
+    check,
+    data_parallel,
+    smallest_world_size,
+)
+
+REQUIRED = {"pretrain": "m", "train_batch_size": 64, "rollout_batch_size": 16}
+
+
+def make(**fields) -> JobConfig:
+    tables: dict[str, dict] = {section: {} for section in JobConfig.model_fields}
+    for name, value in {**REQUIRED, **fields}.items():
+        tables[FIELDS[name].section][name] = value
+    return JobConfig.model_validate(tables)
+
+
+def found(world_size: int = 1, **fields) -> Findings:
+    return check(make(**fields), world_size)
+
+
+def test_the_smallest_config_has_no_findings():
+    assert found() == Findings([], [])
+
+
+ERRORS = [
+    # the guide's rule 1, in both directions
+    (
+        {"train_batch_size": 96},
+        1,
+        "[training] train_batch_size = 96 is above rollout_batch_size x n_samples_per_prompt = "
+        "16 x 4 = 64, so it must be a multiple of it, but 96 % 64 = 32; use 64 or 128",
+    ),
+    (
+        {"train_batch_size": 48},
+        1,
+        "[training] train_batch_size = 48 is below rollout_batch_size x n_samples_per_prompt = "
+        "16 x 4 = 64, so it must divide it, but 64 % 48 = 16; use 64 or a divisor of it",
+    ),
+    (
+        {"train_batch_size": 32, "strict_batch_rule": True},
+        1,
+        "[training] train_batch_size = 32 is below rollout_batch_size x n_samples_per_prompt = "
+        "16 x 4 = 64: a rollout makes max_epochs x 64 / 32 = 1 x 2 = 2 optimizer steps, 1 of them "
+        "off-policy; strict_batch_rule = true demands at least 64",
+    ),
+    # rule 2
+    (
+        {"micro_train_batch_size": 3},
+        1,
+        "[training] train_batch_size = 64 must be a multiple of micro_train_batch_size x dp = "
+        "3 x 1 = 3 (dp = world_size / (tp_size x sp_size) = 1 / (1 x 1) = 1), but 64 % 3 = 1; "
+        "use 63 or 66",
+    ),
+    (
+        {"micro_train_batch_size": 128},
+        1,
+        "128 x 1 = 128 (dp = world_size / (tp_size x sp_size) = 1 / (1 x 1) = 1), but 64 % 128 = "
+        "64; use 128",
+    ),
+    (
+        {"train_batch_size": 72, "rollout_batch_size": 18},
+        8,
+        "[rollout] rollout_batch_size = 18 must be a multiple of dp (dp = world_size / (tp_size x "
+        "sp_size) = 8 / (1 x 1) = 8), but 18 % 8 = 2; use 24",
+    ),
+    # rule 3, and the layout
+    (
+        {"engine_tp_size": 3},
+        4,
+        "[rollout] engine_tp_size = 3 must divide the world size: world_size % engine_tp_size = "
+        "4 % 3 = 1; use a divisor of 4",
+    ),
+    (
+        {"tp_size": 2, "sp_size": 2, "dp_replicate": 2},
+        4,
+        "[parallel] world_size = 4 must be a multiple of tp_size x sp_size x dp_replicate = "
+        "2 x 2 x 2 = 8; start a multiple of 8 ranks or lower one of the three",
+    ),
+    (
+        {"dp_shard": 2, "tp_size": 2},
+        8,
+        "[parallel] dp_shard = 2 must fill the job: tp_size x sp_size x dp_replicate x dp_shard = "
+        "2 x 1 x 1 x 2 = 4, but world_size = 8; use -1 or 4",
+    ),
+    # lengths
+    (
+        {"max_len": 512, "prompt_max_len": 512},
+        1,
+        "[data] prompt_max_len = 512 must be below max_len = 512, or no token is left for a "
+        "response; use at most 511",
+    ),
+    ({"max_len": 1}, 1, "[data] max_len = 1 leaves no room for a prompt and a response; use 2"),
+    (
+        {"min_new_tokens": 9, "max_new_tokens": 8},
+        1,
+        "[rollout] min_new_tokens = 9 is above the longest response, min(max_len - 1, "
+        "max_new_tokens) = 8; use at most 8",
+    ),
+    (
+        {"overlong_buffer_len": 9, "max_new_tokens": 8},
+        1,
+        "[reward] overlong_buffer_len = 9 is above the longest response",
+    ),
+    (
+        {"packing_samples": True, "max_tokens_per_microbatch": 4095},
+        1,
+        "[training] max_tokens_per_microbatch = 4095 is below max_len = 4096",
+    ),
+    # combinations
+    (
+        {"fsdp": True, "zero_stage": 2},
+        1,
+        "[parallel] zero_stage = 2 and fsdp = true exclude each other; leave one out",
+    ),
+    (
+        {"kl_controller": "adaptive", "init_kl_coef": 0.0},
+        1,
+        '[algorithm] kl_controller = "adaptive" cannot adapt init_kl_coef = 0.0, which stays 0',
+    ),
+    (
+        {"clip_range": 1.0, "advantage_estimator": "cpgd"},
+        1,
+        "[algorithm] clip_range = 1.0 must be below 1 for the cpgd policy loss",
+    ),
+    (
+        {"advantage_estimator": "rloo", "n_samples_per_prompt": 1, "train_batch_size": 16},
+        1,
+        '[rollout] n_samples_per_prompt = 1 gives advantage_estimator = "rloo" no other sample to '
+        "compare with; use 2 or more",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "world_size", "message"), ERRORS, ids=lambda v: str(v)[:40])
+def test_errors(fields, world_size, message):
+    errors = found(world_size, **fields).errors
+    assert len(errors) == 1
+    assert message in errors[0]
+
+
+WARNINGS = [
+    (
+        {"train_batch_size": 32, "max_epochs": 2},
+        "[training] train_batch_size = 32 is below rollout_batch_size x n_samples_per_prompt = "
+        "16 x 4 = 64: a rollout makes max_epochs x 64 / 32 = 2 x 2 = 4 optimizer steps, 3 of them "
+        "off-policy; on-policy from 64",
+    ),
+    (
+        {"advantage_estimator": "gae", "actor_learning_rate": 1e-5},
+        "[optimizer] actor_learning_rate = 1e-05 is above critic_learning_rate = 9e-06",
+    ),
+    (
+        {"kl_target": 0.1, "kl_controller": "adaptive"},
+        "[algorithm] kl_target = 0.1 is outside the usual range 0.001 to 0.01",
+    ),
+    (
+        {"kl_target": 0.0001, "advantage_estimator": "cpgd"},
+        "[algorithm] kl_target = 0.0001 is outside the usual range 0.001 to 0.01",
+    ),
+    ({"temperature": 1.3}, "[rollout] temperature = 1.3 is outside the usual range 0.6 to 1.2"),
+    ({"top_p": 0.7}, "[rollout] top_p = 0.7 is outside the usual range 0.8 to 1.0"),
+    ({"clip_range": 0.4}, "[algorithm] clip_range = 0.4 is outside the usual range 0.1 to 0.3"),
+    ({"lr_warmup_ratio": 0.2}, "[optimizer] lr_warmup_ratio = 0.2 is outside the usual range 0.0"),
+    ({"init_kl_coef": 0.1}, "[algorithm] init_kl_coef = 0.1 is outside the usual range 0.0001"),
+    ({"engine_mem_util": 0.95}, "[rollout] engine_mem_util = 0.95 is outside the usual range 0.3"),
+    (
+        {"max_new_tokens": 4096},
+        "[rollout] max_new_tokens = 4096 has no effect: max_len = 4096 leaves at most 4095 tokens",
+    ),
+    (
+        {"n_samples_per_prompt": 1, "train_batch_size": 16},
+        '[rollout] n_samples_per_prompt = 1 gives advantage_estimator = "group_norm" no other '
+        "sample to compare with, so that every advantage is 0; use 2 or more",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), WARNINGS, ids=lambda v: str(v)[:40])
+def test_warnings(fields, message):
+    findings = found(**fields)
+    assert findings.errors == []
+    assert len(findings.warnings) == 1
+    assert message in findings.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("fields", "world_size"),
+    [
+        ({"train_batch_size": 128}, 1),  # gradients accumulate over two rollouts
+        ({"micro_train_batch_size": 16}, 4),
+        ({"engine_tp_size": 2}, 4),
+        ({"tp_size": 2, "sp_size": 2, "dp_replicate": 2}, 8),
+        ({"tp_size": 2, "dp_replicate": 2, "dp_shard": 2}, 8),
+        ({"max_len": 512}, 1),  # prompt_max_len is left at 2048: prompts may take up to 511
+        ({"max_len": 512, "prompt_max_len": 511}, 1),
+        ({"min_new_tokens": 8, "max_new_tokens": 8}, 1),
+        ({"packing_samples": True, "max_tokens_per_microbatch": 4096}, 1),
+        ({"fsdp": True}, 1),
+        ({"zero_stage": 3}, 1),
+        ({"init_kl_coef": 0.0}, 1),
+        ({"kl_controller": "adaptive", "kl_target": 0.005, "kl_horizon": 9}, 1),
+        ({"advantage_estimator": "gae", "critic_learning_rate": 1e-5, "value_clip": 0.1}, 1),
+        ({"advantage_estimator": "gmpo", "clip_range": 0.4}, 1),
+        ({"advantage_estimator": "gspo", "clip_range": 3e-4}, 1),
+        ({"advantage_estimator": "reinforce", "n_samples_per_prompt": 1, "gamma": 0.9}, 16),
+        ({"reward_running_norm_minus_mean": False, "freezing_actor_steps": 0}, 1),  # "off" aloud
+        ({"kl_target": 0.005, "advantage_estimator": "cpgd", "cpgd_weight": "none"}, 1),
+    ],
+)
+def test_passes(fields, world_size):
+    if fields.get("n_samples_per_prompt") == 1:
+        fields = {**fields, "train_batch_size": 16}
+    assert found(world_size, **fields) == Findings([], [])
+
+
+# For each field that needs another one: a value, what meets the need.
+NEED_CASES = {
+    "ref_pretrain": ("r", {"init_kl_coef": 0.001}, {"init_kl_coef": 0.0}),
+    "kl_estimator": ("k1", {"init_kl_coef": 0.001}, {"init_kl_coef": 0.0}),
+    "kl_placement": ("loss", {"init_kl_coef": 0.001}, {"init_kl_coef": 0.0}),
+    "kl_target": (0.01, {"kl_controller": "adaptive"}, {}),
+    "kl_horizon": (100, {"kl_controller": "adaptive"}, {}),
+    "clip_range": (0.2, {"policy_loss": "cispo"}, {"policy_loss": "reinforce"}),
+    "clip_range_higher": (0.2, {"policy_loss": "cispo"}, {"policy_loss": "reinforce"}),
+    "dual_clip": (3.0, {}, {"policy_loss": "reinforce"}),
+    "critic_pretrain": ("c", {"advantage_estimator": "gae"}, {}),
+    "critic_learning_rate": (1e-6, {"advantage_estimator": "gae"}, {}),
+    "freezing_actor_steps": (1, {"advantage_estimator": "gae"}, {}),
+    "value_clip": (0.2, {"advantage_estimator": "gae"}, {}),
+    "lambd": (0.95, {"advantage_estimator": "gae"}, {}),
+    "gamma": (1.0, {"advantage_estimator": "reinforce"}, {}),
+    "cpgd_weight": ("std", {"advantage_estimator": "cpgd"}, {}),
+    "cpgd_drift_coef": (0.1, {"policy_loss": "cpgd"}, {}),
+    "rollout_correction_cap": (2.0, {"rollout_correction": "token_tis"}, {}),
+    "dynamic_sampling_max_rounds": (4, {"dynamic_sampling": True}, {}),
+    "overlong_penalty_factor": (1.0, {"overlong_buffer_len": 8}, {}),
+    "reward_running_norm_minus_mean": (True, {"reward_running_norm": True}, {}),
+    "system_prompt": ("s", {"apply_chat_template": True}, {}),
+    "max_tokens_per_microbatch": (8192, {"packing_samples": True}, {}),
+    "chunk_size": (4096, {"fused_linear_logprob": True}, {}),
+    "lr_min_ratio": (0.1, {"lr_decay": "linear"}, {"lr_decay": "constant"}),
+    "use_mp_opt": (True, {"bf16": True}, {"bf16": False}),
+    "eval_steps": (5, {"eval_data": "e"}, {}),
+    "ckpt_path": ("c", {"load_checkpoint": True}, {}),
+    "wandb_org": ("o", {"use_wandb": "p"}, {}),
+    "wandb_run_name": ("r", {"use_wandb": "p"}, {}),
+}
+
+
+def test_every_need_has_a_case():
+    assert {need.field for need in NEEDS} == set(NEED_CASES)
+
+
+@pytest.mark.parametrize("need", NEEDS, ids=lambda need: need.field)
+def test_options_without_effect(need):
+    value, met, unmet = NEED_CASES[need.field]
+    if need.field == "critic_learning_rate":
+        met = {**met, "actor_learning_rate": 1e-7}
+    mine = f"[{FIELDS[need.field].section}] {need.field} = "
+    passing = found(**{need.field: value, **met})
+    assert passing == Findings([], [])
+    findings = found(**{need.field: value, **unmet})
+    texts = findings.errors if need.is_error else findings.warnings
+    (text,) = [text for text in texts if text.startswith(mine)]
+    assert f"has no effect without {need.needs}; set that, or leave {need.field} out" in text
+    # Unset, its default is no fault.
+    assert not [t for t in [*found(**unmet).errors, *found(**unmet).warnings] if t.startswith(mine)]
+
+
+def test_ranges_judge_only_what_was_set():
+    defaults = make()
+    assert not any(is_set(defaults, name) for name in RANGES)
+    for name, (low, high) in RANGES.items():
+        assert low <= FIELDS[name].info.default <= high
+
+
+def test_batch_arithmetic():
+    config = make(train_batch_size=128, rollout_batch_size=64, n_samples_per_prompt=8)
+    lines = batch_arithmetic(config, 8)
+    assert lines == [
+        "samples per rollout = rollout_batch_size x n_samples_per_prompt = 64 x 8 = 512",
+        "samples per rank and rollout = 512 / dp = 512 / 8 = 64",
+        "optimizer steps per rollout = max_epochs x 512 / train_batch_size = 1 x 512 / 128 = 4",
+        "micro-batches per optimizer step and rank = train_batch_size / (micro_train_batch_size x "
+        "dp) = 128 / (1 x 8) = 16",
+    ]
+    accumulated = batch_arithmetic(make(train_batch_size=256, packing_samples=True), 2)
+    assert accumulated[2:] == [
+        "rollouts per optimizer step = train_batch_size / 64 = 256 / 64 = 4, with max_epochs = 1",
+        "tokens per packed micro-batch <= 4096, 128 samples per rank",
+    ]
+
+
+def test_world_sizes():
+    config = make(tp_size=2, sp_size=2, dp_replicate=3, engine_tp_size=8)
+    assert smallest_world_size(config) == 24
+    assert data_parallel(config, 24) == 6
+    assert smallest_world_size(make(dp_shard=4)) == 4
+
+
+def test_tables_of_what_is_not_available_name_real_fields_and_their_defaults():
+    assert set(AVAILABLE_VALUES) | set(NOT_YET) <= set(FIELDS)
+    for name, values in AVAILABLE_VALUES.items():
+        assert FIELDS[name].info.default in values or name == "engine_type"
+
+
+def test_unavailable_names_the_remedy():
+    assert unavailable(make(engine_type="native")) == []
+    assert unavailable(make(engine_type="sglang", tp_size=2, images_key="image")) == [
+        '[rollout] engine_type = "sglang" is not available yet in this version; use "native"',
+        '[data] images_key = "image" is not available yet in this version; leave it out',
+        "[parallel] tp_size = 2 is not available yet in this version; use 1",
+    ]
+
+
+def test_missing_is_met_by_any_reward_source():
+    assert len(missing(make())) == 2
+    for source in (
+        {"functions": ["exact_match"]},
+        {"reward_pretrain": "r"},
+        {"remote_rm_url": "http://r"},
+        {"rm_use_engine": True},
+    ):
+        assert missing(make(prompt_data="p.jsonl", **source)) == []
+
+
+def test_warnings_do_not_stop_a_real_run(monkeypatch):
+    for name in ("WORLD_SIZE", "NGPU"):
+        monkeypatch.delenv(name, raising=False)
+    argv = ["--engine_type", "native", "--prompt_data", "p", "--functions", "f", "--pretrain", "m"]
+    argv += ["--train_batch_size", "32", "--rollout_batch_size", "16"]
+    loaded = load(argv)
+    assert len(loaded.warnings) == 1
+    assert loaded.notes == ()
+    assert loaded.world_size == 1
+    with pytest.raises(ConfigError, match="strict_batch_rule = true demands at least 64"):
+        load([*argv, "--strict_batch_rule"])

@@ -1,0 +1,92 @@
+"""The layer order of DESIGN.md: nobody imports upwards, and the middle row's packages stay apart.
+
+Imports inside functions and under TYPE_CHECKING count as well.
+"""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2] / "torchrft"
+
+# Lowest first; a module may import its own package and those of lower rows.
+ROWS = [
+    {"types", "tools"},
+    {"config"},
+    {"parallel"},
+    {"models"},
+    {"data", "rewards", "algorithms", "rollout", "optim", "checkpoint", "metrics"},
+    {"policy_update"},  # the trainer's own half: what happens between two rollouts
+    {"trainer"},
+    {"train"},
+]
+ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
+FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+
+
+def top_level(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported(path: Path, source: str) -> set[str]:
+    """The top-level packages of torchrft that a file imports."""
+    package = ["torchrft", *path.relative_to(ROOT).parent.parts]
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *(node.module.split(".") if node.module else [])])
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        for parts in (name.split(".") for name in names):
+            if parts[0] == "torchrft" and len(parts) > 1:
+                found.add(parts[1])
+    return found
+
+
+def breaches(path: Path, source: str) -> list[str]:
+    own = top_level(path)
+    return [
+        f"{path.relative_to(ROOT)} imports torchrft.{other}"
+        for other in sorted(imported(path, source))
+        if (other != own and other in ROW_OF and ROW_OF[other] >= ROW_OF[own] > 0)
+        or (ROW_OF[own] == 0 and other in ROW_OF and ROW_OF[other] > 0)
+    ]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_downwards(path):
+    assert top_level(path) in ROW_OF, f"give {top_level(path)} its row in this test"
+    assert not breaches(path, path.read_text())
+
+
+def test_the_test_sees_breaches():
+    data, tools = ROOT / "data" / "x.py", ROOT / "tools" / "x.py"
+    assert breaches(data, "def f():\n    from torchrft.rollout import engine")
+    assert breaches(data, "import torchrft.trainer")
+    assert breaches(data, "from torchrft import rewards")
+    assert breaches(data, "from ..optim import optimizer")
+    assert breaches(tools, "from torchrft.config import JobConfig")
+    assert not breaches(data, "from torchrft.models import attention\nfrom . import packing")
+    assert not breaches(tools, "from torchrft.types import Prompt")
+
+
+def test_package_root_imports_nothing():
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    assert not [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)]
+
+
+def test_config_needs_no_heavy_imports():
+    """--help and faults must not wait for torch."""
+    code = (
+        "import sys, torchrft.config.manager, torchrft.config.schema\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'datasets', 'rich'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

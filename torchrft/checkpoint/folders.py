@@ -1,0 +1,92 @@
+"""Names and renames of step folders: what makes saving, replacing and removing safe to interrupt.
+
+`step-N.tmp` is being written or removed and may hold anything. `step-N.old` is a complete folder
+that is being replaced. Only `step-N` counts as a checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from torchrft.checkpoint.manifest import sync_folder
+from torchrft.tools.logging import logger
+
+STEP_NAME = re.compile(r"step-(\d+)")
+
+
+def step_of(folder: Path) -> int | None:
+    """N of a folder named step-N, else None."""
+    match = STEP_NAME.fullmatch(folder.name)
+    return int(match[1]) if match else None
+
+
+def steps_in(parent: Path) -> dict[int, Path]:
+    """The step-N folders of `parent`, by N, in rising order; empty if there is no such folder."""
+    if not parent.is_dir():
+        return {}
+    found = ((step_of(path), path) for path in parent.iterdir() if path.is_dir())
+    return dict(sorted((step, path) for step, path in found if step is not None))
+
+
+def with_suffix(folder: Path, suffix: str) -> Path:
+    """`step-3` -> `step-3.tmp` (Path.with_suffix would replace a suffix)."""
+    return folder.with_name(folder.name + suffix)
+
+
+def suffixed_in(parent: Path, suffix: str) -> list[Path]:
+    """The step-N`suffix` folders of `parent`."""
+    found = parent.glob(f"step-*{suffix}")
+    return sorted(p for p in found if STEP_NAME.fullmatch(p.name.removesuffix(suffix)))
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Rename the finished `temporary` to `final`, replacing it if it exists.
+
+    A kill at any point leaves the old or the new folder complete, under `final` or `final`.old,
+    where `restore_interrupted` finds it.
+    """
+    old = with_suffix(final, ".old")
+    if final.exists():
+        final.rename(old)
+    temporary.rename(final)
+    sync_folder(final.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def remove(folder: Path) -> None:
+    """Delete a step folder so that a kill never leaves half of it under its own name."""
+    doomed = with_suffix(folder, ".tmp")
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def restore_interrupted(parent: Path) -> None:
+    """Finish what a killed `publish` left: bring back step-N.old if there is no step-N."""
+    for old in suffixed_in(parent, ".old"):
+        final = old.with_name(old.name.removesuffix(".old"))
+        if final.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(final)
+            logger.warning("a save was interrupted while replacing %s; the old one stays", final)
+
+
+def clear_leftovers(parent: Path) -> None:
+    """Delete step-N.tmp folders of runs that died while saving."""
+    for leftover in suffixed_in(parent, ".tmp"):
+        logger.warning("removing %s, left half-written by a run that died", leftover)
+        shutil.rmtree(leftover)
+
+
+def size_in_bytes(folder: Path) -> int:
+    """Bytes of all files below `folder`; 0 if it does not exist."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        total += sum(os.lstat(os.path.join(parent, name)).st_size for name in names)
+    return total

@@ -1,0 +1,211 @@
+"""Save, find, rotate and load the checkpoints of one run.
+
+Every method is collective: all ranks call it, on a file system that all of them share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torchrft.checkpoint import folders, manifest
+from torchrft.checkpoint.set_aside import next_previous
+from torchrft.checkpoint.state_io import load_state, save_state
+from torchrft.tools.distributed import get_rank, get_world_size, on_all, on_main
+from torchrft.tools.logging import logger
+
+
+class CheckpointManager:
+    """Checkpoints under `save_path/checkpoints`, Hugging Face exports under `save_path/hf`.
+
+    At most `max_num` steps are kept, and as few as fit into `max_bytes` (checkpoints and exports
+    together); the newest always stays.
+
+    >>> CheckpointManager("/tmp/new-run", max_num=3, max_bytes=10**12).find_latest() is None
+    True
+    """
+
+    def __init__(self, save_path: str | Path, max_num: int, max_bytes: int) -> None:
+        if max_num < 1:
+            raise ValueError(f"max_num must be at least 1, got {max_num}")
+        self.save_path = Path(save_path)
+        self.checkpoints = self.save_path / "checkpoints"
+        self.exports = self.save_path / "hf"
+        self.max_num = max_num
+        self.max_bytes = max_bytes
+
+    def save(
+        self, step: int, state: dict[str, Any], export: Callable[[Path], None] | None = None
+    ) -> Path:
+        """Save `state` (see state_io) as step `step` and return its folder.
+
+        `export(folder)` writes the Hugging Face export; it too is called on every rank. The
+        checkpoint appears under its name last, so a complete checkpoint has a complete export, and
+        older ones go only then. A kill at any point loses no earlier checkpoint.
+
+        Raises:
+            OSError: it cannot be written. Other ranks raise RuntimeError with the same text.
+        """
+        self.set_aside_after(step)
+        final = self.checkpoints / f"step-{step}"
+        temporary = folders.with_suffix(final, ".tmp")
+        on_main(lambda: self._start(temporary), "start checkpoint")
+        save_state(temporary, state)
+        records = on_all(lambda: _fingerprint_own_files(temporary), "checksum checkpoint")
+        files = {name: record for part in records for name, record in part.items()}
+        on_main(
+            lambda: manifest.write(temporary, step, get_world_size(), files), "write the manifest"
+        )
+        if export is not None:
+            self._export(step, export)
+        on_main(lambda: folders.publish(temporary, final), "publish checkpoint")
+        on_main(lambda: self._rotate(step), "rotate checkpoints")
+        return final
+
+    def load(self, path: Path, state: dict[str, Any]) -> None:
+        """Load the checkpoint `path` (from `find_latest` or `resolve`) into `state`, in place.
+
+        Raises:
+            ValueError: the checkpoint does not fit `state`; keys, shapes and dtypes are named.
+        """
+        load_state(path, state)
+
+    def find_latest(self) -> Path | None:
+        """The newest complete checkpoint of this run; damaged ones are named and passed over."""
+        on_main(self._restore_interrupted, "find checkpoint")
+        return _newest_complete(self.checkpoints)[0]
+
+    def resolve(self, ckpt_path: str | None = None) -> Path | None:
+        """The checkpoint that `ckpt_path` means: a step-N folder, a folder of them, or a run's.
+
+        Without `ckpt_path`, the newest complete one of this run, or None if there is none.
+
+        Raises:
+            ValueError: `ckpt_path` was given and holds no complete checkpoint; the text says why.
+        """
+        if ckpt_path is None:
+            return self.find_latest()
+        path = Path(ckpt_path)
+        if not path.is_dir():
+            raise ValueError(f"ckpt_path {ckpt_path} is not a folder")
+        if folders.step_of(path) is not None or (path / manifest.FILE_NAME).exists():
+            if (fault := verify(path)) is not None:
+                raise ValueError(f"ckpt_path {ckpt_path} is not a complete checkpoint: {fault}")
+            return path
+        parent = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        newest, faults = _newest_complete(parent)
+        if newest is None:
+            reason = "; ".join(faults) if faults else "no step-N folder in it"
+            raise ValueError(f"ckpt_path {ckpt_path} holds no complete checkpoint: {reason}")
+        return newest
+
+    def set_aside_after(self, step: int) -> None:
+        """Move checkpoints and exports of later steps to `previous-K`.
+
+        After a run resumed from `step`, they belong to a course of training that was left; kept
+        here, the next resume would pick them.
+        """
+        on_main(lambda: self._set_aside_after(step), "set later checkpoints aside")
+
+    def _set_aside_after(self, step: int) -> None:
+        self._restore_interrupted()
+        later = [
+            folder
+            for parent in (self.checkpoints, self.exports)
+            for number, folder in folders.steps_in(parent).items()
+            if number > step
+        ]
+        if not later:
+            return
+        target = next_previous(self.save_path)
+        for folder in later:
+            destination = target / folder.parent.name / folder.name
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            folder.rename(destination)
+        names = ", ".join(str(folder.relative_to(self.save_path)) for folder in later)
+        logger.warning("moved %s, later than step %d, to %s", names, step, target)
+
+    def _restore_interrupted(self) -> None:
+        folders.restore_interrupted(self.checkpoints)
+        folders.restore_interrupted(self.exports)
+
+    def _start(self, temporary: Path) -> None:
+        folders.clear_leftovers(self.checkpoints)
+        folders.clear_leftovers(self.exports)
+        temporary.mkdir(parents=True)
+
+    def _export(self, step: int, export: Callable[[Path], None]) -> None:
+        final = self.exports / f"step-{step}"
+        temporary = folders.with_suffix(final, ".tmp")
+        on_main(lambda: temporary.mkdir(parents=True), "start export")
+        export(temporary)
+
+        def publish() -> None:
+            manifest.sync_tree(temporary)
+            folders.publish(temporary, final)
+
+        on_main(publish, "publish export")
+
+    def _rotate(self, newest: int) -> None:
+        # An export without a checkpoint neither counts nor goes: it may be all a user kept.
+        sizes = {step: self._bytes_of(step) for step in folders.steps_in(self.checkpoints)}
+        for step in list(sizes):
+            fits = len(sizes) <= self.max_num and sum(sizes.values()) <= self.max_bytes
+            if fits or step == newest:
+                return
+            for parent in (self.checkpoints, self.exports):
+                if (folder := parent / f"step-{step}").exists():
+                    folders.remove(folder)
+            del sizes[step]
+
+    def _bytes_of(self, step: int) -> int:
+        name = f"step-{step}"
+        return sum(folders.size_in_bytes(p / name) for p in (self.checkpoints, self.exports))
+
+
+def verify(folder: Path) -> str | None:
+    """What makes `folder` unusable as a checkpoint, or None. The ranks share the reading."""
+
+    def check() -> str | None:
+        try:
+            content = manifest.read(folder)
+        except ValueError as error:
+            return str(error)
+        if folder.name != f"step-{content['step']}":
+            return f"{manifest.FILE_NAME} is that of step {content['step']}"
+        names = sorted(content["files"])[get_rank() :: get_world_size()]
+        return manifest.find_fault(folder, {name: content["files"][name] for name in names})
+
+    faults = on_all(check, "verify checkpoint")
+    return next((fault for fault in faults if fault is not None), None)
+
+
+def _newest_complete(parent: Path) -> tuple[Path | None, list[str]]:
+    """The newest complete step-N folder of `parent`, and what is wrong with those passed over."""
+    candidates, half_written = on_main(lambda: _candidates(parent), "list checkpoints")
+    faults = [f"{path} is half-written" for path in half_written]
+    newest = None
+    for folder in candidates:
+        fault = verify(folder)
+        if fault is None:
+            newest = folder
+            break
+        faults.append(f"{folder} is not complete: {fault}")
+    for text in faults:
+        logger.warning("%s; passed over", text)
+    return newest, faults
+
+
+def _candidates(parent: Path) -> tuple[list[Path], list[Path]]:
+    return list(reversed(folders.steps_in(parent).values())), folders.suffixed_in(parent, ".tmp")
+
+
+def _fingerprint_own_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Checksums of the files that this rank wrote: DCP names them by rank; the rest is rank 0's."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    rank = get_rank()
+    own = [name for name in names if name.startswith(f"__{rank}_")]
+    if rank == 0:
+        own += [name for name in names if not name.startswith("__")]
+    return manifest.fingerprint(folder, own)

@@ -1,0 +1,98 @@
+"""A checkpoint's files with sizes and checksums, listed last: what has a manifest is complete."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+FILE_NAME = "manifest.json"
+FORMAT = 1
+
+
+def fingerprint(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Size in bytes and SHA-256 of each named file, as they go into the manifest."""
+    records = {}
+    for name in names:
+        path = folder / name
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        records[name] = {"bytes": path.stat().st_size, "sha256": digest}
+    return records
+
+
+def write(folder: Path, step: int, world_size: int, files: dict[str, dict[str, Any]]) -> None:
+    """Write the manifest of `folder` and force it, and the folder's entries, to disk."""
+    content: dict[str, Any] = {
+        "format": FORMAT,
+        "step": step,
+        "world_size": world_size,
+        "files": dict(sorted(files.items())),
+    }
+    content["sha256"] = _own_digest(content)
+    with (folder / FILE_NAME).open("w") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The manifest of `folder`.
+
+    Raises:
+        ValueError: it is missing, unreadable or damaged; the text says which.
+    """
+    path = folder / FILE_NAME
+    if not path.is_file():
+        raise ValueError(f"{FILE_NAME} is missing, so it was never completed")
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{FILE_NAME} cannot be read ({error})") from None
+    if not isinstance(content, dict) or content.pop("sha256", None) != _own_digest(content):
+        raise ValueError(f"{FILE_NAME} is damaged")
+    if content["format"] != FORMAT:
+        raise ValueError(f"{FILE_NAME} has format {content['format']}, this version reads {FORMAT}")
+    return content
+
+
+def find_fault(folder: Path, files: dict[str, dict[str, Any]]) -> str | None:
+    """What is wrong with the first bad file of `files`, or None. Sizes are compared first."""
+    for name, record in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if (size := path.stat().st_size) != record["bytes"]:
+            return f"{name} has {size} bytes instead of {record['bytes']}"
+    for name, record in files.items():
+        if fingerprint(folder, [name])[name] != record:
+            return f"{name} has a wrong checksum"
+    return None
+
+
+def sync_folder(folder: Path) -> None:
+    """Force the folder's entries (names, renames) to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Force every file below `folder`, and the entries, to disk."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def _own_digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,159 @@
+"""A nested state dict to and from a folder of torch.distributed.checkpoint (DCP) files.
+
+Tensors and DTensors are saved under their path ("model/lm_head.weight") and loaded in place, so
+any number of ranks reads what any other number wrote. Everything else is pickled: a dict without a
+tensor in it counts as one object, because its keys may differ from one save to the next. A key
+`rank<N>` marks what belongs to one rank; all other objects are equal on all ranks and are rank 0's.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from torchrft.tools.distributed import is_main, on_all
+from torchrft.tools.logging import logger
+
+RANK_KEY = re.compile(r"rank\d+")
+MAX_FAULTS_SHOWN = 10
+
+
+def save_state(folder: Path, state: dict[str, Any]) -> None:
+    """Write `state` into `folder`. Every rank must call it.
+
+    Raises:
+        ValueError: a key is not a plain string or integer, or two keys give the same path.
+    """
+    mine = {
+        path: container[key]
+        for path, (container, key) in _leaves(state).items()
+        if is_main() or isinstance(container[key], Tensor) or _belongs_to_rank(path)
+    }
+    with _quiet_without_group():
+        dcp.save(
+            mine,
+            storage_writer=dcp.FileSystemWriter(folder),
+            planner=dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+        )
+
+
+def load_state(folder: Path, state: dict[str, Any]) -> None:
+    """Load into `state` in place: tensors are overwritten, objects replaced. All ranks call it.
+
+    Top-level keys that `state` lacks are not read. What belongs to a rank that did not exist when
+    the checkpoint was saved stays as it is in `state`.
+
+    Raises:
+        ValueError: the checkpoint's keys, shapes or dtypes differ from those of `state`; every
+            difference is listed (up to ten).
+    """
+    reader = dcp.FileSystemReader(folder)
+    leaves = _leaves(state)
+
+    def compare() -> list[str]:
+        saved = reader.read_metadata().state_dict_metadata
+        for path in [path for path in leaves if _belongs_to_rank(path) and path not in saved]:
+            logger.info("%s is not in the checkpoint; it starts afresh", path)
+            del leaves[path]
+        return _faults(leaves, {str(key) for key in state}, saved)
+
+    for faults in on_all(compare, "compare checkpoint"):
+        if faults:
+            raise ValueError(_describe(folder, faults))
+    flat = {path: container[key] for path, (container, key) in leaves.items()}
+    with _quiet_without_group():
+        dcp.load(
+            flat,
+            storage_reader=reader,
+            planner=dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+        )
+    for path, (container, key) in leaves.items():
+        if not isinstance(container[key], Tensor):
+            container[key] = flat[path]
+
+
+def _leaves(state: dict[Any, Any]) -> dict[str, tuple[dict[Any, Any], Any]]:
+    """Path -> (dict that holds the leaf, its key there), in the order of the tree."""
+    leaves: dict[str, tuple[dict[Any, Any], Any]] = {}
+
+    def walk(tree: dict[Any, Any], prefix: str) -> None:
+        for key, value in tree.items():
+            if type(key) not in (str, int):
+                raise ValueError(f"checkpoint key {prefix}{key!r} must be a string or an integer")
+            path = f"{prefix}{key}"
+            if _is_tree(value):
+                walk(value, f"{path}/")
+            elif path in leaves:
+                raise ValueError(f"two checkpoint keys give the path {path!r}")
+            else:
+                leaves[path] = (tree, key)
+
+    walk(state, "")
+    return leaves
+
+
+def _is_tree(value: Any) -> bool:
+    return isinstance(value, dict) and any(
+        isinstance(item, Tensor)
+        or (isinstance(key, str) and RANK_KEY.fullmatch(key) is not None)
+        or _is_tree(item)
+        for key, item in value.items()
+    )
+
+
+def _belongs_to_rank(path: str) -> bool:
+    return any(RANK_KEY.fullmatch(part) for part in path.split("/"))
+
+
+def _faults(
+    leaves: dict[str, tuple[dict[Any, Any], Any]], sections: set[str], saved: dict[str, Any]
+) -> list[str]:
+    faults = [f"{path} is not in the checkpoint" for path in leaves if path not in saved]
+    for path, entry in saved.items():
+        if path in leaves:
+            container, key = leaves[path]
+            if (fault := _misfit(path, container[key], entry)) is not None:
+                faults.append(fault)
+        elif path.split("/")[0] in sections and not _belongs_to_rank(path):
+            faults.append(f"{path} is only in the checkpoint")
+    return faults
+
+
+def _misfit(path: str, value: Any, entry: Any) -> str | None:
+    if isinstance(value, Tensor) != isinstance(entry, TensorStorageMetadata):
+        return f"{path} is a tensor in one of the two, an object in the other"
+    if not isinstance(value, Tensor):
+        return None
+    for what, old, new in (
+        ("shape", list(entry.size), list(value.shape)),
+        ("dtype", entry.properties.dtype, value.dtype),
+    ):
+        if old != new:
+            return f"{path} has {what} {old} in the checkpoint, {new} in this run"
+    return None
+
+
+def _describe(folder: Path, faults: list[str]) -> str:
+    shown = faults[:MAX_FAULTS_SHOWN]
+    if len(faults) > len(shown):
+        shown.append(f"... and {len(faults) - len(shown)} more")
+    return (
+        f"checkpoint {folder} does not fit this run (resume with the model and optimizer options"
+        " it was saved with):\n  " + "\n  ".join(shown)
+    )
+
+
+@contextmanager
+def _quiet_without_group() -> Iterator[None]:
+    """DCP warns when there is no process group; for a single process that is intended."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield

@@ -1,0 +1,100 @@
+"""What this version cannot run yet, and what a real run needs beyond a valid config.
+
+Both stop a real run; a dry run only notes them. When a feature lands, delete its line (or add its
+value to the line) here and name the test that proves it in tests/unit/test_config_fields.py.
+"""
+
+from __future__ import annotations
+
+from torchrft.config.fields import FIELDS, is_set, label, show, value_of
+from torchrft.config.job_config import JobConfig
+
+# The values of a field that work today; every other value is refused.
+AVAILABLE_VALUES: dict[str, tuple[object, ...]] = {
+    "engine_type": ("native",),
+    "engine_tp_size": (1,),
+    "advantage_estimator": ("group_norm",),
+    "policy_loss": (None, "ppo_clip"),
+    "kl_placement": ("loss",),
+    "kl_controller": ("fixed",),
+    "dual_clip": (None,),
+    "entropy_coef": (0.0,),
+    "high_entropy_token_ratio": (1.0,),
+    "overlong_filtering": (False,),
+    "advantages_norm": (False,),
+    "advantage_clip": (0.0,),
+    "rollout_correction": ("none",),
+    "dynamic_sampling": (False,),
+    "first_token_temperature": (None,),
+    "freezing_actor_steps": (0,),
+    "critic_pretrain": (None,),
+    "reward_pretrain": (None,),
+    "remote_rm_url": ([],),
+    "rm_use_engine": (False,),
+    "overlong_buffer_len": (0,),
+    "reward_running_norm": (False,),
+    "reward_running_norm_minus_mean": (False,),
+    "reward_clip": (0.0,),
+    "images_key": (None,),
+    "mixed_mm_data": (False,),
+    "processor": (None,),
+    "sp_size": (1,),
+    "tp_size": (1,),
+    "dp_replicate": (1,),
+    "fsdp_cpu_offload": (False,),
+    "adam_offload": (False,),
+    "use_mp_opt": (False,),
+    "compile": (False,),
+    "gradient_checkpointing": (False,),
+}
+
+# Options of features that are not there yet: setting one at all is refused.
+NOT_YET: tuple[str, ...] = (
+    "gamma",
+    "lambd",
+    "value_clip",
+    "kl_horizon",
+    "cpgd_weight",
+    "cpgd_drift_coef",
+    "rollout_correction_cap",
+    "dynamic_sampling_max_rounds",
+    "overlong_penalty_factor",
+)
+
+
+def unavailable(config: JobConfig) -> list[str]:
+    """What the config selects and this version cannot run yet, a sentence each."""
+    found = []
+    for name, values in AVAILABLE_VALUES.items():
+        if value_of(config, name) in values:
+            continue
+        usable = [f"use {show(value)}" for value in values if value not in (None, [])]
+        remedy = " or ".join(usable) or "leave it out"
+        default = "" if is_set(config, name) else " (the default)"
+        found.append(
+            f"{label(config, name)}{default} is not available yet in this version; {remedy}"
+        )
+    for name in NOT_YET:
+        if is_set(config, name) and value_of(config, name) != FIELDS[name].info.default:
+            found.append(
+                f"{label(config, name)} is not available yet in this version; leave it out"
+            )
+    return found
+
+
+def missing(config: JobConfig) -> list[str]:
+    """What a real run needs and the config does not name, a sentence each."""
+    found = []
+    if config.data.prompt_data is None:
+        found.append(
+            "[data] prompt_data is missing; a run needs training prompts: --prompt_data FILE.jsonl"
+        )
+    reward = config.reward
+    if not (
+        reward.functions or reward.reward_pretrain or reward.remote_rm_url or reward.rm_use_engine
+    ):
+        found.append(
+            "[reward] functions is missing; a run needs a reward: --functions exact_match, "
+            "reward_pretrain or remote_rm_url"
+        )
+    return found

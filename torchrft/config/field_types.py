@@ -1,0 +1,53 @@
+"""Types of config fields: bounds, and the shorthands that TOML and flags may use."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def list_to_tuple(value: Any) -> Any:
+    """TOML has no tuples."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def text_to_list(value: Any) -> Any:
+    """A lone string may stand for a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+def name_to_table(value: Any) -> Any:
+    """A plain name may stand for a component without options."""
+    return {"name": value} if isinstance(value, str) else value
+
+
+def exact_int(value: Any) -> Any:
+    """Literal compares by ==, so that it takes True for 1 and 2.0 for 2 even in strict mode."""
+    if type(value) is not int:
+        raise ValueError("must be an integer")
+    return value
+
+
+def _no_null(value: str) -> str:
+    # Neither paths nor TOML can hold one. (Undecodable text is refused by the length check.)
+    if "\0" in value:
+        raise ValueError("must not contain a null character")
+    return value
+
+
+def _not_blank(value: str) -> str:
+    if not value.strip():
+        raise ValueError("must not be empty")
+    return value
+
+
+RawText = Annotated[str, Field(min_length=1), AfterValidator(_no_null)]
+"""Any text, also blanks: a stop string may be a line break."""
+Text = Annotated[RawText, AfterValidator(_not_blank)]

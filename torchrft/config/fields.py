@@ -1,0 +1,148 @@
+"""What the config's fields are called, what they accept and how messages write them.
+
+Everything is read off the JSON schema of `JobConfig`, so that the command line, `--help`, faults
+and docs/configuration.md cannot say anything else than editors do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable
+from functools import cache
+from typing import Any, NamedTuple
+
+from pydantic.fields import FieldInfo
+
+from torchrft.config.job_config import JobConfig, Section
+
+Schema = dict[str, Any]
+
+
+class ConfigField(NamedTuple):
+    """A field's section, pydantic's description of it, and its JSON schema."""
+
+    section: str
+    info: FieldInfo
+    schema: Schema
+
+
+def _sections() -> dict[str, type[Section]]:
+    found = {}
+    for name, info in JobConfig.model_fields.items():
+        assert isinstance(info.annotation, type)
+        found[name] = info.annotation
+    return found
+
+
+def _fields() -> dict[str, ConfigField]:
+    definitions = JobConfig.model_json_schema()["$defs"]
+    found: dict[str, ConfigField] = {}
+    for section, model in SECTIONS.items():
+        for name, info in model.model_fields.items():
+            assert name not in found, f"{name} is in [{found[name].section}] and [{section}]"
+            schema = definitions[model.__name__]["properties"][name]
+            found[name] = ConfigField(section, info, schema)
+    return found
+
+
+SECTIONS: dict[str, type[Section]] = _sections()
+FIELDS: dict[str, ConfigField] = _fields()
+
+
+def branches(schema: Schema) -> list[Schema]:
+    """The alternatives of a schema, without null: leaving a field out is how one says null."""
+    return [part for part in schema.get("anyOf", [schema]) if part.get("type") != "null"]
+
+
+def describe(schema: Schema) -> str:
+    """What a field accepts, in words.
+
+    >>> describe({"type": "number", "exclusiveMinimum": 0, "maximum": 1})
+    'number > 0 and <= 1'
+    """
+    parts = branches(schema)
+    if len(parts) > 1:
+        return " or ".join(dict.fromkeys(describe(part) for part in parts))
+    (part,) = parts
+    if "$ref" in part:
+        return "{ name, weight }"
+    if "const" in part:
+        return str(part["const"])
+    if "enum" in part:
+        return "one of " + ", ".join(str(choice) for choice in part["enum"])
+    if part["type"] == "array":
+        if "prefixItems" in part:
+            return f"{len(part['prefixItems'])} values, each {describe(part['prefixItems'][0])}"
+        return f"list of {describe(part['items'])}"
+    return {"boolean": "true or false", "string": "text"}.get(
+        part["type"], part["type"] + _bounds(part)
+    )
+
+
+def _bounds(schema: Schema) -> str:
+    signs = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
+    found = [f"{sign} {schema[key]}" for key, sign in signs.items() if key in schema]
+    return " " + " and ".join(found) if found else ""
+
+
+def default_text(name: str) -> str:
+    """A field's default as `--help` shows it."""
+    info = FIELDS[name].info
+    if info.is_required():
+        return "required"
+    return "default: " + ("none" if info.default in (None, []) else show(info.default))
+
+
+def choices(name: str) -> list[str]:
+    """The values a field can choose from; empty if it is free."""
+    return [str(value) for part in branches(FIELDS[name].schema) for value in part.get("enum", [])]
+
+
+@cache
+def expected(name: str) -> str:
+    """What the field `name` accepts, in words."""
+    return describe(FIELDS[name].schema)
+
+
+def show(value: Any, limit: int = 90) -> str:
+    """A value on one line, as TOML writes it where that is possible.
+
+    >>> show("a\\nb"), show(True), show((0.9, 0.95))
+    ('"a\\\\nb"', 'true', '[0.9, 0.95]')
+    """
+    try:
+        text = json.dumps(value, default=str, ensure_ascii=False)
+        if not text.isprintable():
+            text = json.dumps(value, default=str)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, or thousands of lists
+        text = f"<{type(value).__name__} too large to show>"
+    text = {"NaN": "nan", "Infinity": "inf", "-Infinity": "-inf"}.get(text, text)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def one_line(text: str) -> str:
+    """`text` with line breaks as spaces and other control characters escaped."""
+    flat = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in flat)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str | None:
+    """The known name nearest to `name`, if any is near; case and dashes do not count."""
+    plain = name.lower().replace("-", "_")
+    near = difflib.get_close_matches(plain, list(known), n=1, cutoff=0.6)
+    return near[0] if near else None
+
+
+def value_of(config: JobConfig, name: str) -> Any:
+    return getattr(getattr(config, FIELDS[name].section), name)
+
+
+def is_set(config: JobConfig, name: str) -> bool:
+    """Whether TOML or flags name the field, rather than its default standing in."""
+    return name in getattr(config, FIELDS[name].section).model_fields_set
+
+
+def label(config: JobConfig, name: str) -> str:
+    """`[section] name = value`, as messages call a field."""
+    return f"[{FIELDS[name].section}] {name} = {show(value_of(config, name))}"

@@ -1,0 +1,129 @@
+"""Which fields have an effect only while another one is set: a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torchrft.config.fields import FIELDS, is_set, value_of
+from torchrft.config.job_config import JobConfig
+
+
+class Need(NamedTuple):
+    """A field that, when set, has an effect only while `met` holds."""
+
+    field: str
+    met: Callable[[JobConfig], bool]
+    needs: str
+    is_error: bool = True
+
+
+def policy_loss(config: JobConfig) -> str:
+    """The policy loss in use: the field, or the preset's."""
+    algorithm = config.algorithm
+    own = ("cpgd", "gspo", "gmpo", "cispo")  # presets named like their loss; the others clip
+    estimator = algorithm.advantage_estimator
+    return algorithm.policy_loss or (estimator if estimator in own else "ppo_clip")
+
+
+def is_chosen(config: JobConfig, name: str) -> bool:
+    """Whether a field is set to something; `compile = false` says "off" and selects nothing."""
+    value = value_of(config, name)
+    is_off = value in (None, False, 0) and value == FIELDS[name].info.default
+    return is_set(config, name) and not is_off
+
+
+def silent_fields(config: JobConfig) -> set[str]:
+    """Unset fields whose default has no effect here, and would be refused or warned of if written.
+
+    The resolved TOML leaves them out, so that it can be loaded again.
+    """
+    silent = {need.field for need in NEEDS if not need.met(config)}
+    if config.parallel.fsdp:
+        silent.add("zero_stage")
+    if config.data.prompt_max_len >= config.data.max_len:
+        silent.add("prompt_max_len")
+    return {name for name in silent if not is_set(config, name)}
+
+
+def kl_adapts(config: JobConfig) -> bool:
+    algorithm = config.algorithm
+    return algorithm.kl_controller == "adaptive" or policy_loss(config) == "cpgd"
+
+
+def _has_critic(config: JobConfig) -> bool:
+    return config.algorithm.advantage_estimator == "gae"
+
+
+def _has_kl(config: JobConfig) -> bool:
+    return config.algorithm.init_kl_coef > 0
+
+
+def _clips(config: JobConfig) -> bool:
+    return policy_loss(config) != "reinforce"
+
+
+_CRITIC = 'advantage_estimator = "gae"'
+_ADAPTIVE = 'kl_controller = "adaptive" or the cpgd policy loss'
+_RETURNS = 'advantage_estimator = "reinforce", "reinforce_plus_plus" or "gae"'
+_WEIGHTED = 'advantage_estimator = "cpgd"'
+
+# Only a warning where the guide's own examples set a field idly, or sweeps switch the need off.
+NEEDS: tuple[Need, ...] = (
+    Need("ref_pretrain", _has_kl, "init_kl_coef > 0"),
+    Need("kl_estimator", _has_kl, "init_kl_coef > 0", False),
+    Need("kl_placement", _has_kl, "init_kl_coef > 0", False),
+    Need("kl_target", kl_adapts, _ADAPTIVE, False),
+    Need("kl_horizon", kl_adapts, _ADAPTIVE),
+    Need("clip_range", _clips, "a policy_loss that clips", False),
+    Need("clip_range_higher", _clips, "a policy_loss that clips", False),
+    Need("dual_clip", lambda c: policy_loss(c) in ("ppo_clip", "gspo"), 'policy_loss = "ppo_clip"'),
+    Need("critic_pretrain", _has_critic, _CRITIC),
+    Need("critic_learning_rate", _has_critic, _CRITIC, False),
+    Need("freezing_actor_steps", _has_critic, _CRITIC),
+    Need("value_clip", _has_critic, _CRITIC),
+    Need("lambd", _has_critic, _CRITIC),
+    Need(
+        "gamma",
+        lambda c: c.algorithm.advantage_estimator in ("reinforce", "reinforce_plus_plus", "gae"),
+        _RETURNS,
+    ),
+    Need("cpgd_weight", lambda c: c.algorithm.advantage_estimator == "cpgd", _WEIGHTED),
+    Need("cpgd_drift_coef", lambda c: policy_loss(c) == "cpgd", "the cpgd policy loss"),
+    Need(
+        "rollout_correction_cap",
+        lambda c: c.algorithm.rollout_correction != "none",
+        "a rollout_correction",
+    ),
+    Need(
+        "dynamic_sampling_max_rounds",
+        lambda c: c.rollout.dynamic_sampling,
+        "dynamic_sampling = true",
+    ),
+    Need(
+        "overlong_penalty_factor",
+        lambda c: c.reward.overlong_buffer_len > 0,
+        "overlong_buffer_len > 0",
+    ),
+    Need(
+        "reward_running_norm_minus_mean",
+        lambda c: c.reward.reward_running_norm,
+        "reward_running_norm = true",
+    ),
+    Need("system_prompt", lambda c: c.data.apply_chat_template, "apply_chat_template = true"),
+    Need(
+        "max_tokens_per_microbatch", lambda c: c.training.packing_samples, "packing_samples = true"
+    ),
+    Need(
+        "chunk_size",
+        lambda c: c.training.fused_linear_logprob,
+        "fused_linear_logprob = true",
+        False,
+    ),
+    Need("lr_min_ratio", lambda c: c.optimizer.lr_decay != "constant", "an lr_decay that decays"),
+    Need("use_mp_opt", lambda c: c.training.bf16, "bf16 = true"),
+    Need("eval_steps", lambda c: c.evaluation.eval_data is not None, "eval_data"),
+    Need("ckpt_path", lambda c: c.checkpoint.load_checkpoint, "load_checkpoint = true"),
+    Need("wandb_org", lambda c: c.logging.use_wandb is not None, "use_wandb"),
+    Need("wandb_run_name", lambda c: c.logging.use_wandb is not None, "use_wandb"),
+)

@@ -1,0 +1,42 @@
+"""From scored samples to the tensors of the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from torchrft.types import RolloutBatch, Sample
+
+
+def make_batch(samples: Sequence[Sample], device: torch.device | str = "cpu") -> RolloutBatch:
+    """The samples as a RolloutBatch, in their order.
+
+    Sequences and prompt lengths stay on the host, where micro-batches are built; [B, T] tensors go
+    to `device`. Raises ValueError for a sample without tokens or whose log-probs do not match them.
+    """
+    for sample in samples:
+        tokens, logprobs = sample.completion.token_ids, sample.completion.logprobs
+        if not tokens or len(tokens) != len(logprobs):
+            raise ValueError(
+                f"the completion of prompt row {sample.prompt.row} has {len(tokens)} tokens and "
+                f"{len(logprobs)} log-probs"
+            )
+    lengths = torch.tensor([len(sample.completion.token_ids) for sample in samples])
+    logprobs = pad_sequence(
+        [torch.tensor(sample.completion.logprobs) for sample in samples], batch_first=True
+    )
+    mask: Tensor = torch.arange(logprobs.shape[1]) < lengths[:, None]
+    return RolloutBatch(
+        sequences=tuple(
+            torch.tensor(sample.prompt.token_ids + sample.completion.token_ids)
+            for sample in samples
+        ),
+        prompt_lens=torch.tensor([len(sample.prompt.token_ids) for sample in samples]),
+        mask=mask.to(device),
+        rewards=torch.tensor([sample.score.value for sample in samples]).to(device),
+        group=torch.tensor([sample.group for sample in samples]).to(device),
+        rollout_logprobs=logprobs.to(device),
+    )

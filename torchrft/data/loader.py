@@ -1,0 +1,137 @@
+"""The order in which prompts are trained on, and how it is resumed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from torchrft.data.prompts import PromptDataset
+from torchrft.types import Prompt
+
+
+class PromptStream(Sampler[list[int]]):
+    """Batch sampler over an endless stream: pass after pass, each one a seeded permutation.
+
+    A step takes the next `prompts_per_step` positions of the stream, so that a step may hold the
+    end of one pass and the start of the next, and no prompt is ever skipped. Of these positions
+    rank r takes those i with i % world_size == r.
+    """
+
+    def __init__(
+        self, num_prompts: int, prompts_per_step: int, seed: int, rank: int, world_size: int
+    ) -> None:
+        self.num_prompts = num_prompts
+        self.prompts_per_step = prompts_per_step
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.position = 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        while True:
+            start = self.position
+            self.position += self.prompts_per_step
+            yield [
+                self._index(position)
+                for position in range(start, self.position)
+                if position % self.world_size == self.rank
+            ]
+
+    def _index(self, position: int) -> int:
+        number, place = divmod(position, self.num_prompts)
+        return int(_permutation(self.num_prompts, self.seed, number)[place])
+
+
+@lru_cache(maxsize=2)
+def _permutation(num_prompts: int, seed: int, number: int) -> torch.Tensor:
+    """The order of pass `number`; SeedSequence keeps (seed 1, pass 0) and (0, 1) apart."""
+    mixed = np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)
+    generator = torch.Generator().manual_seed(int(mixed[0]))
+    return torch.randperm(num_prompts, generator=generator)
+
+
+class PromptLoader:
+    """Endless batches of prompts for one rank, in an order that only the seed decides.
+
+    >>> loader = PromptLoader(dataset, prompts_per_step=8, seed=0)  # doctest: +SKIP
+    >>> len(loader.next())  # doctest: +SKIP
+    8
+
+    Its state is the same on all ranks and holds no number of ranks: a run may go on with more or
+    fewer of them. Raises ValueError if `world_size` does not divide `prompts_per_step`.
+    """
+
+    def __init__(
+        self,
+        dataset: PromptDataset,
+        prompts_per_step: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        assert 0 <= rank < world_size
+        if not len(dataset):
+            raise ValueError("there are no prompts")
+        if prompts_per_step % world_size:
+            raise ValueError(
+                f"{prompts_per_step} prompts per step cannot be divided among {world_size} ranks"
+            )
+        self._stream = PromptStream(len(dataset), prompts_per_step, seed, rank, world_size)
+        with warnings.catch_warnings():
+            # torchdata 0.11 calls a function that torch has deprecated since.
+            warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+            loader = StatefulDataLoader(
+                dataset,
+                batch_sampler=self._stream,
+                collate_fn=list,
+                # Its own generator, or making the iterator would draw from the global one.
+                generator=torch.Generator(),
+            )
+        # In this process a batch is made when it is asked for, so the stream's position is exact.
+        assert loader.num_workers == 0
+        self._batches: Iterator[list[Prompt]] = iter(loader)
+
+    def next(self) -> list[Prompt]:
+        """This rank's prompts of the next step."""
+        return next(self._batches)
+
+    @property
+    def episode(self) -> float:
+        """Passes over the prompts finished so far, with the part of the current one."""
+        return self._stream.position / self._stream.num_prompts
+
+    @property
+    def steps_per_episode(self) -> float:
+        """Steps that one pass takes, a fraction included."""
+        return self._stream.num_prompts / self._stream.prompts_per_step
+
+    def total_steps(self, num_episodes: int) -> int:
+        """Steps after which every prompt has been taken at least `num_episodes` times."""
+        # Whole numbers: a quotient of floats may lie just above the whole number it should be.
+        return -(-num_episodes * self._stream.num_prompts // self._stream.prompts_per_step)
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the stream stands: `position` counts prompts taken over all ranks."""
+        stream = self._stream
+        return {
+            "position": stream.position,
+            "seed": stream.seed,
+            "num_prompts": stream.num_prompts,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `state`; raises ValueError if it belongs to another order of prompts."""
+        for key, value in (("num_prompts", self._stream.num_prompts), ("seed", self._stream.seed)):
+            if state[key] != value:
+                raise ValueError(
+                    f"cannot resume the prompt order: the checkpoint has {key} = {state[key]}, "
+                    f"this run {value}"
+                )
+        self._stream.position = int(state["position"])

@@ -1,0 +1,239 @@
+"""Raw rows of a prompt source, each with the place it came from.
+
+JSON is read line by line in Python: through Arrow, a file whose labels are now 1 and now "1" is
+refused, and dictionaries come back with each other's keys. Everything else goes through `datasets`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
+_ROWS_PER_READ = 1000
+
+
+class Row(NamedTuple):
+    """One record: `number` counts from 0, `where` is what an error message says of it."""
+
+    number: int
+    where: str
+    columns: Mapping[str, Any]
+
+
+class RowSource(ABC):
+    """Rows that can be counted before they are read, and read without holding them all.
+
+    Every row has the columns `required`, else reading raises ValueError. `column_names` are those
+    that exist; of JSON, those seen so far.
+    """
+
+    column_names: Collection[str]
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Row]: ...
+
+
+class JsonRecords(RowSource):
+    """A .jsonl file (one object a line, blank lines skipped), or the array of a .json file."""
+
+    def __init__(self, path: Path, required: Iterable[str]) -> None:
+        self.path = path
+        self._required = list(required)
+        self._seen: dict[str, None] = {}
+        self.column_names = self._seen.keys()
+        self._array = self._read_array() if path.suffix == ".json" else None
+        if self._array is None:
+            with path.open("rb") as file:
+                self._length = sum(1 for line in file if line.strip())
+        else:
+            self._length = len(self._array)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Row]:
+        for number, where, record in self._records():
+            if not isinstance(record, dict):
+                raise ValueError(f"{where}: expected a JSON object, got {record!r:.80}")
+            _check_columns(self._required, record, where)
+            self._seen.update(dict.fromkeys(record))
+            yield Row(number, where, record)
+
+    def _records(self) -> Iterator[tuple[int, str, Any]]:
+        if self._array is not None:
+            for number, record in enumerate(self._array):
+                yield number, f"{self.path}, row {number}", record
+            return
+        # Bytes, because text mode would also break lines at characters that JSON strings may hold.
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file):
+                if line.strip():
+                    where = f"{self.path}, line {number + 1}"
+                    yield number, where, _parse_json(line, where)
+
+    def _read_array(self) -> list[Any] | None:
+        """The records of a file that starts with "[" (one with JSON lines inside does not)."""
+        text = self.path.read_bytes()
+        if not text.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+            return None
+        return _parse_json(text, str(self.path))
+
+
+class Table(RowSource):
+    """A `datasets.Dataset`; only the columns that are asked for are read."""
+
+    def __init__(
+        self, dataset: Dataset, origin: str, required: Iterable[str], optional: Iterable[str]
+    ) -> None:
+        self.origin = origin
+        self.column_names = list(dataset.column_names)
+        _check_columns(required, self.column_names, origin)
+        wanted = {*required, *optional}
+        self._dataset = dataset.select_columns([n for n in self.column_names if n in wanted])
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __iter__(self) -> Iterator[Row]:
+        number = 0
+        for batch in self._dataset.iter(batch_size=_ROWS_PER_READ):
+            for values in zip(*batch.values(), strict=True):
+                columns = dict(zip(batch, values, strict=True))
+                yield Row(number, f"{self.origin}, row {number}", columns)
+                number += 1
+
+
+def open_source(
+    source: str,
+    required: Collection[str],
+    optional: Collection[str] = (),
+    require_split: bool = False,
+) -> RowSource:
+    """The rows of a .jsonl, .json or .parquet file, a dataset folder or a hub id.
+
+    `:split` may follow the source. Without it, `train` is taken, or the only split; with
+    `require_split` a source of several splits must say which. Rows hold the columns `required` and,
+    where they have them, `optional`. Raises ValueError naming the source, and the row if one is at
+    fault.
+    """
+    location, split = split_suffix(source)
+    path = Path(location).expanduser()
+    rows: RowSource
+    if path.suffix in FILE_SUFFIXES and not path.is_dir():
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file")
+        _choose_split(str(path), ["train"], split, require_split=False)
+        if path.suffix == ".parquet":
+            rows = Table(_load_parquet(path), str(path), required, optional)
+        else:
+            rows = JsonRecords(path, required)
+    elif path.is_file():
+        raise ValueError(f"{path}: expected a file ending in {', '.join(FILE_SUFFIXES)}")
+    else:
+        splits = _load_folder(path) if path.is_dir() else _load_hub(location)
+        name = _choose_split(location, list(splits), split, require_split)
+        rows = Table(splits[name], f"{location}:{name}", required, optional)
+    if len(rows) == 0:
+        raise ValueError(f"{location}: holds no rows")
+    return rows
+
+
+def split_suffix(source: str) -> tuple[str, str | None]:
+    """Divides "place:split"; a path that exists with its colon is left whole.
+
+    >>> split_suffix("data/gsm8k:test")
+    ('data/gsm8k', 'test')
+    """
+    location, colon, split = source.rpartition(":")
+    if not colon or Path(source).expanduser().exists():
+        return source, None
+    if not location or not split or "/" in split:
+        raise ValueError(f"{source!r}: expected a file, folder or hub id, then at most :split")
+    return location, split
+
+
+def describe_columns(name: str, names: Collection[str]) -> str:
+    """What there is in place of a missing column, to end a message with."""
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{hint}columns are {', '.join(map(repr, names)) or 'none'}"
+
+
+def _check_columns(required: Iterable[str], names: Collection[str], where: str) -> None:
+    for name in required:
+        if name not in names:
+            raise ValueError(f"{where}: no column {name!r}; {describe_columns(name, names)}")
+
+
+def _load_parquet(path: Path) -> Dataset:
+    try:
+        return load_dataset("parquet", data_files=str(path), split="train")
+    except Exception as error:
+        _refuse(str(path), "is not a readable parquet file", error)
+
+
+def _load_folder(path: Path) -> Mapping[str, Dataset]:
+    saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
+    try:
+        loaded = load_from_disk(str(path)) if saved else load_dataset(str(path))
+    except Exception as error:
+        _refuse(str(path), "is not a dataset folder that `datasets` can load", error)
+    return loaded if isinstance(loaded, DatasetDict) else {str(loaded.split or "train"): loaded}
+
+
+def _load_hub(location: str) -> Mapping[str, Dataset]:
+    """`owner/name`, or `owner/name/config` for a dataset of several configurations."""
+    parts = location.split("/")
+    if len(parts) > 3 or not all(parts) or parts[0] in (".", "..", "~"):
+        raise ValueError(f"{location}: no such file or folder")
+    try:
+        return load_dataset("/".join(parts[:2]), *parts[2:])
+    except Exception as error:
+        message = "is no file or folder here, and could not be loaded from the Hugging Face hub"
+        _refuse(location, message, error)
+
+
+def _choose_split(location: str, splits: list[str], split: str | None, require_split: bool) -> str:
+    if split is not None:
+        if split not in splits:
+            raise ValueError(f"{location}: no split {split!r}; splits are {', '.join(splits)}")
+        return split
+    if len(splits) == 1:
+        return splits[0]
+    if "train" in splits and not require_split:
+        return "train"
+    # Evaluation never falls back to `train`: that would measure the training prompts.
+    raise ValueError(
+        f"{location}: say which split to read, as in {location}:{splits[-1]}; "
+        f"splits are {', '.join(splits)}"
+    )
+
+
+def _refuse(location: str, message: str, error: Exception) -> NoReturn:
+    detail = f"{type(error).__name__}: {error}"
+    if error.__cause__ is not None:  # `datasets` wraps what went wrong in a general error
+        detail += f" ({type(error.__cause__).__name__}: {error.__cause__})"
+    raise ValueError(f"{location} {message}: {detail}") from error
+
+
+def _parse_json(text: bytes, where: str) -> Any:
+    try:
+        return json.loads(text.decode("utf-8-sig"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not valid UTF-8 ({error.reason})") from error
+    except ValueError as error:
+        raise ValueError(f"{where}: invalid JSON: {error}") from error
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")

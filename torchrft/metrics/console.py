@@ -1,0 +1,154 @@
+"""What a person sees of a run: progress with time left, one line per step, a summary."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from torchrft.tools.distributed import is_main
+from torchrft.tools.logging import on_terminal, terminal
+
+# Shown name, metric, format.
+COLUMNS = (
+    ("reward", "reward/mean", "{:.3f}"),
+    ("eval", "eval/reward/mean", "{:.3f}"),
+    ("loss", "policy/loss", "{:.4f}"),
+    ("kl", "policy/kl", "{:.5f}"),
+    ("grad_norm", "grad_norm", "{:.3f}"),
+    ("length", "response_length/mean", "{:.1f}"),
+    ("tok/s", "throughput/tokens_per_second", "{:,.0f}"),
+    ("seconds", "time/step", "{:.2f}"),
+)
+
+
+class Console:
+    """Progress of the steps after `start_step` (0 in a fresh run) up to `total_steps`.
+
+    On a terminal a bar stays below the lines; elsewhere each line tells the time left. Ranks other
+    than 0 print nothing. Leaving the context removes the bar.
+    """
+
+    def __init__(self, total_steps: int, start_step: int = 0) -> None:
+        self.total_steps = total_steps
+        self.start_step = start_step
+        self._started_at = time.monotonic()
+        self._silent = not is_main()
+        self._progress: Progress | None = None
+        if not self._silent and on_terminal():
+            self._progress = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[left]}"),
+                console=terminal(),
+            )
+            self._task = self._progress.add_task(
+                "training", total=total_steps, completed=start_step, left=""
+            )
+            self._progress.start()
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Print the line of a finished step; metrics that it lacks are left out."""
+        if self._silent:
+            return
+        left = self._time_left(step)
+        if self._progress is None:
+            self._print(step_line(step, self.total_steps, metrics, left))
+            return
+        self._print(step_line(step, self.total_steps, metrics))
+        self._progress.update(self._task, completed=step, left=f"{left} left")
+
+    def summary(
+        self, paths: Mapping[str, str | Path], records: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Print the end of the run: first and last evaluation reward, time, what was written where.
+
+        `records` are the run's metrics as `read_metrics` returns them, so that a resumed run shows
+        its evaluation before the interruption too.
+        """
+        if self._silent:
+            return
+        self.close()
+        for line in summary_lines(paths, records, time.monotonic() - self._started_at):
+            self._print(line)
+
+    def close(self) -> None:
+        """Remove the bar; calling it again does nothing."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def __enter__(self) -> Console:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _time_left(self, step: int) -> str:
+        done = step - self.start_step
+        if done <= 0:
+            return "?"
+        seconds = (time.monotonic() - self._started_at) / done * (self.total_steps - step)
+        return _clock(max(0.0, seconds))
+
+    def _print(self, line: str) -> None:
+        if on_terminal():
+            terminal().print(escape(line), highlight=False, soft_wrap=True)
+        else:
+            print(line, flush=True)
+
+
+def step_line(
+    step: int, total_steps: int, metrics: Mapping[str, float], left: str | None = None
+) -> str:
+    """One legible line.
+
+    >>> step_line(3, 100, {"reward/mean": 0.25, "time/step": 1.5}, left="2:25")
+    'step   3/100 | reward 0.250 | seconds 1.50 | left 2:25'
+    """
+    parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}"]
+    for name, key, form in COLUMNS:
+        if (value := metrics.get(key)) is not None:
+            parts.append(f"{name} {form.format(value)}")
+    if left is not None:
+        parts.append(f"left {left}")
+    return " | ".join(parts)
+
+
+def summary_lines(
+    paths: Mapping[str, str | Path], records: Sequence[Mapping[str, Any]], seconds: float
+) -> list[str]:
+    """The lines of the summary."""
+    evaluated = [
+        (record["step"], record["eval/reward/mean"])
+        for record in records
+        if record.get("eval/reward/mean") is not None
+    ]
+    last_step = records[-1]["step"] if records else 0
+    lines = ["", f"finished at step {last_step} after {_clock(seconds)}"]
+    if evaluated:
+        (first_step, first), (end_step, last) = evaluated[0], evaluated[-1]
+        lines.append(
+            f"evaluation reward {first:.3f} (step {first_step}) -> {last:.3f} (step {end_step})"
+        )
+    width = max((len(name) for name in paths), default=0)
+    lines += [f"{name:<{width}}  {path}" for name, path in paths.items()]
+    return lines
+
+
+def _clock(seconds: float) -> str:
+    """Hours, minutes and seconds; minutes always, hours when there are any."""
+    text = str(timedelta(seconds=round(seconds)))
+    return text.removeprefix("0:")

@@ -1,0 +1,68 @@
+"""JSON lines and files that are never seen half-written."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+METRICS_FILE = "metrics.jsonl"
+
+
+def json_line(record: Mapping[str, Any]) -> str:
+    """`record` as one line of strict JSON: NaN and infinity, which JSON lacks, become null.
+
+    >>> json_line({"step": 1, "policy/loss": float("nan")})
+    '{"step": 1, "policy/loss": null}\\n'
+    """
+    return json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write `content` to a temporary file beside `path` and rename it there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(temporary, path)
+
+
+def write_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write one line per record, atomically."""
+    write_atomically(path, "".join(json_line(record) for record in records))
+
+
+def read_metrics(log_dir: str | Path) -> list[dict[str, Any]]:
+    """The records of `log_dir`/metrics.jsonl; without a last line that a kill cut short.
+
+    Raises:
+        ValueError: another line is not JSON; the file and the line are named.
+    """
+    path = Path(log_dir) / METRICS_FILE
+    if not path.exists():
+        return []
+    # Only "\n" ends a line: splitlines() would also split at characters inside strings.
+    *lines, rest = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+    return records
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    if isinstance(value, bool | int | str) or value is None:
+        return value
+    if hasattr(value, "item"):  # a tensor or numpy scalar
+        return _plain(value.item())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value)

@@ -1,0 +1,144 @@
+"""One record a step, to metrics.jsonl and, if asked for, to TensorBoard and Weights & Biases."""
+
+from __future__ import annotations
+
+import math
+import re
+import uuid
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torchrft.config.job_config import Logging
+from torchrft.metrics.files import METRICS_FILE, json_line, read_metrics, write_json_lines
+from torchrft.tools.distributed import is_main
+
+STEP_FILE = re.compile(r".*step-(\d+)\.\w+")
+RUN_ID_FILE = "wandb_run_id"
+
+
+class MetricLogger:
+    """Writes metrics from rank 0; on other ranks it does nothing.
+
+    With `resume_step`, what an interrupted run wrote about later steps is removed first, so that
+    the files end up as if it had not been interrupted. `run_config` is shown by W&B.
+
+    >>> import tempfile
+    >>> from torchrft.metrics.files import read_metrics
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with MetricLogger(Logging(), folder, {}) as log:
+    ...         log.log(1, {"reward/mean": 0.5})
+    ...     read_metrics(folder)
+    [{'step': 1, 'reward/mean': 0.5}]
+
+    Raises:
+        ValueError: `use_wandb` without the package, or a fresh run where metrics.jsonl exists.
+    """
+
+    def __init__(
+        self,
+        config: Logging,
+        log_dir: str | Path,
+        run_config: Mapping[str, Any],
+        resume_step: int | None = None,
+    ) -> None:
+        self.log_dir = Path(log_dir)
+        self._file: Any = None
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        if not is_main():
+            return
+        check_available(config)
+        path = self.log_dir / METRICS_FILE
+        if resume_step is not None:
+            drop_after(self.log_dir, resume_step)
+        elif path.exists():
+            raise ValueError(f"{path} holds an earlier run; resume it or set it aside first")
+        self.log_dir.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8")
+        if config.use_tensorboard is not None:
+            self._tensorboard = _open_tensorboard(config.use_tensorboard, resume_step)
+        if config.use_wandb is not None:
+            self._wandb = _open_wandb(config, self.log_dir, run_config, resume_step)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append the record of `step`. Values that are not finite are written as null."""
+        if self._file is None:
+            return
+        self._file.write(json_line({"step": step, **metrics}))
+        self._file.flush()  # a kill loses nothing that was logged
+        finite = {name: float(value) for name, value in metrics.items()}
+        finite = {name: value for name, value in finite.items() if math.isfinite(value)}
+        if self._tensorboard is not None:
+            for name, value in finite.items():
+                self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.flush()
+        if self._wandb is not None:
+            self._wandb.log(finite, step=step)
+
+    def close(self) -> None:
+        """Flush and close everything; calling it again does nothing."""
+        if self._file is not None:
+            self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        self._file = self._tensorboard = self._wandb = None
+
+    def __enter__(self) -> MetricLogger:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def check_available(config: Logging) -> None:
+    """Raise ValueError if `config` asks for a package that is not installed."""
+    if config.use_wandb is not None and find_spec("wandb") is None:
+        raise ValueError("use_wandb needs the package wandb: pip install 'torchrft[wandb]'")
+
+
+def drop_after(log_dir: Path, step: int) -> None:
+    """Remove lines of metrics.jsonl, rollouts and plots that belong to steps after `step`."""
+    if (log_dir / METRICS_FILE).exists():
+        kept = [record for record in read_metrics(log_dir) if record["step"] <= step]
+        write_json_lines(log_dir / METRICS_FILE, kept)
+    for folder in ("rollouts", "plots"):
+        for path in (log_dir / folder).glob("*step-*"):
+            match = STEP_FILE.fullmatch(path.name)
+            if match and int(match[1]) > step:
+                path.unlink()
+
+
+def _open_tensorboard(folder: str, resume_step: int | None) -> Any:
+    from torch.utils.tensorboard import SummaryWriter  # slow to import, and seldom needed
+
+    purge_step = None if resume_step is None else resume_step + 1
+    return SummaryWriter(log_dir=folder, purge_step=purge_step)
+
+
+def _open_wandb(
+    config: Logging, log_dir: Path, run_config: Mapping[str, Any], resume_step: int | None
+) -> Any:
+    import wandb
+
+    id_file = log_dir / RUN_ID_FILE
+    if resume_step is None or not id_file.exists():
+        id_file.write_text(uuid.uuid4().hex[:12] + "\n")
+    return wandb.init(
+        project=config.use_wandb,
+        entity=config.wandb_org,
+        name=config.wandb_run_name,
+        id=id_file.read_text().strip(),
+        resume="allow",
+        dir=str(log_dir),
+        config=dict(run_config),
+    )

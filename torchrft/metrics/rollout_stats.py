@@ -1,0 +1,49 @@
+"""Metrics and dump rows of a rollout's samples."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from torchrft.types import Sample
+
+
+def rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+    """Rewards, their parts and response lengths over `samples`, which must not be empty.
+
+    `reward/std` is the population's; lengths are in tokens; `response/truncated_ratio` is the share
+    of responses that the length limit cut off.
+    """
+    rewards = [sample.score.value for sample in samples]
+    lengths = [len(sample.completion.token_ids) for sample in samples]
+    truncated = [sample.completion.finish_reason == "length" for sample in samples]
+    metrics = {
+        "reward/mean": statistics.fmean(rewards),
+        "reward/std": statistics.pstdev(rewards),
+        "response_length/mean": statistics.fmean(lengths),
+        "response_length/max": float(max(lengths)),
+        "response/truncated_ratio": statistics.fmean(truncated),
+    }
+    for name in samples[0].score.parts:
+        metrics[f"reward/{name}"] = statistics.fmean(s.score.parts[name] for s in samples)
+    return metrics
+
+
+def dump_rows(samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    """One row a sample for rollouts/step-N.jsonl."""
+    return [
+        {
+            "group": sample.group,
+            "row": sample.prompt.row,
+            "prompt": sample.prompt.text,
+            "response": sample.completion.text,
+            "label": sample.prompt.label,
+            "reward": sample.score.value,
+            "reward_parts": dict(sample.score.parts),
+            "length": len(sample.completion.token_ids),
+            "finish_reason": sample.completion.finish_reason,
+            "policy_version": sample.completion.policy_version,
+        }
+        for sample in samples
+    ]

@@ -1,0 +1,242 @@
+"""One attention function for every model, registered with transformers under the name "torchrft".
+
+What a forward pass attends to travels as the keyword argument `layout` of the model's forward:
+transformers hands it through to the attention function untouched. A layout is a callable
+
+    layout(layer, query [B, H, T, D], key [B, Hkv, T, D], value [B, Hkv, T, D], scale, window)
+        -> [B, T, H, D]
+
+Here are the two of training, `padded` (rows padded on the right) and `Packed` (one row holding
+several sequences, shared prompts once); the native engine brings its own, with a KV cache.
+Because no mask function is registered for "torchrft", transformers builds no mask.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface
+
+NAME = "torchrft"
+Layout = Callable[[int, Tensor, Tensor, Tensor, float, int | None], Tensor]
+
+# torch 2.13 has grouped queries here, 2.11 has not.
+_VARLEN_HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    layout: Layout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The function transformers calls in every attention layer; returns ([B, T, H, D], None).
+
+    Raises ValueError for what would silently change the result: an attention mask, dropout,
+    attention sinks or soft-capped scores.
+    """
+    if attention_mask is not None:
+        raise ValueError("torchrft attention takes a `layout`, not an attention_mask")
+    unsupported = [k for k in ("softcap", "s_aux", "sinks") if kwargs.get(k) is not None]
+    if unsupported or dropout > 0:
+        what = ", ".join(unsupported) or f"attention_dropout = {dropout}"
+        raise ValueError(f"{type(module).__name__} uses {what}, which torchrft does not support")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    return (layout or padded)(layer, query, key, value, scale, sliding_window), None
+
+
+AttentionInterface.register(NAME, attention)
+
+
+def causal_mask(length: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Boolean [length, length], true where attended; None when plain causality is enough."""
+    if window is None or window >= length:
+        return None
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position[None, :]
+    return (distance >= 0) & (distance < window)
+
+
+def padded(
+    layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+) -> Tensor:
+    """Causal attention over rows that are padded on the right.
+
+    Padding needs no mask: a causal query never looks to its right, and what the padding itself
+    computes is never read.
+    """
+    mask = causal_mask(query.shape[2], window, query.device)
+    out = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out.transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Attention within each of several sequences in one row that holds shared prefixes once.
+
+    The row is a series of groups: a prefix (a prompt), then branches (responses to it). A prefix
+    attends causally to itself, a branch to its group's prefix and causally to itself. Without
+    branches this is ordinary sequence packing. On CUDA it is one variable-length kernel. Elsewhere
+    prefixes and branches are unfolded into padded rows, which costs rows x longest^2 where a mask
+    over the whole row would cost (sum of lengths)^2.
+    """
+
+    positions: Tensor  # int64 [N]: position of each token in its sequence
+    cu_queries: Tensor  # int32 [segments + 1], boundaries in the row; a segment is one of either
+    cu_keys: Tensor  # int32 [segments + 1], boundaries in `keys`
+    keys: Tensor  # int64: position in the row of every segment's keys, segment by segment
+    longest: tuple[int, int]  # queries and keys of the longest segment
+    prefixes: Tensor  # int64 [G, longest prefix]: position in the row of each cell (0 if padding)
+    branches: Tensor  # int64 [S, longest branch], as prefixes; S may be 0
+    branch_keys: Tensor  # int64 [S, longest prefix + branch], as prefixes
+    branch_starts: Tensor  # int64 [S]: length of each branch's prefix
+    fold: Tensor  # int64 [N]: cell of each position, counting prefix cells, then branch cells
+
+    @classmethod
+    def of(cls, groups: Sequence[tuple[int, Sequence[int]]]) -> Packed:
+        """The layout of groups (prefix length > 0, branch lengths >= 0), in the row's order.
+
+        >>> layout = Packed.of([(2, [1, 3])])
+        >>> layout.positions.tolist()
+        [0, 1, 2, 2, 3, 4]
+        >>> layout.keys.tolist()
+        [0, 1, 0, 1, 2, 0, 1, 3, 4, 5]
+        """
+        rows = []  # a segment: start and length of the prefix it looks back to, its own length
+        start = 0
+        for prefix, branches in groups:
+            rows.append((start, 0, prefix))
+            rows += [(start, prefix, length) for length in branches if length]
+            start += prefix + sum(branches)
+        before_start, before, own = torch.tensor(rows).unbind(1)
+        own_start = own.cumsum(0) - own
+        queries, inside = _cells(own_start, own)
+        keys, keys_inside = _cells(own_start, own, before_start, before)
+        columns = torch.arange(queries.shape[1])
+        is_prefix = before == 0
+        order = torch.cat(
+            [queries[is_prefix][inside[is_prefix]], queries[~is_prefix][inside[~is_prefix]]]
+        )
+        prefixes, branches_ = _trim(queries, own, is_prefix), _trim(queries, own, ~is_prefix)
+        spots = torch.cat(
+            [
+                _trim(inside, own, is_prefix).flatten().nonzero().squeeze(1),
+                _trim(inside, own, ~is_prefix).flatten().nonzero().squeeze(1) + prefixes.numel(),
+            ]
+        )
+        return cls(
+            positions=(before[:, None] + columns)[inside],
+            cu_queries=F.pad(own.cumsum(0), (1, 0)).to(torch.int32),
+            cu_keys=F.pad((before + own).cumsum(0), (1, 0)).to(torch.int32),
+            keys=keys[keys_inside],
+            longest=(queries.shape[1], keys.shape[1]),
+            prefixes=prefixes,
+            branches=branches_,
+            branch_keys=_trim(keys, before + own, ~is_prefix),
+            branch_starts=before[~is_prefix],
+            fold=torch.empty_like(order).index_copy_(0, order, spots),
+        )
+
+    def to(self, device: torch.device) -> Packed:
+        """The same on `device`."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()}
+        return Packed(**moved)
+
+    def __call__(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None,
+    ) -> Tensor:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, H, D]
+        if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+            return self._varlen(q, k, v, scale, window).unsqueeze(0)
+        rows = [x[self.prefixes].transpose(1, 2) for x in (q, k, v)]
+        cells = padded(layer, rows[0], rows[1], rows[2], scale, window).flatten(0, 1)
+        if self.branches.numel():
+            cells = torch.cat([cells, self._branches(q, k, v, scale, window)])
+        return cells[self.fold].unsqueeze(0)
+
+    def _branches(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        columns = torch.arange(self.branch_keys.shape[1], device=q.device)
+        steps = torch.arange(self.branches.shape[1], device=q.device)
+        last = (self.branch_starts[:, None] + steps)[:, :, None]  # each query's own column
+        mask = columns <= last
+        if window is not None:
+            mask &= columns > last - window
+        out = F.scaled_dot_product_attention(
+            q[self.branches].transpose(1, 2),
+            k[self.branch_keys].transpose(1, 2),
+            v[self.branch_keys].transpose(1, 2),
+            attn_mask=mask[:, None],
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        return out.transpose(1, 2).flatten(0, 1)
+
+    def _varlen(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        if self.branches.numel():
+            k, v = k[self.keys], v[self.keys]
+        options: dict[str, Any] = {"scale": scale, "window_size": ((window or 0) - 1, 0)}
+        if q.shape[1] != k.shape[1]:
+            if _VARLEN_HAS_GQA:
+                options["enable_gqa"] = True
+            else:
+                k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        # A segment's last query sees all its keys: causality is aligned at the end.
+        out = varlen_attn(q, k, v, self.cu_queries, self.cu_keys, *self.longest, **options)
+        assert isinstance(out, Tensor)
+        return out
+
+
+def _cells(
+    own_start: Tensor,
+    own: Tensor,
+    before_start: Tensor | None = None,
+    before: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Positions of each segment's tokens, those it looks back to first, as int64 [R, longest]
+    padded with 0; and bool [R, longest], which of them are not padding."""
+    before = torch.zeros_like(own) if before is None else before
+    before_start = own_start if before_start is None else before_start
+    columns = torch.arange(int((before + own).max()))
+    inside = columns < (before + own)[:, None]
+    looking_back = columns < before[:, None]
+    cells = (
+        torch.where(looking_back, before_start[:, None], (own_start - before)[:, None]) + columns
+    )
+    return cells.where(inside, 0), inside
+
+
+def _trim(table: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:
+    """The chosen rows, no wider than the longest of them."""
+    width = int(lengths[rows].max()) if bool(rows.any()) else 0
+    return table[rows][:, :width]

@@ -1,0 +1,106 @@
+"""Models and tokenizers from a Hugging Face folder or hub id."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from torchrft.models import attention
+
+
+def load_config(source: str) -> PreTrainedConfig:
+    """The model's config, set to torchrft's attention function.
+
+    Raises ValueError when `source` is neither a folder with a config nor a reachable hub id.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(_not_found(source, "config.json")) from error
+    # transformers writes the attention's name into the very object it is given.
+    config = copy.deepcopy(config)
+    config._attn_implementation = attention.NAME
+    return config
+
+
+def load_model(
+    source: str, init: str = "pretrained", dtype: torch.dtype = torch.float32, seed: int = 0
+) -> PreTrainedModel:
+    """A causal LM in `dtype` on the CPU: the weights of `source`, or fresh ones drawn by `seed`.
+
+    Fresh weights depend on the config and the seed only, so every rank draws the same.
+    Raises ValueError when there are no weights to load, or some are missing from the files.
+    """
+    config = load_config(source)
+    if init == "random":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    else:
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attention.NAME,
+                output_loading_info=True,
+            )
+        except OSError as error:
+            raise ValueError(
+                _not_found(source, "weights") + '; [model] init = "random" makes fresh ones'
+            ) from error
+        if info["missing_keys"]:
+            missing = ", ".join(sorted(info["missing_keys"])[:3])
+            raise ValueError(f'pretrain = "{source}" lacks weights of the model: {missing}, …')
+    return model
+
+
+def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of that config whose weights are still to be filled in."""
+    config = copy.deepcopy(config)
+    config._attn_implementation = attention.NAME
+    with torch.random.fork_rng(devices=[]):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer. Raises ValueError when there is none or it has no end-of-sequence token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(_not_found(source, "tokenizer")) from error
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f'the tokenizer of "{source}" has no eos_token: set one in its config')
+    return tokenizer
+
+
+def stop_token_ids(model_config: PreTrainedConfig, source: str, eos: int) -> tuple[int, ...]:
+    """End-of-sequence ids of the tokenizer, the model's config and its generation config."""
+    found: set[int] = {eos}
+    generation = None
+    if not Path(source).is_dir() or (Path(source) / "generation_config.json").exists():
+        try:
+            generation = GenerationConfig.from_pretrained(source)
+        except OSError:
+            generation = None  # hub models need not have one
+    for config in (model_config, generation):
+        value = getattr(config, "eos_token_id", None)
+        found.update(value if isinstance(value, list) else [] if value is None else [value])
+    return tuple(sorted(found))
+
+
+def _not_found(source: str, what: str) -> str:
+    if Path(source).is_dir():
+        return f'pretrain = "{source}" holds no {what} that transformers can read'
+    return f'pretrain = "{source}" is neither a folder nor a model that the hub hands out here'

@@ -1,0 +1,72 @@
+"""The policy: a transformers causal LM whose forward returns token log-probs instead of logits."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from torchrft.models.attention import Layout
+from torchrft.models.logprobs import fused_linear_logprob, linear_logprob
+
+# Heads that do more than hidden @ weight^T; taking log-probs without that would be silently wrong.
+_LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+class Inputs(Protocol):
+    """What a forward pass needs; `torchrft.data.packing.MicroBatch` is one."""
+
+    input_ids: Tensor  # int64 [rows, length]
+    position_ids: Tensor  # int64 [rows, length]
+    layout: Layout | None
+    targets: Tensor  # int64 [M]: flat positions whose next token is a response token
+    labels: Tensor  # int64 [M]: those next tokens
+
+
+class PolicyModel(nn.Module):
+    """Log-probs and entropies of the response tokens of a micro-batch.
+
+    The head lives inside this forward because FSDP2 unshards parameters only around the forward of
+    the module it wraps, and because only the `targets` positions need logits.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        temperature: float = 1.0,
+        fused: bool = False,
+        chunk_size: int = 4096,
+    ) -> None:
+        super().__init__()
+        head = model.get_output_embeddings()
+        if head is None or getattr(head, "bias", None) is not None:
+            raise ValueError(f"{type(model).__name__} needs a language-model head without bias")
+        for name in _LOGIT_CHANGES:
+            value = getattr(model.config, name, None)
+            if value not in (None, 1, 1.0):
+                raise ValueError(
+                    f"{type(model).__name__} changes its logits by {name} = {value}, "
+                    "which torchrft does not support"
+                )
+        self.model = model
+        self.temperature = temperature
+        self.fused = fused
+        self.chunk_size = chunk_size
+
+    def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Returns logprobs float32 [M] and entropy float32 [M] of `inputs.labels`."""
+        base = self.model.get_decoder()
+        hidden = base(
+            input_ids=inputs.input_ids,
+            position_ids=inputs.position_ids,
+            use_cache=False,
+            layout=inputs.layout,
+        ).last_hidden_state
+        hidden = hidden.flatten(0, 1)[inputs.targets]
+        weight = self.model.get_output_embeddings().weight
+        if self.fused:
+            return fused_linear_logprob(
+                hidden, weight, inputs.labels, self.temperature, self.chunk_size
+            )
+        return linear_logprob(hidden, weight, inputs.labels, self.temperature)

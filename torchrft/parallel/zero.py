@@ -1,0 +1,32 @@
+"""ZeRO stages (arXiv:1910.02054) as settings of FSDP2."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torchrft.config.job_config import Parallel
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """FSDP2 always shards optimizer state; the rest is when things are gathered and reduced.
+
+    `reshard_after_forward`: parameters are gathered again for the backward pass, so that they are
+    sharded in between. `reduce_every_micro_batch`: gradients are reduced and sharded after each
+    micro-batch rather than once per optimizer step.
+    """
+
+    reshard_after_forward: bool
+    reduce_every_micro_batch: bool
+
+
+_STAGES = {
+    1: Sharding(reshard_after_forward=False, reduce_every_micro_batch=False),
+    2: Sharding(reshard_after_forward=False, reduce_every_micro_batch=True),
+    3: Sharding(reshard_after_forward=True, reduce_every_micro_batch=True),
+}
+
+
+def sharding(config: Parallel) -> Sharding:
+    """Full sharding with `fsdp`, else that of `zero_stage`."""
+    return _STAGES[3 if config.fsdp else config.zero_stage]

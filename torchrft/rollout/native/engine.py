@@ -1,0 +1,112 @@
+"""torchrft's own rollout engine: continuous batching in plain PyTorch, on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from torchrft.models.loader import empty_model
+from torchrft.rollout.native.generation import Generation
+from torchrft.rollout.weight_sync import copy_weights
+from torchrft.types import Completion, FinishReason, Prompt, SamplingParams
+
+
+class NativeEngine:
+    """Runs the transformers model itself, one copy per rank; see `RolloutEngine` for the calls.
+
+    >>> engine = NativeEngine(config, tokenizer, stop_token_ids=(1,))       # doctest: +SKIP
+    >>> engine.update_weights(model.named_parameters(), version=0)          # doctest: +SKIP
+    >>> engine.generate(prompts, SamplingParams(n=8, temperature=1.0))      # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_token_ids: tuple[int, ...],
+        max_num_seqs: int = 256,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.stop_token_ids = stop_token_ids
+        self.max_num_seqs = max_num_seqs
+        self.device = torch.device(device)
+        self.model = empty_model(config, dtype).to(self.device).eval().requires_grad_(False)
+        self.version: int | None = None  # None: no weights yet
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        self.version = None
+        copy_weights(self.model, named_tensors)
+        self.version = version
+
+    def sleep(self) -> None:
+        """Frees the weights; the KV cache lives only while `generate` runs."""
+        self.version = None
+        for parameter in self.model.parameters():
+            parameter.data.untyped_storage().resize_(0)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def wake(self) -> None:
+        for parameter in self.model.parameters():
+            parameter.data.untyped_storage().resize_(parameter.numel() * parameter.itemsize)
+
+    def close(self) -> None:
+        self.sleep()
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
+        if self.version is None:
+            raise ValueError("the engine has no weights: call update_weights before generate")
+        for position, prompt in enumerate(prompts):
+            if sampling.budget(len(prompt.token_ids)) < 1:
+                raise ValueError(
+                    f"prompt {position} (row {prompt.row}) has {len(prompt.token_ids)} tokens, "
+                    f"which leaves no room for a response: max_len is {sampling.max_total_tokens}"
+                )
+        if not prompts:
+            return []
+        generation = Generation(
+            self.model,
+            prompts,
+            sampling,
+            stop_ids=self.stop_token_ids + sampling.stop_token_ids,
+            max_num_seqs=self.max_num_seqs,
+            decode=self._decode_tail,
+        )
+        tokens, logprobs, stopped = generation.run()
+        return self._completions(sampling, tokens, logprobs, stopped)
+
+    def _decode_tail(self, token_ids: list[int]) -> str:
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def _completions(
+        self,
+        sampling: SamplingParams,
+        tokens: list[list[int]],
+        logprobs: list[list[float]],
+        stopped: list[bool],
+    ) -> list[Completion]:
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        completions = []
+        for request, text in enumerate(texts):
+            for stop in sampling.stop:  # the text ends before a stop string, as in vLLM
+                text = text.split(stop, 1)[0]
+            reason: FinishReason = "stop" if stopped[request] else "length"
+            assert self.version is not None
+            completions.append(
+                Completion(
+                    prompt_index=request // sampling.n,
+                    sample_index=request % sampling.n,
+                    token_ids=tuple(tokens[request]),
+                    logprobs=tuple(logprobs[request]),
+                    text=text,
+                    finish_reason=reason,
+                    policy_version=self.version,
+                )
+            )
+        return completions

@@ -1,0 +1,229 @@
+"""One call of `generate`: admit, decode and retire sequences until none is left.
+
+Requests are numbered prompt by prompt: request r is sample r % n of prompt r // n. A prompt is
+prefilled once for its n samples. Every step decodes one token for each active sequence; sequences
+that end leave at once and waiting ones take their slots.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from torchrft.rollout.native.kv_cache import Decode, Prefill, SlotCache
+from torchrft.rollout.native.sampler import sample
+from torchrft.types import Prompt, SamplingParams
+
+_PREFILL_TOKENS = 16384  # padded prompt tokens of one prefill pass, which bounds its memory
+
+
+@dataclass
+class _Active:
+    """State of the active sequences, slot by slot: int64 [B] each."""
+
+    request: Tensor
+    token: Tensor  # the last one sampled, not yet in the cache
+    length: Tensor  # tokens in the cache
+    generated: Tensor
+    budget: Tensor
+    seed: Tensor
+
+    def select(self, rows: Tensor) -> _Active:
+        return _Active(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+
+    def extend(self, other: _Active) -> _Active:
+        names = self.__dataclass_fields__
+        return _Active(*(torch.cat([getattr(self, n), getattr(other, n)]) for n in names))
+
+
+class Generation:
+    """The state of one `generate` call."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        stop_ids: tuple[int, ...],
+        max_num_seqs: int,
+        decode: Callable[[list[int]], str],
+    ) -> None:
+        self.base, self.head = model.get_decoder(), model.get_output_embeddings()
+        self.device = self.head.weight.device
+        self.prompts, self.sampling, self.decode = prompts, sampling, decode
+        self.stop_ids = torch.tensor(sorted(set(stop_ids)), device=self.device)
+        count = len(prompts) * sampling.n
+        self.slots = min(max_num_seqs, count)
+        lengths = [len(prompt.token_ids) for prompt in prompts]
+        # Room for one more than the longest sequence: a prompt's slot is reserved with its successor.
+        limit = max(length + sampling.budget(length) for length in lengths) + 1
+        self.cache = SlotCache(self.slots, limit)
+        self.waiting_prompts = deque(range(len(prompts)))
+        self.waiting_samples: deque[tuple[int, int]] = deque()  # (row of the prefill, request)
+        self.prefill = Prefill()
+        self.prefill_logits = torch.empty(0)
+        self.stopped = torch.zeros(count, dtype=torch.bool, device=self.device)
+        self.seeds, self.budgets = self._seeds(count), self._budgets()
+        self.log: list[tuple[Tensor, Tensor, Tensor]] = []  # (request, token, logprob) by step
+        self.tails: list[list[int]] = [[] for _ in range(count if sampling.stop else 0)]
+        empty = torch.empty(0, dtype=torch.long, device=self.device)
+        self.active = _Active(empty, empty, empty, empty, empty, empty)
+
+    def _seeds(self, count: int) -> Tensor:
+        if self.sampling.seeds is None:
+            return torch.randint(2**62, (count,)).to(self.device)
+        flat = [seed for row in self.sampling.seeds for seed in row]
+        if len(flat) != count:
+            raise ValueError(f"{len(flat)} seeds were given for {count} completions")
+        return torch.tensor(flat, dtype=torch.long, device=self.device)
+
+    def _budgets(self) -> Tensor:
+        budgets = [self.sampling.budget(len(prompt.token_ids)) for prompt in self.prompts]
+        return torch.tensor(budgets, device=self.device).repeat_interleave(self.sampling.n)
+
+    def run(self) -> tuple[list[list[int]], list[list[float]], list[bool]]:
+        """Tokens, log-probs and "ended by a stop" of every request."""
+        while self.waiting_prompts or self.waiting_samples or self.active.request.numel():
+            while self.admit():
+                pass
+            if self.active.request.numel():
+                self.decode_step()
+        request, token, logprob = (torch.cat(column) for column in zip(*self.log, strict=True))
+        order = request.argsort(stable=True)  # the log is in order of time
+        sizes = request.bincount(minlength=self.stopped.numel()).tolist()
+        tokens = token[order].cpu().split(sizes)
+        logprobs = logprob[order].cpu().split(sizes)
+        return (
+            [row.tolist() for row in tokens],
+            [row.tolist() for row in logprobs],
+            self.stopped.tolist(),
+        )
+
+    def admit(self) -> bool:
+        """Fills free slots with waiting samples; false when there is nothing to admit."""
+        first = self.active.request.numel()
+        free = self.slots - first
+        if not free or not (self.waiting_samples or self.waiting_prompts):
+            return False
+        if not self.waiting_samples:
+            self.prefill_prompts(free)
+        taken = [
+            self.waiting_samples.popleft() for _ in range(min(free, len(self.waiting_samples)))
+        ]
+        rows = torch.tensor([row for row, _ in taken], device=self.device)
+        request = torch.tensor([request for _, request in taken], device=self.device)
+        lengths = [len(self.prompts[r // self.sampling.n].token_ids) for _, r in taken]
+        self.cache.reserve(self.prefill.keys[0].shape[2] + 1, self.prefill)
+        self.cache.admit(first, self.prefill, rows)
+        new = _Active(
+            request=request,
+            token=request,  # replaced below
+            length=torch.tensor(lengths, device=self.device),
+            generated=torch.zeros_like(request),
+            budget=self.budgets[request],
+            seed=self.seeds[request],
+        )
+        old, self.active = self.active, new
+        finished = self.take(self.prefill_logits[rows])
+        self.active = old.extend(self.active)
+        self.retire(torch.cat([torch.zeros_like(old.request, dtype=torch.bool), finished]))
+        return True
+
+    def prefill_prompts(self, free: int) -> None:
+        """Runs the next waiting prompts, as many as fill the free slots, and keeps their keys."""
+        count = -(-free // self.sampling.n)
+        batch: list[int] = []
+        longest = 0
+        while self.waiting_prompts and len(batch) < count:
+            longest = max(longest, len(self.prompts[self.waiting_prompts[0]].token_ids))
+            if batch and longest * (len(batch) + 1) > _PREFILL_TOKENS:
+                break
+            batch.append(self.waiting_prompts.popleft())
+        ids = [torch.tensor(self.prompts[index].token_ids) for index in batch]
+        lengths = torch.tensor([row.numel() for row in ids], device=self.device)
+        padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(self.device)
+        positions = torch.arange(padded.shape[1], device=self.device).expand_as(padded)
+        self.prefill = Prefill()
+        hidden = self._forward(padded, positions, self.prefill)
+        last = hidden[torch.arange(len(batch), device=self.device), lengths - 1]
+        self.prefill_logits = self.head(last)
+        n = self.sampling.n
+        self.waiting_samples.extend(
+            (row, index * n + j) for row, index in enumerate(batch) for j in range(n)
+        )
+
+    def decode_step(self) -> None:
+        """One token for every active sequence."""
+        active = self.active
+        longest = int(active.length.max())
+        self.cache.reserve(longest + 1, self.prefill)
+        layout = Decode(self.cache, active.length, longest)
+        hidden = self._forward(active.token[:, None], active.length[:, None], layout)
+        active.length = active.length + 1
+        self.retire(self.take(self.head(hidden[:, 0])))
+
+    def _forward(self, ids: Tensor, positions: Tensor, layout: Prefill | Decode) -> Tensor:
+        out = self.base(input_ids=ids, position_ids=positions, use_cache=False, layout=layout)
+        return out.last_hidden_state
+
+    def take(self, logits: Tensor) -> Tensor:
+        """Samples a token for every active sequence, records it, and says which have finished."""
+        active, sampling = self.active, self.sampling
+        forbidden = None
+        if sampling.min_new_tokens > 0:
+            early = active.generated < sampling.min_new_tokens
+            forbidden = torch.zeros_like(logits, dtype=torch.bool)
+            forbidden[:, self.stop_ids] = early[:, None]
+        token, logprob = sample(
+            logits,
+            active.seed,
+            active.generated,
+            sampling.temperature,
+            sampling.top_p,
+            sampling.top_k,
+            forbidden,
+        )
+        self.log.append((active.request, token, logprob))
+        active.token, active.generated = token, active.generated + 1
+        stopped = torch.isin(token, self.stop_ids)
+        if sampling.stop:
+            stopped |= self.ended_by_string()
+        self.stopped[active.request] = stopped
+        return stopped | (active.generated >= active.budget)
+
+    def ended_by_string(self) -> Tensor:
+        """Which active sequences now end in one of the stop strings."""
+        # A character may take up to four byte-level tokens.
+        tail = 4 * max(len(stop) for stop in self.sampling.stop) + 4
+        ended = []
+        rows = zip(
+            self.active.request.tolist(),
+            self.active.token.tolist(),
+            self.active.generated.tolist(),
+            strict=True,
+        )
+        for request, token, generated in rows:
+            tokens = self.tails[request] = [*self.tails[request][-tail:], token]
+            text = self.decode(tokens)
+            late = generated >= self.sampling.min_new_tokens
+            ended.append(late and any(stop in text for stop in self.sampling.stop))
+        return torch.tensor(ended, device=self.device)
+
+    def retire(self, finished: Tensor) -> None:
+        """Lets finished sequences go; the last active slots move into the holes."""
+        keep = (~finished).nonzero().squeeze(1)
+        count = keep.numel()
+        if count == finished.numel():
+            return
+        holes = finished[:count].nonzero().squeeze(1)
+        movers = keep[keep >= count]
+        if holes.numel():
+            self.cache.move(movers, holes)
+        order = torch.arange(count, device=self.device)
+        order[holes] = movers
+        self.active = self.active.select(order)

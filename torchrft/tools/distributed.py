@@ -1,0 +1,212 @@
+"""Start torch.distributed, and the few collectives on plain Python values that torchrft needs.
+
+Every helper works on the default group, does nothing at world size 1, and waits no longer than
+the group's timeout: past it, `TimeoutError` names the phase and the rank that waited. A rank that
+died shows as `ConnectionError`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+_started_here = False
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process among all processes of the job.
+
+    >>> World(rank=0, world_size=1, local_rank=0, device=torch.device("cpu")).is_main
+    True
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def setup(timeout_seconds: float = 1800.0) -> World:
+    """Join the process group that torchrun describes, or make one of a single process.
+
+    A group that exists already is used as it is. CPU tensors always travel by gloo, CUDA tensors by
+    nccl, so that objects and metrics need no GPU memory.
+
+    Raises:
+        ValueError: `timeout_seconds` is not positive.
+    """
+    global _started_here
+    if timeout_seconds <= 0:
+        raise ValueError(f"timeout_seconds must be positive, got {timeout_seconds}")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        timeout = timedelta(seconds=timeout_seconds)
+        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            # A store inside the process needs no port, so such jobs run side by side.
+            store = dist.HashStore()
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        _started_here = True
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def teardown() -> None:
+    """Leave the process group, if `setup` made it."""
+    global _started_here
+    if _started_here and dist.is_initialized():
+        dist.destroy_process_group()
+    _started_here = False
+
+
+def get_rank() -> int:
+    """This process's rank; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def get_world_size() -> int:
+    """Number of processes; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is rank 0, which writes what is written once."""
+    return get_rank() == 0
+
+
+@contextmanager
+def _waiting(phase: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # gloo and nccl raise nothing more specific
+        text = str(error)
+        timed_out = "imed out" in text or "imeout" in text
+        what = "waited too long for" if timed_out else "lost"
+        raise (TimeoutError if timed_out else ConnectionError)(
+            f"rank {get_rank()} of {get_world_size()} {what} the other ranks in phase"
+            f" {phase!r}; look at their logs for the first error ({text.splitlines()[0]})"
+        ) from error
+
+
+def _all_reduce(
+    values: Mapping[str, float], op: dist.ReduceOp.RedOpType, phase: str
+) -> dict[str, float]:
+    if get_world_size() == 1:
+        return dict(values)
+    # Sorted, because the ranks may have filled their dicts in different orders.
+    names = sorted(values)
+    packed = torch.tensor([float(values[name]) for name in names], dtype=torch.float64)
+    with _waiting(phase):
+        dist.all_reduce(packed, op)
+    reduced = dict(zip(names, packed.tolist(), strict=True))
+    return {name: reduced[name] for name in values}
+
+
+def all_reduce_sum(values: Mapping[str, float], phase: str = "all_reduce_sum") -> dict[str, float]:
+    """Sums over ranks, in one float64 collective. All ranks must pass the same keys."""
+    return _all_reduce(values, dist.ReduceOp.SUM, phase)
+
+
+def all_reduce_max(values: Mapping[str, float], phase: str = "all_reduce_max") -> dict[str, float]:
+    """Maxima over ranks, in one float64 collective. All ranks must pass the same keys."""
+    return _all_reduce(values, dist.ReduceOp.MAX, phase)
+
+
+def any_rank(flag: bool, phase: str = "any_rank") -> bool:
+    """Whether `flag` is true on at least one rank."""
+    return bool(all_reduce_max({"flag": float(flag)}, phase)["flag"])
+
+
+def gather_objects(value: T, phase: str = "gather_objects") -> list[T]:
+    """The `value` of every rank, in rank order, on every rank. Values must be picklable."""
+    if get_world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * get_world_size()
+    with _waiting(phase):
+        dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def broadcast_object(value: T, phase: str = "broadcast_object") -> T:
+    """Rank 0's `value`, on every rank. It must be picklable."""
+    if get_world_size() == 1:
+        return value
+    box = [value]
+    with _waiting(phase):
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def barrier(phase: str = "barrier") -> None:
+    """Wait until every rank is here."""
+    if get_world_size() > 1:
+        # A gloo reduction: dist.barrier would take the GPU of a mixed group and not time out.
+        _all_reduce({"here": 0.0}, dist.ReduceOp.SUM, phase)
+
+
+def on_main(function: Callable[[], T], phase: str) -> T:
+    """Run `function` on rank 0 alone and return its result on every rank.
+
+    Raises:
+        Exception: on rank 0 what `function` raised, on the others RuntimeError with its text; so a
+            full disk on rank 0 ends the job instead of leaving the others waiting.
+    """
+    if get_world_size() == 1:
+        return function()
+    outcome: tuple[Literal["value", "error"], Any] = ("value", None)
+    raised: Exception | None = None
+    if is_main():
+        try:
+            outcome = ("value", function())
+        except Exception as error:
+            raised = error
+            outcome = ("error", f"{type(error).__name__}: {error}")
+    kind, value = broadcast_object(outcome, phase)
+    if raised is not None:
+        raise raised
+    if kind == "error":
+        raise RuntimeError(f"rank 0 failed in phase {phase!r}: {value}")
+    return value
+
+
+def on_all(function: Callable[[], T], phase: str) -> list[T]:
+    """Run `function` on every rank and return all results, in rank order, on every rank.
+
+    Raises:
+        Exception: what `function` raised here, or RuntimeError naming the rank where it failed.
+    """
+    if get_world_size() == 1:
+        return [function()]
+    raised: Exception | None = None
+    outcome: tuple[str | None, Any] = (None, None)
+    try:
+        outcome = (None, function())
+    except Exception as error:
+        raised = error
+        outcome = (f"{type(error).__name__}: {error}", None)
+    outcomes: list[tuple[str | None, Any]] = gather_objects(outcome, phase)
+    if raised is not None:
+        raise raised
+    for rank, (failure, _) in enumerate(outcomes):
+        if failure is not None:
+            raise RuntimeError(f"rank {rank} failed in phase {phase!r}: {failure}")
+    return [value for _, value in outcomes]

@@ -1,0 +1,49 @@
+"""The "torchrft" logger: legible on a terminal, plain lines in a file."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from functools import cache
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+logger = logging.getLogger("torchrft")
+
+
+@cache
+def terminal() -> Console:
+    """The one rich console; the progress bar and log lines share it so that neither tears."""
+    return Console()
+
+
+def on_terminal() -> bool:
+    """Whether the output is a terminal (rather than a file or a pipe)."""
+    return sys.stdout.isatty() and sys.stderr.isatty()
+
+
+def setup_logging(rank: int = 0) -> None:
+    """Send torchrft's log to the terminal, or as plain lines to stderr.
+
+    Rank 0 shows INFO and above, the others only warnings, each marked with its rank. Calling it
+    again replaces the handler.
+    """
+    for earlier in list(logger.handlers):
+        logger.removeHandler(earlier)
+    prefix = "" if rank == 0 else f"[rank {rank}] "
+    handler: logging.Handler
+    if on_terminal():
+        handler = RichHandler(
+            console=terminal(), show_path=False, markup=False, rich_tracebacks=False
+        )
+        handler.setFormatter(logging.Formatter(f"{prefix}%(message)s", datefmt="%H:%M:%S"))
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(
+            logging.Formatter(
+                f"%(asctime)s %(levelname)s {prefix}%(message)s", datefmt="%Y-%m-%d %H:%M:%S"
+            )
+        )
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)

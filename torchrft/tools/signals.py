@@ -1,0 +1,61 @@
+"""Stop a run from outside without losing work."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from types import FrameType, TracebackType
+from typing import Any
+
+from torchrft.tools.distributed import get_rank
+
+# On Ctrl-C a worker hears from the terminal and, right after, from torchrun: one key press, two
+# signals. Only a later one is a person who insists.
+SECONDS_BETWEEN_KEY_PRESSES = 1.0
+
+
+class StopSignal:
+    """While entered, SIGTERM and SIGINT ask the run to save and end instead of killing it.
+
+    `received` is the first signal's number. A second Ctrl-C raises KeyboardInterrupt. Enter it in
+    the main thread only (Python allows signal handlers nowhere else).
+
+    >>> with StopSignal() as stop:
+    ...     stop.received is None
+    True
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._received_at = 0.0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            self._previous[signum] = signal.signal(signum, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+        self._previous.clear()
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._received_at = signum, now
+            line = (
+                f"rank {get_rank()}: received {signal.Signals(signum).name},"
+                " saving at the end of this step\n"
+            )
+            # Not through logging: a handler may interrupt a write to the very same stream.
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, line.encode())
+        elif signum == signal.SIGINT and now - self._received_at > SECONDS_BETWEEN_KEY_PRESSES:
+            raise KeyboardInterrupt

@@ -1,0 +1,32 @@
+"""Entry point: `python -m torchrft.train --config_file job.toml [--any.option value]`."""
+
+from __future__ import annotations
+
+import sys
+
+from torchrft.config.manager import read
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the job; returns 0, 2 for a job that cannot start, or 128 + signal if one ended it."""
+    config = read(sys.argv[1:] if argv is None else argv)
+
+    # Only now, so that help and config errors come at once.
+    from torchrft.tools import distributed
+    from torchrft.trainer import Trainer
+
+    world = distributed.setup(config.parallel.collective_timeout)
+    try:
+        try:
+            trainer = Trainer(config, world)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        signum = trainer.train()
+        return 0 if signum is None else 128 + signum
+    finally:
+        distributed.teardown()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
