@@ -12,7 +12,7 @@ CONFIG_FILE=${CONFIG_FILE:-train_configs/debug_model.toml}
 job=(--config_file "$CONFIG_FILE" "$@")
 
 # A wrong config is refused here, in one process, before any other starts.
-python -m torchrft.config "${job[@]}" || { code=$?; [ "$code" = 10 ] && exit 0; exit "$code"; }
+WORLD_SIZE=$((NGPU * NNODES)) python -m torchrft.config "${job[@]}" || { code=$?; [ "$code" = 10 ] && exit 0; exit "$code"; }
 
 exec torchrun --nnodes "$NNODES" --nproc_per_node "$NGPU" \
     --rdzv_backend c10d --rdzv_endpoint "${RDZV_ENDPOINT:-localhost:0}" \

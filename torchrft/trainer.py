@@ -20,8 +20,9 @@ from torchrft.data.batch import make_batch
 from torchrft.data.loader import PromptLoader
 from torchrft.data.prompts import load_prompts
 from torchrft.metrics.console import Console
+from torchrft.metrics.files import METRICS_FILE, read_metrics
 from torchrft.metrics.logger import MetricLogger
-from torchrft.metrics.plots import plot_lengths
+from torchrft.metrics.plots import plot_curves, plot_lengths
 from torchrft.metrics.rollout_dump import dump
 from torchrft.metrics.rollout_stats import dump_rows, rollout_metrics
 from torchrft.metrics.timing import PhaseTimer, peak_memory_gib
@@ -148,9 +149,7 @@ class Trainer:
         self.checkpoints = CheckpointManager(
             save_path, config.checkpoint.max_ckpt_num, config.checkpoint.max_ckpt_mem * 10**9
         )
-        if config.checkpoint.load_checkpoint:
-            self._resume()
-        else:
+        if not (config.checkpoint.load_checkpoint and self._resume()):
             set_aside(save_path, self.log_dir)
         if self.world.is_main:
             save_path.mkdir(parents=True, exist_ok=True)
@@ -168,15 +167,30 @@ class Trainer:
 
     def train(self) -> int | None:
         """Runs to the last step. Returns the number of the signal that ended it early, or None."""
-        with StopSignal() as stop, self.console:
+        with StopSignal() as stop, self.console, self.logger:
             self._sync_weights()
             while self.step < self.last_step and self.stop_requested is None:
                 metrics = self._measured_step()
                 stopping = distributed.any_rank(stop.received is not None)
                 self.stop_requested = (stop.received or 15) if stopping else None
                 self._finish_step(metrics)
-            self.engine.close()
+        self.engine.close()
+        self._summarize()
         return self.stop_requested
+
+    def _summarize(self) -> None:
+        if not self.world.is_main:
+            return
+        plot_curves(self.log_dir)
+        paths = {
+            "config": Path(self.config.checkpoint.save_path) / "config.toml",
+            "checkpoints": self.checkpoints.checkpoints,
+            "Hugging Face": self.checkpoints.exports / f"step-{self.step}",
+            "metrics": self.log_dir / METRICS_FILE,
+            "rollouts": self.log_dir / "rollouts",
+            "plots": self.log_dir / "plots",
+        }
+        self.console.summary(paths, read_metrics(self.log_dir))
 
     def train_step(self) -> dict[str, float]:
         """One rollout and what is learned from it."""
@@ -215,7 +229,8 @@ class Trainer:
         metrics |= self.timer.pop()
         tokens = metrics.pop("tokens")
         metrics["throughput/tokens_per_second"] = tokens / metrics["time/step"]
-        metrics |= distributed.all_reduce_max(peak_memory_gib(self.world.device))
+        peak = {"memory/peak_gib": peak_memory_gib(self.world.device)}
+        metrics |= distributed.all_reduce_max(peak)
         metrics["episode"] = self.prompts.episode
         return metrics
 
@@ -299,10 +314,12 @@ class Trainer:
 
     def _finish_step(self, metrics: dict[str, float]) -> None:
         """Records the step, and saves when a checkpoint is due."""
-        if self._save_is_due():
-            self.save()
+        # In this order, a kill in between costs nothing: a step that was logged but not saved is
+        # dropped from the log and run again when the run resumes.
         self.logger.log(self.step, metrics)
         self.console.step(self.step, metrics)
+        if self._save_is_due():
+            self.save()
 
     def _save_is_due(self) -> bool:
         options = self.config.checkpoint
@@ -338,12 +355,13 @@ class Trainer:
         gathered = distributed.gather_objects(self.pending, "gather pending samples")
         return sorted((s for part in gathered for s in part), key=lambda sample: sample.group)
 
-    def _resume(self) -> None:
+    def _resume(self) -> bool:
+        """Goes on from a checkpoint; False if there is none."""
         options = self.config.checkpoint
         path = self.checkpoints.resolve(options.ckpt_path)
         if path is None:
             logger.info("no checkpoint under %s: starting from the beginning", options.save_path)
-            return
+            return False
         state = self.state_dict()
         self.checkpoints.load(path, state)
         set_state_dict(
@@ -359,3 +377,4 @@ class Trainer:
         self.pending = [s for s in state["progress"]["pending"] if s.group % dp == rank]
         set_rng_state(state["rng"][f"rank{rank}"])
         logger.info("resumed from %s, after step %d", path, self.step)
+        return True

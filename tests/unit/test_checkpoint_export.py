@@ -7,7 +7,13 @@ from helpers import run_ranks
 from safetensors import safe_open
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from torchrft.checkpoint.hf_export import export_hf, named_tensors, strip_wrappers
 
@@ -78,6 +84,21 @@ def test_config_names_dtype_and_architecture_but_not_our_attention(tmp_path):
     weight = load(tmp_path).model.norm.weight
     assert weight.dtype == torch.bfloat16
     assert model.dtype == torch.float32
+
+
+def test_the_debug_model_with_its_tokenizer(tmp_path):
+    assets = Path(__file__).resolve().parents[1] / "assets" / "debug_model"
+    tokenizer = AutoTokenizer.from_pretrained(assets)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(assets)).eval()
+    export_hf(model, tokenizer, tmp_path, torch.float32)
+    loaded, loaded_tokenizer = load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    ids = tokenizer("3141=", return_tensors="pt").input_ids
+    assert torch.equal(loaded_tokenizer("3141=", return_tensors="pt").input_ids, ids)
+    assert loaded_tokenizer.chat_template == tokenizer.chat_template
+    assert loaded.generation_config.to_dict() == model.generation_config.to_dict()
+    tokens = [m.generate(ids, max_new_tokens=8, do_sample=False) for m in (model, loaded)]
+    assert torch.equal(*tokens)
 
 
 def test_large_models_are_split_into_shards_of_bounded_size(tmp_path):

@@ -6,11 +6,21 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from torchrft.config.fields import FIELDS, SECTIONS
 from torchrft.config.job_config import JobConfig, RewardFunction
-from torchrft.config.manager import ConfigError, dry_run_text, help_text, load, read, to_toml
+from torchrft.config.manager import (
+    ConfigError,
+    check_only,
+    dry_run_text,
+    help_text,
+    load,
+    read,
+    to_toml,
+)
 
 ROOT = Path(__file__).parents[2]
 BASE = ["--pretrain", "m", "--train_batch_size", "64", "--rollout_batch_size", "16", "--dry_run"]
@@ -210,6 +220,7 @@ CHANGES = st.fixed_dictionaries(
     {},
     optional={
         "fsdp": st.booleans(),
+        "engine_type": st.sampled_from(["native", "sglang"]),
         "max_len": st.integers(2, 4096),
         "packing_samples": st.booleans(),
         "fused_linear_logprob": st.booleans(),
@@ -233,14 +244,10 @@ CHANGES = st.fixed_dictionaries(
 @settings(max_examples=60, deadline=None)
 @given(CHANGES)
 def test_round_trip_of_any_valid_config(tmp_path_factory, changes):
-    from torchrft.config.fields import FIELDS
-
     base = {"pretrain": "m", "train_batch_size": 96, "rollout_batch_size": 24}
     document: dict[str, dict[str, object]] = {}
     for name, value in {**base, **changes}.items():
         document.setdefault(FIELDS[name].section, {})[name] = value
-    import tomli_w
-
     path = tmp_path_factory.mktemp("r") / "a.toml"
     path.write_bytes(tomli_w.dumps(document).encode())
     try:
@@ -279,6 +286,17 @@ def test_read_returns_the_config_and_prints_warnings(capsys):
     )
 
 
+def test_check_only_tells_the_shell_whether_to_start(capsys):
+    ready = ["--engine_type", "native", "--prompt_data", "p.jsonl", "--functions", "exact_match"]
+    assert check_only([*BASE[:-1], *ready]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert check_only(BASE[:-1]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 3
+    assert check_only(BASE) == 10
+    assert check_only(["--help"]) == 10
+    assert check_only([*BASE, "--max_len", "x"]) == 2
+
+
 @pytest.mark.parametrize("words", [["--dry_run"], ["--help"], ["--nonsense"]])
 def test_only_rank_0_speaks(words, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
@@ -306,8 +324,6 @@ def test_world_size(monkeypatch):
 
 
 def test_help_groups_all_fields_and_fits(capsys):
-    from torchrft.config.fields import FIELDS, SECTIONS
-
     with pytest.raises(SystemExit) as stop:
         read(["--bad", "--help"])
     assert stop.value.code == 0

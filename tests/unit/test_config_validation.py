@@ -251,6 +251,7 @@ NEED_CASES = {
     "max_tokens_per_microbatch": (8192, {"packing_samples": True}, {}),
     "chunk_size": (4096, {"fused_linear_logprob": True}, {}),
     "lr_min_ratio": (0.1, {"lr_decay": "linear"}, {"lr_decay": "constant"}),
+    "engine_mem_util": (0.5, {"engine_type": "vllm"}, {"engine_type": "native"}),
     "use_mp_opt": (True, {"bf16": True}, {"bf16": False}),
     "eval_steps": (5, {"eval_data": "e"}, {}),
     "ckpt_path": ("c", {"load_checkpoint": True}, {}),

@@ -86,6 +86,25 @@ def read(argv: list[str]) -> JobConfig:
     return loaded.config
 
 
+def check_only(argv: list[str]) -> int:
+    """Whether the job may start: 0, or 2 after printing faults; 10 after --help or --dry_run.
+
+    For run_train.sh, which asks before it starts any process. Warnings are left to the job.
+    """
+    if command_line.wants_help(argv) or command_line.parse(argv).dry_run:
+        try:
+            read(argv)
+        except SystemExit as done:
+            return int(done.code or 0) or 10
+    try:
+        load(argv)
+    except ConfigError as error:
+        for fault in error.faults:
+            print(f"error: {fault}", file=sys.stderr)
+        return 2
+    return 0
+
+
 def _refuse(faults: list[str]) -> NoReturn:
     for fault in faults:
         print(f"error: {fault}", file=sys.stderr)

@@ -121,6 +121,12 @@ NEEDS: tuple[Need, ...] = (
         False,
     ),
     Need("lr_min_ratio", lambda c: c.optimizer.lr_decay != "constant", "an lr_decay that decays"),
+    Need(
+        "engine_mem_util",
+        lambda c: c.rollout.engine_type != "native",
+        'engine_type = "vllm" or "sglang"',
+        False,
+    ),
     Need("use_mp_opt", lambda c: c.training.bf16, "bf16 = true"),
     Need("eval_steps", lambda c: c.evaluation.eval_data is not None, "eval_data"),
     Need("ckpt_path", lambda c: c.checkpoint.load_checkpoint, "load_checkpoint = true"),

@@ -115,8 +115,8 @@ def step_line(
 ) -> str:
     """One legible line.
 
-    >>> step_line(3, 100, {"reward/mean": 0.25, "time/step": 1.5}, left="2:25")
-    'step   3/100 | reward 0.250 | seconds 1.50 | left 2:25'
+    >>> step_line(3, 100, {"reward/mean": 0.25, "time/step": 1.5}, left="02:25")
+    'step   3/100 | reward 0.250 | seconds 1.50 | left 02:25'
     """
     parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}"]
     for name, key, form in COLUMNS:
@@ -149,6 +149,6 @@ def summary_lines(
 
 
 def _clock(seconds: float) -> str:
-    """Hours, minutes and seconds; minutes always, hours when there are any."""
+    """mm:ss, or h:mm:ss from an hour on."""
     text = str(timedelta(seconds=round(seconds)))
     return text.removeprefix("0:")

@@ -25,7 +25,10 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Write `content` to a temporary file beside `path` and rename it there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    if isinstance(content, str):
+        # A lone surrogate, which UTF-8 lacks, becomes the escape that JSON has for it.
+        content = content.encode(errors="backslashreplace")
+    temporary.write_bytes(content)
     os.replace(temporary, path)
 
 
@@ -44,7 +47,7 @@ def read_metrics(log_dir: str | Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     # Only "\n" ends a line: splitlines() would also split at characters inside strings.
-    *lines, rest = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     records = []
     for number, line in enumerate(lines, start=1):
         try:

@@ -15,7 +15,8 @@ from torchrft.config.job_config import Logging
 from torchrft.metrics.files import METRICS_FILE, json_line, read_metrics, write_json_lines
 from torchrft.tools.distributed import is_main
 
-STEP_FILE = re.compile(r".*step-(\d+)\.\w+")
+# The second group marks a file whose writing was cut short (see files.write_atomically).
+STEP_FILE = re.compile(r".*step-(\d+)\.\w+(\.tmp)?")
 RUN_ID_FILE = "wandb_run_id"
 
 
@@ -114,7 +115,7 @@ def drop_after(log_dir: Path, step: int) -> None:
     for folder in ("rollouts", "plots"):
         for path in (log_dir / folder).glob("*step-*"):
             match = STEP_FILE.fullmatch(path.name)
-            if match and int(match[1]) > step:
+            if match and (int(match[1]) > step or match[2]):
                 path.unlink()
 
 

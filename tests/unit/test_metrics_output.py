@@ -1,0 +1,180 @@
+import contextlib
+import io
+import json
+import time
+
+import pytest
+import torch
+from rich.console import Console as RichConsole
+
+from torchrft.metrics import (
+    Console,
+    PhaseTimer,
+    dump,
+    peak_memory_gib,
+    plot_curves,
+    plot_lengths,
+)
+from torchrft.metrics import (
+    console as console_module,
+)
+from torchrft.metrics.console import step_line, summary_lines
+
+CPU = torch.device("cpu")
+METRICS = {
+    "reward/mean": 0.53125,
+    "eval/reward/mean": 0.61,
+    "policy/loss": -0.01234,
+    "policy/kl": 0.000123,
+    "grad_norm": 0.5,
+    "response_length/mean": 23.14,
+    "throughput/tokens_per_second": 12345.6,
+    "time/step": 1.234,
+    "lr": 1e-4,
+}
+
+
+def test_phase_timer_measures_and_starts_again():
+    timer = PhaseTimer(CPU)
+    with timer.phase("step"):
+        for _ in range(2):
+            with timer.phase("rollout"):
+                time.sleep(0.02)
+        with contextlib.suppress(RuntimeError), timer.phase("reward"):
+            time.sleep(0.01)
+            raise RuntimeError
+    times = timer.pop()
+    assert set(times) == {"time/step", "time/rollout", "time/reward"}
+    assert 0.04 <= times["time/rollout"] < 0.5
+    assert 0.01 <= times["time/reward"] < 0.5
+    assert times["time/step"] >= times["time/rollout"] + times["time/reward"]
+    assert timer.pop() == {}
+
+
+def test_peak_memory_is_the_resident_size_in_gib():
+    before = peak_memory_gib(CPU)
+    assert 0.05 < before < 64
+    block = torch.ones(2**28 // 4)  # 0.25 GiB, touched
+    assert peak_memory_gib(CPU) >= 0.25
+    del block
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_peak_memory_on_cuda_is_reset_by_each_call():
+    device = torch.device("cuda")
+    block = torch.empty(2**28, device=device, dtype=torch.uint8)
+    del block
+    assert peak_memory_gib(device) >= 0.25
+    assert peak_memory_gib(device) < 0.25
+
+
+def test_plain_lines_without_a_terminal(capsys, monkeypatch):
+    clock = iter([100.0, 102.0, 104.0])
+    monkeypatch.setattr(console_module.time, "monotonic", lambda: next(clock))
+    with Console(total_steps=12, start_step=4) as console:
+        console.step(5, METRICS)
+        console.step(6, {"reward/mean": 0.5})
+    assert capsys.readouterr().out == (
+        "step  5/12 | reward 0.531 | eval 0.610 | loss -0.0123 | kl 0.00012 | grad_norm 0.500"
+        " | length 23.1 | tok/s 12,346 | seconds 1.23 | left 00:14\n"
+        "step  6/12 | reward 0.500 | left 00:12\n"
+    )
+
+
+def test_a_bar_with_time_left_on_a_terminal(monkeypatch):
+    output = io.StringIO()
+    rich = RichConsole(file=output, force_terminal=True, width=100)
+    monkeypatch.setattr(console_module, "on_terminal", lambda: True)
+    monkeypatch.setattr(console_module, "terminal", lambda: rich)
+    with Console(total_steps=4) as console:
+        console.step(1, {"reward/mean": 0.5})
+        console.step(2, {"reward/mean": 0.75, "time/step": 2.0})
+    text = output.getvalue()
+    assert "step 1/4 | reward 0.500" in text
+    assert "step 2/4 | reward 0.750 | seconds 2.00" in text
+    assert "2/4" in text
+    assert "00:00 left" in text
+
+
+def test_step_line_leaves_out_what_is_missing():
+    assert step_line(3, 3, {"policy/kl": 0.0}) == "step 3/3 | kl 0.00000"
+
+
+def test_summary_spans_a_resume():
+    records = [
+        {"step": 0, "eval/reward/mean": 0.02},
+        {"step": 1, "reward/mean": 0.1},
+        {"step": 20, "reward/mean": 0.9, "eval/reward/mean": 0.95},
+    ]
+    assert summary_lines({"log": "/x/logs", "export": "/x/hf/step-20"}, records, 3671.2) == [
+        "",
+        "finished at step 20 after 1:01:11",
+        "evaluation reward 0.020 (step 0) -> 0.950 (step 20)",
+        "log     /x/logs",
+        "export  /x/hf/step-20",
+    ]
+    assert summary_lines({}, [], 59.6) == ["", "finished at step 0 after 01:00"]
+
+
+def test_summary_is_printed_once_the_bar_is_gone(capsys):
+    with Console(total_steps=1) as console:
+        console.summary({"metrics": "m.jsonl"}, [{"step": 1}])
+    assert capsys.readouterr().out == "\nfinished at step 1 after 00:00\nmetrics  m.jsonl\n"
+
+
+def test_dump_writes_every_field(tmp_path):
+    row = {
+        "prompt": "größte Zahl?\n",
+        "response": "9\ud800",  # a lone surrogate must not lose the file
+        "reward": float("nan"),
+        "reward_parts": {"exact_match": 1.0},
+        "length": 2,
+        "finish_reason": "length",
+        "label": ["9", {"x": 1}],
+        "group": 3,
+        "policy_version": 7,
+    }
+    path = dump(tmp_path, 5, [row, row])
+    assert path == tmp_path / "rollouts" / "step-5.jsonl"
+    lines = path.read_text().split("\n")
+    assert len(lines) == 3
+    assert json.loads(lines[0]) == {**row, "reward": None}
+    assert [p.name for p in path.parent.iterdir()] == ["step-5.jsonl"]
+    with pytest.raises(ValueError, match="rollout row 1 of step 6 lacks reward_parts, length"):
+        dump(tmp_path, 6, [row, {k: row[k] for k in row if k not in ("length", "reward_parts")}])
+    assert not (tmp_path / "rollouts" / "step-6.jsonl").exists()
+
+
+def png_size(path) -> tuple[int, int]:
+    raw = path.read_bytes()
+    assert raw[:8] == b"\x89PNG\r\n\x1a\n"
+    return int.from_bytes(raw[16:20], "big"), int.from_bytes(raw[20:24], "big")
+
+
+def test_length_plot_is_a_png_and_repeats_exactly(tmp_path):
+    lengths = [1, 5, 5, 17, 40]
+    path = plot_lengths(tmp_path, 10, lengths, max_len=64)
+    assert path == tmp_path / "plots" / "lengths-step-10.png"
+    assert png_size(path) == (768, 480)
+    first = path.read_bytes()
+    assert plot_lengths(tmp_path, 10, lengths, max_len=64).read_bytes() == first
+    assert plot_lengths(tmp_path, 10, [3], max_len=64).read_bytes() != first
+    assert png_size(plot_lengths(tmp_path, 11, [70], max_len=64)) == (768, 480)
+    with pytest.raises(ValueError, match="no response lengths to plot for step 12"):
+        plot_lengths(tmp_path, 12, [], max_len=64)
+
+
+def test_reward_plot_from_metrics(tmp_path):
+    assert plot_curves(tmp_path) is None
+    records = [
+        {"step": 0, "eval/reward/mean": 0.0},
+        {"step": 1, "reward/mean": 0.1},
+        {"step": 2, "reward/mean": None},
+        {"step": 3, "reward/mean": 0.4, "eval/reward/mean": 0.5},
+    ]
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    path = plot_curves(tmp_path)
+    assert path == tmp_path / "plots" / "reward.png"
+    assert png_size(path) == (768, 480)
