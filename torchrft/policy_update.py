@@ -103,7 +103,7 @@ class PolicyUpdate:
         A step with no response token, or whose loss or gradient is not finite, changes nothing but
         the schedule; all ranks agree on that because they compare global numbers.
         """
-        lr = self.scheduler.get_last_lr()[0]
+        lr = float(self.scheduler.get_last_lr()[0])
         denominators = self._denominators(batch.mask[rows])
         sums: dict[str, Tensor] = {}
         worst = torch.zeros((), device=batch.mask.device)
@@ -129,7 +129,8 @@ class PolicyUpdate:
 
     def _denominators(self, mask: Tensor) -> Denominators:
         local = Denominators.of(mask)
-        total = all_reduce_sum({"tokens": local.tokens, "sequences": local.sequences}, "update")
+        counts = {"tokens": local.tokens, "sequences": local.sequences}
+        total = all_reduce_sum(counts, "update")
         return Denominators(total["tokens"], total["sequences"], self.max_response_length)
 
     def _loss(

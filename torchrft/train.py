@@ -13,9 +13,11 @@ def main(argv: list[str] | None = None) -> int:
 
     # Only now, so that help and config errors come at once.
     from torchrft.tools import distributed
+    from torchrft.tools.logging import setup_logging
     from torchrft.trainer import Trainer
 
     world = distributed.setup(config.parallel.collective_timeout)
+    setup_logging(world.rank)
     try:
         try:
             trainer = Trainer(config, world)

@@ -123,7 +123,8 @@ class Trainer:
 
     def _model(self, source: str, init: str, dtype: torch.dtype) -> PolicyModel:
         config = self.config
-        model = load_model(source, init, dtype, config.training.seed).to(self.world.device)
+        model: Any = load_model(source, init, dtype, config.training.seed)
+        model = model.to(self.world.device)
         policy = PolicyModel(
             model.eval(),  # no dropout: log-probs must be those of the policy that sampled
             config.rollout.temperature,
@@ -376,5 +377,7 @@ class Trainer:
         dp, rank = self.dims.dp, self.world.rank
         self.pending = [s for s in state["progress"]["pending"] if s.group % dp == rank]
         set_rng_state(state["rng"][f"rank{rank}"])
+        # What a later step left behind belongs to a course of training that is not gone on with.
+        self.checkpoints.set_aside_after(self.step)
         logger.info("resumed from %s, after step %d", path, self.step)
         return True

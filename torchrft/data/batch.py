@@ -18,11 +18,11 @@ def make_batch(samples: Sequence[Sample], device: torch.device | str = "cpu") ->
     to `device`. Raises ValueError for a sample without tokens or whose log-probs do not match them.
     """
     for sample in samples:
-        tokens, logprobs = sample.completion.token_ids, sample.completion.logprobs
-        if not tokens or len(tokens) != len(logprobs):
+        tokens, values = sample.completion.token_ids, sample.completion.logprobs
+        if not tokens or len(tokens) != len(values):
             raise ValueError(
                 f"the completion of prompt row {sample.prompt.row} has {len(tokens)} tokens and "
-                f"{len(logprobs)} log-probs"
+                f"{len(values)} log-probs"
             )
     lengths = torch.tensor([len(sample.completion.token_ids) for sample in samples])
     logprobs = pad_sequence(

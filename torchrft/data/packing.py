@@ -54,7 +54,8 @@ def plan(
     pieces: list[tuple[int, list[int]]] = []  # (tokens, rows)
     for members in _by_prompt(batch, rows):
         prompt = int(batch.prompt_lens[members[0]])
-        tokens, piece = prompt, []
+        tokens = prompt
+        piece: list[int] = []
         for row in members:
             length = batch.sequences[row].numel() - prompt
             if prompt + length > max_tokens:

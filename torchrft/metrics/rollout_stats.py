@@ -26,7 +26,7 @@ def rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
         "response/truncated_ratio": statistics.fmean(truncated),
     }
     for name in samples[0].score.parts:
-        metrics[f"reward/{name}"] = statistics.fmean(s.score.parts[name] for s in samples)
+        metrics[f"reward_parts/{name}"] = statistics.fmean(s.score.parts[name] for s in samples)
     return metrics
 
 

@@ -161,9 +161,10 @@ class Packed:
 
     def to(self, device: torch.device) -> Packed:
         """The same on `device`."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()}
-        return Packed(**moved)
+        values: dict[str, Any] = {n: getattr(self, n) for n in self.__dataclass_fields__}
+        for name, value in values.items():
+            values[name] = value.to(device) if isinstance(value, Tensor) else value
+        return Packed(**values)
 
     def __call__(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -49,7 +50,7 @@ def load_model(
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     else:
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 config=config,
                 dtype=dtype,
@@ -60,6 +61,7 @@ def load_model(
             raise ValueError(
                 _not_found(source, "weights") + '; [model] init = "random" makes fresh ones'
             ) from error
+        model, info = loaded
         if info["missing_keys"]:
             missing = ", ".join(sorted(info["missing_keys"])[:3])
             raise ValueError(f'pretrain = "{source}" lacks weights of the model: {missing}, …')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,8 @@ class NativeEngine:
         self.stop_token_ids = stop_token_ids
         self.max_num_seqs = max_num_seqs
         self.device = torch.device(device)
-        self.model = empty_model(config, dtype).to(self.device).eval().requires_grad_(False)
+        model: Any = empty_model(config, dtype)
+        self.model = model.to(self.device).eval().requires_grad_(False)
         self.version: int | None = None  # None: no weights yet
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -82,7 +84,9 @@ class NativeEngine:
         return self._completions(sampling, tokens, logprobs, stopped)
 
     def _decode_tail(self, token_ids: list[int]) -> str:
-        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        assert isinstance(text, str)
+        return text
 
     def _completions(
         self,

@@ -60,7 +60,7 @@ class Generation:
         count = len(prompts) * sampling.n
         self.slots = min(max_num_seqs, count)
         lengths = [len(prompt.token_ids) for prompt in prompts]
-        # Room for one more than the longest sequence: a prompt's slot is reserved with its successor.
+        # One more than the longest sequence, since a slot is reserved for a token and the next.
         limit = max(length + sampling.budget(length) for length in lengths) + 1
         self.cache = SlotCache(self.slots, limit)
         self.waiting_prompts = deque(range(len(prompts)))
