@@ -12,7 +12,6 @@ from transformers import AutoTokenizer
 
 from torchrft.config.job_config import Data
 from torchrft.data import prompts as prompts_module
-from torchrft.data import sources
 from torchrft.data.prompts import load_prompts
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -113,7 +112,7 @@ def test_hub_id(tokenizer, monkeypatch):
         calls.append(args)
         return datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS))
 
-    monkeypatch.setattr(sources, "load_dataset", load)
+    monkeypatch.setattr(datasets, "load_dataset", load)
     assert summary(load_prompts("openai/gsm8k/main:train", Data(), tokenizer))[0][1] == "1+1="
     load_prompts("owner/name", Data(), tokenizer)
     assert calls == [("openai/gsm8k", "main"), ("owner/name",)]
@@ -123,7 +122,7 @@ def test_hub_failure_says_what_was_tried(tokenizer, monkeypatch):
     def load(*args):
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(sources, "load_dataset", load)
+    monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(ValueError, match=r"prompt_data: a/b is no file or folder here.*hub: Conn"):
         load_prompts("a/b", Data(), tokenizer)
 

@@ -11,9 +11,10 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+if TYPE_CHECKING:  # imported where used: it takes a second, and JSON files do without it
+    from datasets import Dataset
 
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 _ROWS_PER_READ = 1000
@@ -176,6 +177,8 @@ def _check_columns(required: Iterable[str], names: Collection[str], where: str) 
 
 
 def _load_parquet(path: Path) -> Dataset:
+    from datasets import load_dataset
+
     try:
         return load_dataset("parquet", data_files=str(path), split="train")
     except Exception as error:
@@ -183,6 +186,8 @@ def _load_parquet(path: Path) -> Dataset:
 
 
 def _load_folder(path: Path) -> Mapping[str, Dataset]:
+    from datasets import DatasetDict, load_dataset, load_from_disk
+
     saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
     try:
         loaded = load_from_disk(str(path)) if saved else load_dataset(str(path))
@@ -196,6 +201,8 @@ def _load_hub(location: str) -> Mapping[str, Dataset]:
     parts = location.split("/")
     if len(parts) > 3 or not all(parts) or parts[0] in (".", "..", "~"):
         raise ValueError(f"{location}: no such file or folder")
+    from datasets import load_dataset
+
     try:
         return load_dataset("/".join(parts[:2]), *parts[2:])
     except Exception as error:
