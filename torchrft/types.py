@@ -5,11 +5,11 @@ data --Prompt--> rollout --Completion--> reward --Sample--> trainer --RolloutBat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
@@ -55,6 +55,18 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
     seeds: tuple[tuple[int, ...], ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for values out of range."""
+        good = {
+            "n": self.n >= 1,
+            "temperature": 0 <= self.temperature < math.inf,
+            "top_p": 0 < self.top_p <= 1,
+            "top_k": self.top_k >= 0,
+            "stop": "" not in self.stop,
+        }
+        for name in (name for name, is_good in good.items() if not is_good):
+            raise ValueError(f"SamplingParams: {name} = {getattr(self, name)!r} is out of range")
 
     def budget(self, prompt_len: int) -> int:
         """Tokens that may be generated after a prompt of `prompt_len` tokens."""
@@ -114,7 +126,7 @@ class RolloutBatch:
     """
 
     sequences: tuple[Tensor, ...]
-    prompt_lens: Tensor  # int64 [B]
+    prompt_lens: Tensor  # int64 [B], on the host like the sequences
     mask: Tensor  # bool [B, T], true on response tokens
     rewards: Tensor  # float32 [B]
     group: Tensor  # int64 [B]
@@ -129,10 +141,9 @@ class RolloutBatch:
 
     def select(self, rows: list[int]) -> RolloutBatch:
         """The samples `rows`, in that order; T stays as it is."""
-        index = torch.tensor(rows, dtype=torch.long, device=self.mask.device)
         values: dict[str, Any] = {}
         for name in self.__dataclass_fields__:
             value = getattr(self, name)
-            values[name] = value[index] if isinstance(value, Tensor) else value
+            values[name] = value[rows] if isinstance(value, Tensor) else value
         values["sequences"] = tuple(self.sequences[row] for row in rows)
         return RolloutBatch(**values)

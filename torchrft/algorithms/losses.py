@@ -50,6 +50,10 @@ def policy_loss(
         if tensor is not None and tensor.shape != logprobs.shape:
             raise ValueError(f"shape {tuple(tensor.shape)} differs from {tuple(logprobs.shape)}")
     denominators = denominators or Denominators.of(mask)
+    # Masked before use, not only after: a gradient of 0 times a masked NaN would still be NaN.
+    logprobs, old_logprobs, advantages = (
+        x.where(mask, 0.0) for x in (logprobs, old_logprobs, advantages)
+    )
     losses, extra = function(logprobs, old_logprobs, advantages, mask, **options)
     loss = aggregate(losses, mask, loss_aggregation, denominators)
     approx_kl = kl_divergence(old_logprobs, logprobs.detach(), "k3")
@@ -57,7 +61,7 @@ def policy_loss(
     metrics["policy/approx_kl"] = token_mean(approx_kl, mask, denominators)
     metrics["policy/kl"] = torch.zeros_like(loss)
     if ref_logprobs is not None:
-        kl = kl_divergence(logprobs, ref_logprobs, kl_estimator)
+        kl = kl_divergence(logprobs, ref_logprobs.where(mask, 0.0), kl_estimator)
         loss = loss + init_kl_coef * aggregate(kl, mask, loss_aggregation, denominators)
         metrics["policy/kl"] = token_mean(kl, mask, denominators)
     metrics["policy/loss"] = loss.detach()

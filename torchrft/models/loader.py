@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -41,7 +42,8 @@ def load_model(
     """A causal LM in `dtype` on the CPU: the weights of `source`, or fresh ones drawn by `seed`.
 
     Fresh weights depend on the config and the seed only, so every rank draws the same.
-    Raises ValueError when there are no weights to load, or some are missing from the files.
+    Raises ValueError when there are no weights to load, the files cannot be read, or weights are
+    missing from them or have another shape.
     """
     config = load_config(source)
     if init == "random":
@@ -60,6 +62,10 @@ def load_model(
         except OSError as error:
             raise ValueError(
                 _not_found(source, "weights") + '; [model] init = "random" makes fresh ones'
+            ) from error
+        except (SafetensorError, RuntimeError) as error:  # a damaged file, other shapes
+            raise ValueError(
+                f'the weights in pretrain = "{source}" do not load: {error}'
             ) from error
         model, info = loaded
         if info["missing_keys"]:

@@ -11,7 +11,27 @@ from torchrft.models.attention import Layout
 from torchrft.models.logprobs import fused_linear_logprob, linear_logprob
 
 # Heads that do more than hidden @ weight^T; taking log-probs without that would be silently wrong.
-_LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+_LOGIT_CHANGES = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "output_multiplier",
+)
+
+
+def refuse_changed_logits(model: PreTrainedModel) -> None:
+    """Raises ValueError for a model whose logits are more than hidden @ weight^T."""
+    head = model.get_output_embeddings()
+    if head is None or getattr(head, "bias", None) is not None:
+        raise ValueError(f"{type(model).__name__} needs a language-model head without bias")
+    for name in _LOGIT_CHANGES:
+        value = getattr(model.config.get_text_config(), name, None)
+        if value not in (None, 1, 1.0):
+            raise ValueError(
+                f"{type(model).__name__} changes its logits by {name} = {value}, "
+                "which torchrft does not support"
+            )
 
 
 class Inputs(Protocol):
@@ -39,16 +59,7 @@ class PolicyModel(nn.Module):
         chunk_size: int = 4096,
     ) -> None:
         super().__init__()
-        head = model.get_output_embeddings()
-        if head is None or getattr(head, "bias", None) is not None:
-            raise ValueError(f"{type(model).__name__} needs a language-model head without bias")
-        for name in _LOGIT_CHANGES:
-            value = getattr(model.config, name, None)
-            if value not in (None, 1, 1.0):
-                raise ValueError(
-                    f"{type(model).__name__} changes its logits by {name} = {value}, "
-                    "which torchrft does not support"
-                )
+        refuse_changed_logits(model)
         self.model = model
         self.temperature = temperature
         self.fused = fused

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from torchrft.models.loader import empty_model
+from torchrft.models.policy import refuse_changed_logits
 from torchrft.rollout.native.generation import Generation
 from torchrft.rollout.weight_sync import copy_weights
 from torchrft.types import Completion, FinishReason, Prompt, SamplingParams
@@ -21,6 +22,8 @@ class NativeEngine:
     >>> engine = NativeEngine(config, tokenizer, stop_token_ids=(1,))       # doctest: +SKIP
     >>> engine.update_weights(model.named_parameters(), version=0)          # doctest: +SKIP
     >>> engine.generate(prompts, SamplingParams(n=8, temperature=1.0))      # doctest: +SKIP
+
+    Raises ValueError for a model whose logits are more than hidden @ weight^T.
     """
 
     def __init__(
@@ -37,23 +40,28 @@ class NativeEngine:
         self.max_num_seqs = max_num_seqs
         self.device = torch.device(device)
         model: Any = empty_model(config, dtype)
+        refuse_changed_logits(model)
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.version: int | None = None  # None: no weights yet
+        self.asleep = False
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        if self.asleep:
+            raise ValueError("the engine sleeps: call wake before update_weights")
         self.version = None
         copy_weights(self.model, named_tensors)
         self.version = version
 
     def sleep(self) -> None:
         """Frees the weights; the KV cache lives only while `generate` runs."""
-        self.version = None
+        self.version, self.asleep = None, True
         for parameter in self.model.parameters():
             parameter.data.untyped_storage().resize_(0)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def wake(self) -> None:
+        self.asleep = False
         for parameter in self.model.parameters():
             parameter.data.untyped_storage().resize_(parameter.numel() * parameter.itemsize)
 
@@ -65,6 +73,8 @@ class NativeEngine:
         if self.version is None:
             raise ValueError("the engine has no weights: call update_weights before generate")
         for position, prompt in enumerate(prompts):
+            if not prompt.token_ids:
+                raise ValueError(f"prompt {position} (row {prompt.row}) has no tokens")
             if sampling.budget(len(prompt.token_ids)) < 1:
                 raise ValueError(
                     f"prompt {position} (row {prompt.row}) has {len(prompt.token_ids)} tokens, "

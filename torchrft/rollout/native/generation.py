@@ -56,7 +56,7 @@ class Generation:
         self.base, self.head = model.get_decoder(), model.get_output_embeddings()
         self.device = self.head.weight.device
         self.prompts, self.sampling, self.decode = prompts, sampling, decode
-        self.stop_ids = torch.tensor(sorted(set(stop_ids)), device=self.device)
+        self.stop_ids = torch.tensor(sorted(set(stop_ids)), dtype=torch.long, device=self.device)
         count = len(prompts) * sampling.n
         self.slots = min(max_num_seqs, count)
         lengths = [len(prompt.token_ids) for prompt in prompts]
@@ -71,6 +71,7 @@ class Generation:
         self.seeds, self.budgets = self._seeds(count), self._budgets()
         self.log: list[tuple[Tensor, Tensor, Tensor]] = []  # (request, token, logprob) by step
         self.tails: list[list[int]] = [[] for _ in range(count if sampling.stop else 0)]
+        self.seen_stop = [False] * len(self.tails)  # a stop string may come before min_new_tokens
         empty = torch.empty(0, dtype=torch.long, device=self.device)
         self.active = _Active(empty, empty, empty, empty, empty, empty)
 
@@ -197,7 +198,7 @@ class Generation:
         return stopped | (active.generated >= active.budget)
 
     def ended_by_string(self) -> Tensor:
-        """Which active sequences now end in one of the stop strings."""
+        """Which active sequences hold one of the stop strings, and min_new_tokens tokens."""
         # A character may take up to four byte-level tokens.
         tail = 4 * max(len(stop) for stop in self.sampling.stop) + 4
         ended = []
@@ -210,8 +211,8 @@ class Generation:
         for request, token, generated in rows:
             tokens = self.tails[request] = [*self.tails[request][-tail:], token]
             text = self.decode(tokens)
-            late = generated >= self.sampling.min_new_tokens
-            ended.append(late and any(stop in text for stop in self.sampling.stop))
+            self.seen_stop[request] |= any(stop in text for stop in self.sampling.stop)
+            ended.append(self.seen_stop[request] and generated >= self.sampling.min_new_tokens)
         return torch.tensor(ended, device=self.device)
 
     def retire(self, finished: Tensor) -> None:

@@ -1,0 +1,56 @@
+"""The variable-length CUDA kernel against the path that CPUs take."""
+
+import pytest
+import torch
+
+from torchrft.models.attention import Packed
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+GROUPS = {
+    "plain packing": [(70, []), (1, []), (33, [])],
+    "shared prefixes": [(40, [30, 1, 0, 65]), (3, [128, 5]), (20, [])],
+    "groups of one": [(129, [64]), (1, [7])],
+}
+
+
+def run(layout, tensors, window, weights):
+    tensors = [x.detach().clone().requires_grad_() for x in tensors]
+    out = layout(0, *tensors, 0.2, window)
+    return [out.detach(), *torch.autograd.grad((out * weights).sum(), tensors)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kv_heads", [8, 2, 1])
+@pytest.mark.parametrize("window", [None, 16, 1])
+@pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
+def test_kernel_equals_the_dense_path(groups, window, kv_heads, dtype):
+    """Values and gradients, up to the rounding of 16-bit numbers."""
+    torch.manual_seed(0)
+    length = sum(prefix + sum(branches) for prefix, branches in groups)
+    exact = [torch.randn(1, heads, length, 64).to(dtype) for heads in (8, kv_heads, kv_heads)]
+    weights = torch.randn(1, length, 8, 64).to(dtype)
+    layout = Packed.of(groups)
+    wanted = run(layout, [x.double() for x in exact], window, weights.double())
+    device = torch.device("cuda")
+    got = run(layout.to(device), [x.to(device) for x in exact], window, weights.to(device))
+    precision = torch.finfo(dtype).eps
+    for a, b in zip(got, wanted, strict=True):
+        assert a.dtype == dtype
+        difference = a.double().cpu() - b
+        assert difference.norm() < 2 * precision * b.norm()
+        assert difference.abs().max() < 8 * precision * b.abs().max()
+
+
+def test_float32_takes_the_dense_path():
+    torch.manual_seed(0)
+    exact = [torch.randn(1, heads, 17, 32) for heads in (4, 2, 2)]
+    weights = torch.randn(1, 17, 4, 32)
+    layout = Packed.of([(4, [3, 5]), (5, [])])
+    wanted = run(layout, [x.double() for x in exact], 3, weights.double())
+    got = run(layout.to(torch.device("cuda")), [x.cuda() for x in exact], 3, weights.cuda())
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a.cpu().double(), b, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,232 @@
+"""Log-probs and entropies against float64 autograd; what the fused function keeps in memory."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from torchrft.models.logprobs import (
+    fused_linear_logprob,
+    linear_logprob,
+    logprob_and_entropy,
+)
+
+N, D, V = 10, 6, 17
+
+
+def reference(hidden, weight, labels, temperature):
+    """Straight from the definition, in the dtype of the inputs."""
+    logits = hidden @ weight.t() / temperature
+    p = logits.exp() / logits.exp().sum(-1, keepdim=True)
+    return p[torch.arange(len(labels)), labels].log(), -(p * p.log()).sum(-1)
+
+
+def make(rows=N, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, D, generator=generator).to(dtype)
+    weight = torch.randn(V, D, generator=generator).to(dtype)
+    labels = torch.randint(V, (rows,), generator=generator)
+    scales = torch.randn(2, rows, generator=generator)  # the loss weighs every output its own way
+    return hidden, weight, labels, scales
+
+
+def run(function, hidden, weight, scales):
+    """Values, and gradients of a weighted sum of both outputs."""
+    hidden, weight = (x.clone().requires_grad_() for x in (hidden, weight))
+    logprobs, entropy = function(hidden, weight)
+    (scales[0] * logprobs + scales[1] * entropy).sum().backward()
+    return logprobs.detach(), entropy.detach(), hidden.grad, weight.grad
+
+
+def functions(labels, temperature):
+    yield lambda h, w: linear_logprob(h, w, labels, temperature)
+    for chunk in (1, 3, N, N + 7):
+        yield lambda h, w, chunk=chunk: fused_linear_logprob(h, w, labels, temperature, chunk)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 2.5])
+@pytest.mark.parametrize("index", range(5), ids=["plain", "chunk 1", "3", "N", ">N"])
+def test_values_and_gradients(temperature, index):
+    hidden, weight, labels, scales = make()
+    wanted = run(
+        lambda h, w: reference(h, w, labels, temperature),
+        *(x.double() for x in (hidden, weight, scales)),
+    )
+    function = list(functions(labels, temperature))[index]
+    got = run(function, hidden, weight, scales)
+    for a, b in zip(got, wanted, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["logprobs", "entropy"])
+def test_each_output_has_its_gradient(which):
+    """Only one output takes part in the loss."""
+    hidden, weight, labels, scales = make()
+    scales[1 - which] = 0
+    wanted = run(
+        lambda h, w: reference(h, w, labels, 0.8), *(x.double() for x in (hidden, weight, scales))
+    )
+    got = run(lambda h, w: fused_linear_logprob(h, w, labels, 0.8, 4), hidden, weight, scales)
+    assert wanted[2].norm() > 0.1
+    for a, b in zip(got[2:], wanted[2:], strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+def test_by_hand():
+    """Logits (0, ln 3): probabilities 1/4 and 3/4."""
+    hidden, weight = torch.tensor([[1.0]]), torch.tensor([[0.0], [3.0]]).log().clamp(min=0)
+    for function in (linear_logprob, fused_linear_logprob):
+        logprobs, entropy = function(hidden, weight, torch.tensor([0]))
+        assert logprobs.item() == pytest.approx(-1.3862944, abs=1e-6)
+        assert entropy.item() == pytest.approx(0.5623351, abs=1e-6)
+    # At temperature 1/2 the odds are 1 to 9.
+    logprobs, _ = fused_linear_logprob(hidden, weight, torch.tensor([1]), temperature=0.5)
+    assert logprobs.item() == pytest.approx(-0.1053605, abs=1e-6)
+
+
+def test_large_logits_do_not_overflow():
+    hidden, weight = torch.tensor([[1000.0]]), torch.tensor([[1.0], [-1.0]])
+    for function in (linear_logprob, fused_linear_logprob):
+        logprobs, entropy = function(hidden, weight, torch.tensor([1]))
+        assert logprobs.item() == -2000.0
+        assert entropy.item() == 0.0
+
+
+def test_logprob_and_entropy_take_scaled_logits():
+    logits = torch.tensor([[0.0, 3.0]]).clamp(min=1).log()
+    logprobs, entropy = logprob_and_entropy(logits, torch.tensor([1]))
+    assert logprobs.item() == pytest.approx(-0.2876821, abs=1e-6)
+    assert entropy.item() == pytest.approx(0.5623351, abs=1e-6)
+
+
+@pytest.mark.parametrize("index", range(5), ids=["plain", "chunk 1", "3", "N", ">N"])
+def test_bfloat16_inputs(index):
+    """Outputs are float32; the error is that of logits rounded to bfloat16 (8 bits)."""
+    hidden, weight, labels, scales = make(dtype=torch.bfloat16)
+    exact = [x.double() for x in (hidden, weight, scales)]
+    wanted = run(lambda h, w: reference(h, w, labels, 0.7), *exact)
+    got = run(list(functions(labels, 0.7))[index], hidden, weight, scales)
+    assert [x.dtype for x in got] == [torch.float32] * 2 + [torch.bfloat16] * 2
+    largest = (exact[0] @ exact[1].t() / 0.7).abs().max().item()
+    assert (got[0].double() - wanted[0]).abs().max() < largest * 2**-7
+    assert (got[1].double() - wanted[1]).abs().max() < largest * 2**-7
+    for a, b in zip(got[2:], wanted[2:], strict=True):
+        assert (a.double() - b).norm() < 0.02 * b.norm()
+
+
+def test_weight_gradient_is_summed_in_float32():
+    """1000 equal rows, one a chunk: a bfloat16 sum would stand still at 256 times one row."""
+    rows = 1000
+    hidden = torch.ones(rows, 1, dtype=torch.bfloat16)
+    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.zeros(rows, dtype=torch.long)
+    fused_linear_logprob(hidden, weight, labels, chunk_size=1)[0].sum().backward()
+    torch.testing.assert_close(weight.grad.float(), torch.tensor([[500.0], [-500.0]]))
+
+
+def test_gradcheck():
+    """By finite differences. The functions compute in float32 whatever they are given, so that the
+    step is large and the tolerance loose; `test_values_and_gradients` is the sharper test."""
+    hidden, weight, labels, _ = make(rows=4)
+    inputs = tuple(x.double().requires_grad_() for x in (hidden, weight))
+    for function in (
+        lambda h, w: linear_logprob(h, w, labels[:4], 1.3),
+        lambda h, w: fused_linear_logprob(h, w, labels[:4], 1.3, 3),
+    ):
+        assert function(*inputs)[0].dtype == torch.float32
+        assert torch.autograd.gradcheck(function, inputs, eps=1e-2, atol=2e-3, rtol=1e-2)
+
+
+def test_only_the_wanted_gradients():
+    hidden, weight, labels, _ = make()
+    hidden.requires_grad_()
+    fused_linear_logprob(hidden, weight, labels)[0].sum().backward()
+    assert weight.grad is None
+    frozen = hidden.grad
+    hidden.grad, hidden.requires_grad = None, False
+    weight.requires_grad_()
+    fused_linear_logprob(hidden, weight, labels)[0].sum().backward()
+    assert hidden.grad is None
+    assert frozen.norm() > 0.1
+    assert weight.grad.norm() > 0.1
+
+
+def test_gradients_are_constants_to_autograd():
+    """The backward pass uses what the forward pass saved: second derivatives would be wrong."""
+    hidden, weight, labels, _ = make()
+    hidden.requires_grad_()
+    logprobs, _ = fused_linear_logprob(hidden, weight, labels)
+    (grad,) = torch.autograd.grad(logprobs.sum(), hidden, create_graph=True)
+    assert not grad.requires_grad
+
+
+class Shapes(TorchDispatchMode):
+    """Records the shape of everything any operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.seen += [tuple(x.shape) for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        return out
+
+
+def logit_rows(function, rows=24, vocabulary=50):
+    """The most rows of logits that any single tensor of forward and backward holds."""
+    hidden = torch.randn(rows, 3, requires_grad=True)
+    weight = torch.randn(vocabulary, 3, requires_grad=True)
+    with Shapes() as shapes:
+        logprobs, entropy = function(hidden, weight, torch.zeros(rows, dtype=torch.long))
+        (logprobs + entropy).sum().backward()
+    like_weight = {(vocabulary, 3), (3, vocabulary)}
+    sizes = [
+        torch.Size(shape).numel() // vocabulary
+        for shape in shapes.seen
+        if vocabulary in shape and shape not in like_weight
+    ]
+    assert not [shape for shape in shapes.seen if len(shape) == 1 and shape[0] > vocabulary]
+    return max(sizes)
+
+
+def test_chunk_size_bounds_the_logits():
+    for chunk in (1, 5, 24):
+        assert logit_rows(lambda *a, c=chunk: fused_linear_logprob(*a, chunk_size=c)) == chunk
+    assert logit_rows(lambda *a: fused_linear_logprob(*a, chunk_size=100)) == 24
+    assert logit_rows(linear_logprob) == 24  # the measure sees whole logits
+
+
+def test_no_rows():
+    hidden, weight, labels, _ = make(rows=0)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    for function in (linear_logprob, fused_linear_logprob):
+        logprobs, entropy = function(hidden, weight, labels)
+        assert logprobs.shape == entropy.shape == (0,)
+        (logprobs + entropy).sum().backward()
+        assert not weight.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"hidden": torch.zeros(4, 5)}, r"hidden \(4, 5\) and weight \(7, 3\)"),
+        ({"hidden": torch.zeros(2, 2, 3)}, r"hidden \(2, 2, 3\)"),
+        ({"weight": torch.zeros(3)}, r"weight \(3,\)"),
+        ({"labels": torch.zeros(5, dtype=torch.long)}, r"labels \(5,\) must be \[4\]"),
+        ({"labels": torch.zeros(4, 1, dtype=torch.long)}, r"labels \(4, 1\)"),
+        ({"temperature": 0.0}, "temperature 0.0"),
+        ({"temperature": -1.0}, "temperature -1.0"),
+        ({"chunk_size": 0}, "chunk_size 0"),
+    ],
+)
+def test_errors(change, match):
+    arguments = {
+        "hidden": torch.zeros(4, 3),
+        "weight": torch.zeros(7, 3),
+        "labels": torch.zeros(4, dtype=torch.long),
+    }
+    with pytest.raises(ValueError, match=match):
+        fused_linear_logprob(**{**arguments, **change})
