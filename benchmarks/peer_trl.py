@@ -83,8 +83,10 @@ class StepClock(TrainerCallback):
         self.start = perf_counter()
 
 
-def build(mine: Trainer, config: JobConfig, steps: int, callback: StepClock) -> TimedTrainer:
-    """The TRL trainer that does what `mine` does, from the same initial weights."""
+def build(
+    mine: Trainer, config: JobConfig, steps: int, callback: StepClock, rows: int = 512
+) -> TimedTrainer:
+    """The TRL trainer that does what `mine` does, from the same weights, `rows` a micro-batch."""
     model = AutoModelForCausalLM.from_config(
         AutoConfig.from_pretrained(DEBUG_MODEL, attn_implementation="sdpa"), dtype=torch.float32
     )
@@ -92,7 +94,7 @@ def build(mine: Trainer, config: JobConfig, steps: int, callback: StepClock) -> 
     trainer = TimedTrainer(
         model=model,
         reward_funcs=_reward(config),
-        args=_arguments(config, steps),
+        args=_arguments(config, steps, rows),
         train_dataset=_dataset(mine, config, steps),
         processing_class=load_tokenizer(DEBUG_MODEL),
         callbacks=[callback],
@@ -102,13 +104,14 @@ def build(mine: Trainer, config: JobConfig, steps: int, callback: StepClock) -> 
     return trainer
 
 
-def _arguments(config: JobConfig, steps: int) -> GRPOConfig:
-    """One micro-batch a step; nothing logged or saved; no reference model, no recomputation."""
+def _arguments(config: JobConfig, steps: int, rows: int) -> GRPOConfig:
+    """Nothing logged or saved; no reference model, no recomputation."""
     training, rollout, algorithm = config.training, config.rollout, config.algorithm
     forced = {"min_new_tokens": rollout.min_new_tokens} if rollout.min_new_tokens else None
     return GRPOConfig(
         output_dir=tempfile.mkdtemp(),
-        per_device_train_batch_size=training.train_batch_size,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=training.train_batch_size // rows,
         num_generations=rollout.n_samples_per_prompt,
         max_completion_length=rollout.max_new_tokens,
         generation_kwargs=forced,

@@ -36,7 +36,6 @@ _OWN: dict[str, dict[str, Any]] = {
     "gemma": {"tie_word_embeddings": True, "num_key_value_heads": 1},
     # One layer with a window and one without, each with its own rotary base.
     "gemma3_text": {
-        "tie_word_embeddings": True,
         "sliding_window": 4,
         "layer_types": ["sliding_attention", "full_attention"],
         "query_pre_attn_scalar": 8,

@@ -39,6 +39,8 @@ FLAGS: dict[str, str] = {
     "n_samples_per_prompt": "4",
     "micro_rollout_batch_size": "4",
     "max_new_tokens": "3",
+    # So that responses differ in length although an untrained policy hardly ever ends one.
+    "stop_token_ids": ",".join(map(str, range(10, 28))),
     "top_p": "1.0",
     "init_kl_coef": "0.0",
     "functions": SPREAD,

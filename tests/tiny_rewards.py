@@ -6,3 +6,8 @@ from collections.abc import Sequence
 def spread(token_ids: Sequence[int]) -> float:
     """0, 0.25, 0.5, 0.75 or 1, from what was sampled alone."""
     return sum(token_ids) % 5 / 4
+
+
+def held_out(label: str) -> float:
+    """1 for prompts labeled so, which the tests put into the evaluation file only."""
+    return float(label == "held out")

@@ -95,7 +95,8 @@ class PolicyUpdate:
 
     def _steps(self, samples: int) -> list[list[int]]:
         size = self.training.train_batch_size // get_world_size()
-        return [list(range(start, start + size)) for start in range(0, samples, size)]
+        # At the end of a run, less than a full batch may be left.
+        return [list(range(start, min(start + size, samples))) for start in range(0, samples, size)]
 
     def _optimizer_step(self, batch: RolloutBatch, rows: list[int]) -> dict[str, float]:
         """One step on the samples `rows` of this rank, together with the other ranks'.

@@ -328,9 +328,7 @@ class Trainer:
             return True
         if options.save_steps is not None and self.step % options.save_steps == 0:
             return True
-        episodes = self.prompts.episode
-        before = episodes - 1 / self.prompts.steps_per_episode
-        return episodes // options.save_interval > before // options.save_interval
+        return self.prompts.finished_episode(options.save_interval)
 
     def save(self) -> None:
         """Writes checkpoints/step-N and hf/step-N."""

@@ -16,9 +16,7 @@ ADVANTAGES = tensor([[1.0, 1.0, 0.0], [-2.0, 0.0, 0.0]])
 
 def hand_case(**options):
     old = torch.full((2, 3), -1.0)
-    loss, metrics = policy_loss(
-        "ppo_clip", old + RATIOS.log(), old, ADVANTAGES, MASK, **options
-    )
+    loss, metrics = policy_loss("ppo_clip", old + RATIOS.log(), old, ADVANTAGES, MASK, **options)
     return float(loss), {name: float(value) for name, value in metrics.items()}
 
 
@@ -284,4 +282,4 @@ def test_what_is_refused():
         hand_case(ref_logprobs=RATIOS, kl_estimator="k4")
     with pytest.raises(ValueError, match=r"shape \(2, 2\) differs from \(2, 3\)"):
         hand_case(ref_logprobs=torch.zeros(2, 2))
-    assert LOSSES.names() == ["ppo_clip"]
+    assert "ppo_clip" in LOSSES.names()

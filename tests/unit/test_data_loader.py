@@ -113,7 +113,6 @@ def test_a_state_of_another_order_is_refused(size, seed, message):
 
 def test_episodes_and_steps():
     loader = PromptLoader(dataset(10), 4, seed=0)
-    assert loader.steps_per_episode == 2.5
     assert [loader.total_steps(episodes) for episodes in (1, 2, 3)] == [3, 5, 8]
     assert loader.episode == 0.0
     loader.next()

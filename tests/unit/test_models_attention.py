@@ -160,9 +160,7 @@ def test_packed_by_hand():
 def fake_varlen(has_gqa):
     """Variable-length attention from its documentation: causal is aligned at the end."""
 
-    def varlen(
-        q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, **options
-    ):
+    def varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, **options):
         assert options in ([{}, {"enable_gqa": True}] if has_gqa else [{}])
         assert options or q.shape[1] == k.shape[1]
         assert cu_q.dtype == cu_k.dtype == torch.int32

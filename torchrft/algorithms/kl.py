@@ -22,3 +22,18 @@ def kl_divergence(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3")
     if estimator == "k3":
         return (-d).exp() - 1 + d
     raise ValueError(f'kl_estimator "{estimator}" is unknown; choose from {", ".join(ESTIMATORS)}')
+
+
+def adapt_coefficient(
+    coefficient: float, kl: float, kl_target: float, samples: int, kl_horizon: int
+) -> float:
+    """The next coefficient of the adaptive controller (arXiv:1909.08593).
+
+    coefficient (1 + clip(kl / kl_target - 1, +-0.2) samples / kl_horizon), where `samples` is the
+    size of the rollout in which `kl` was measured.
+
+    >>> adapt_coefficient(0.1, kl=0.02, kl_target=0.01, samples=500, kl_horizon=10000)
+    0.101
+    """
+    error = min(max(kl / kl_target - 1.0, -0.2), 0.2)
+    return coefficient * (1.0 + error * samples / kl_horizon)

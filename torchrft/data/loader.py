@@ -107,10 +107,11 @@ class PromptLoader:
         """Passes over the prompts finished so far, with the part of the current one."""
         return self._stream.position / self._stream.num_prompts
 
-    @property
-    def steps_per_episode(self) -> float:
-        """Steps that one pass takes, a fraction included."""
-        return self._stream.num_prompts / self._stream.prompts_per_step
+    def finished_episode(self, every: int = 1) -> bool:
+        """Whether the step just taken ended the `every`-th, 2 * `every`-th, … pass."""
+        stream, length = self._stream, every * self._stream.num_prompts
+        before = stream.position - stream.prompts_per_step
+        return stream.position // length > before // length
 
     def total_steps(self, num_episodes: int) -> int:
         """Steps after which every prompt has been taken at least `num_episodes` times."""

@@ -88,6 +88,9 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ValueError(_not_found(source, "tokenizer")) from error
+    if len(tokenizer.get_vocab()) == len(tokenizer.get_added_vocab()):
+        # For some architectures transformers makes an empty tokenizer when there are no files.
+        raise ValueError(_not_found(source, "tokenizer"))
     if tokenizer.eos_token_id is None:
         raise ValueError(f'the tokenizer of "{source}" has no eos_token: set one in its config')
     return tokenizer

@@ -1,0 +1,105 @@
+"""A small policy, samples for it and a PolicyUpdate, without a trainer around them."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from tiny_job import MODEL, tiny_config
+
+from torchrft.algorithms import advantages
+from torchrft.data.batch import make_batch
+from torchrft.models.loader import load_model
+from torchrft.models.policy import PolicyModel
+from torchrft.optim.lr_scheduler import build_scheduler
+from torchrft.parallel import ParallelDims, parallelize
+from torchrft.parallel.zero import sharding
+from torchrft.policy_update import PolicyUpdate
+from torchrft.types import Completion, Prompt, RolloutBatch, Sample, Score
+
+NUM_GROUPS, GROUP_SIZE = 4, 4
+
+
+def make_samples(seed: int = 0, longest: int = 9) -> list[Sample]:
+    """4 prompts x 4 completions of 1 to `longest` random tokens with random rewards."""
+    rng = random.Random(seed)
+    samples = []
+    for group in range(NUM_GROUPS):
+        prompt_ids = tuple(rng.randrange(3, 56) for _ in range(rng.randint(2, 6)))
+        prompt = Prompt(row=group, text="", token_ids=prompt_ids)
+        for index in range(GROUP_SIZE):
+            length = rng.randint(1, longest)
+            completion = Completion(
+                prompt_index=group,
+                sample_index=index,
+                token_ids=tuple(rng.randrange(3, 56) for _ in range(length)),
+                logprobs=tuple(-4.0 + 0.3 * rng.random() for _ in range(length)),
+                text="",
+                finish_reason="stop",
+            )
+            samples.append(Sample(prompt, completion, Score(rng.random()), group))
+    return samples
+
+
+def with_advantages(samples: list[Sample]) -> RolloutBatch:
+    from dataclasses import replace
+
+    batch = make_batch(samples)
+    result = advantages.compute("group_norm", batch.rewards, batch.group, batch.mask)
+    return replace(batch, advantages=result.advantages, returns=result.returns)
+
+
+def make_update(
+    reference_seed: int | None = None,
+    *,
+    world_size: int = 1,
+    dtype: torch.dtype = torch.float32,
+    init_scale: float = 3.0,
+    **options: Any,
+) -> PolicyUpdate:
+    """A PolicyUpdate of a random policy, with plain gradient descent at rate 1.
+
+    Its steps are the clipped gradients themselves: AdamW would blow rounding errors of tiny
+    gradients up to whole steps. `options` are those of the job; a `reference_seed` makes a
+    reference model of other weights.
+    """
+    options = {"lr_warmup_ratio": 0.0, "lr_decay": "constant", "max_len": 64} | options
+    options.setdefault("loss_aggregation", "token_mean")
+    config = tiny_config(world_size, **options)
+    dims = ParallelDims.of(config.parallel, world_size)
+
+    def model(seed: int) -> PolicyModel:
+        made: Any = load_model(MODEL, "random", torch.float32, seed)
+        with torch.no_grad():  # fresh weights are small: tokens nearly equal, gradients tiny
+            for parameter in made.parameters():
+                if parameter.dim() >= 2:
+                    parameter.mul_(init_scale)
+        training = config.training
+        policy = PolicyModel(made.eval(), 1.0, training.fused_linear_logprob, training.chunk_size)
+        parallelize(policy, dims, config.parallel, dtype)
+        return policy
+
+    policy = model(0)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+    return PolicyUpdate(
+        policy,
+        None if reference_seed is None else model(reference_seed).requires_grad_(False),
+        optimizer,
+        build_scheduler(optimizer, config.optimizer, 100),
+        config.training,
+        config.rollout,
+        config.algorithm,
+        max_norm=config.optimizer.max_norm,
+        max_len=config.data.max_len,
+        max_response_length=12,
+        reduce_every_micro_batch=sharding(config.parallel).reduce_every_micro_batch,
+    )
+
+
+def full_weights(update: PolicyUpdate) -> dict[str, torch.Tensor]:
+    """A copy of every parameter, gathered from its shards if it has any."""
+    return {
+        name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+        for name, p in update.policy.named_parameters()
+    }

@@ -1,0 +1,95 @@
+"""The slots of keys and values: growth, copies, moves, masks."""
+
+import pytest
+import torch
+
+from torchrft.rollout.native.kv_cache import Decode, Prefill, SlotCache
+
+HEADS, DIM = 2, 3
+
+
+def prefill(rows, length, layers=2, offset=0):
+    """A prefill whose key at (layer, row, head, token) tells where it is from."""
+    made = Prefill()
+    size = rows * HEADS * length * DIM
+    for layer in range(layers):
+        key = torch.arange(size, dtype=torch.float32).view(rows, HEADS, length, DIM)
+        made.keys.append(key + 1000 * (layer + offset))
+        made.values.append(-key - 1000 * (layer + offset))
+    return made
+
+
+def test_growth_keeps_what_is_there_and_stops_at_the_limit():
+    prompts = prefill(2, 5)
+    cache = SlotCache(3, limit=150)
+    assert cache.capacity == 0
+    cache.reserve(6, prompts)
+    assert cache.capacity == 64  # the smallest step
+    cache.admit(0, prompts, torch.tensor([1, 0, 1]))
+    before = [x.clone() for x in (*cache.keys, *cache.values)]
+    cache.reserve(64, prompts)
+    assert cache.capacity == 64
+    for length, capacity in ((65, 96), (97, 144), (145, 150)):
+        cache.reserve(length, prompts)
+        assert cache.capacity == capacity
+    for old, new in zip(before, (*cache.keys, *cache.values), strict=True):
+        assert new.shape == (3, HEADS, 150, DIM)
+        assert torch.equal(new[:, :, :64], old)
+        assert not new[:, :, 64:].any()
+
+
+def test_no_more_than_the_limit_from_the_start():
+    cache = SlotCache(1, limit=10)
+    cache.reserve(6, prefill(1, 5))
+    assert cache.capacity == 10
+
+
+def test_admit_and_move():
+    prompts = prefill(3, 4)
+    cache = SlotCache(4, limit=8)
+    cache.reserve(5, prompts)
+    cache.admit(1, prompts, torch.tensor([2, 0]))
+    for layer in range(2):
+        assert torch.equal(cache.keys[layer][1, :, :4], prompts.keys[layer][2])
+        assert torch.equal(cache.values[layer][2, :, :4], prompts.values[layer][0])
+        assert not cache.keys[layer][0].any()
+        assert not cache.keys[layer][3].any()
+    cache.move(torch.tensor([2, 1]), torch.tensor([0, 3]))
+    for layer in range(2):
+        assert torch.equal(cache.keys[layer][0, :, :4], prompts.keys[layer][0])
+        assert torch.equal(cache.values[layer][3, :, :4], prompts.values[layer][2])
+
+
+def test_prefill_needs_the_layers_in_order():
+    tensor = torch.zeros(1, HEADS, 2, DIM)
+    layout = Prefill()
+    layout(0, tensor, tensor, tensor, 1.0, None)
+    with pytest.raises(ValueError, match="runs layer 2 where 1 was expected"):
+        layout(2, tensor, tensor, tensor, 1.0, None)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3])
+def test_decode_against_a_loop(window):
+    """Each slot's query sees its own tokens, the newest included, within the window."""
+    torch.manual_seed(0)
+    cache = SlotCache(3, limit=20)
+    like = Prefill()
+    like.keys = like.values = [torch.zeros(1, HEADS, 1, DIM, dtype=torch.float64)]
+    cache.reserve(9, like)
+    cache.keys[0].normal_()
+    cache.values[0].normal_()
+    lengths = torch.tensor([5, 0])
+    query = torch.randn(2, 4, 1, DIM, dtype=torch.float64)
+    key, value = (torch.randn(2, HEADS, 1, DIM, dtype=torch.float64) for _ in range(2))
+    keys, values = cache.keys[0].clone(), cache.values[0].clone()
+    out = Decode(cache, lengths, 5)(0, query, key, value, 0.4, window)
+    assert out.shape == (2, 1, 4, DIM)
+    for row, length in enumerate(lengths.tolist()):
+        keys[row, :, length], values[row, :, length] = key[row, :, 0], value[row, :, 0]
+        first = 0 if window is None else max(0, length + 1 - window)
+        seen = slice(first, length + 1)
+        for head in range(4):
+            weights = (0.4 * keys[row, head // 2, seen] @ query[row, head, 0]).softmax(0)
+            torch.testing.assert_close(out[row, 0, head], weights @ values[row, head // 2, seen])
+    assert torch.equal(cache.keys[0], keys)
+    assert torch.equal(cache.values[0], values)

@@ -1,0 +1,56 @@
+"""From the config to an engine."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from torchrft.config.job_config import Rollout
+from torchrft.rollout import build_engine
+from torchrft.types import Prompt, SamplingParams
+
+DEBUG_MODEL = Path(__file__).parents[1] / "assets" / "debug_model"
+GREEDY = SamplingParams(temperature=0.0, max_new_tokens=8)
+PROMPTS = [Prompt(0, "", (7, 8, 9))]
+
+
+def rollout(**options):
+    return Rollout.model_validate({"rollout_batch_size": 1, "engine_type": "native", **options})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Weights of a tiny model (they decide the greedy tokens) and the debug model's tokenizer."""
+    tiny.model("qwen2", seed=11).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEBUG_MODEL / name, tmp_path)
+    return str(tmp_path)
+
+
+def test_weights_come_from_the_folder(folder):
+    engine = build_engine(rollout(max_num_seqs=7), folder)
+    (completion,) = engine.generate(PROMPTS, GREEDY)
+    model = tiny.model("qwen2", "eager", seed=11)
+    ids = model.generate(torch.tensor([[7, 8, 9]]), max_new_tokens=8, do_sample=False)
+    assert list(completion.token_ids) == ids[0, 3:].tolist()
+    assert completion.policy_version == 0
+    assert engine.max_num_seqs == 7
+    assert engine.stop_token_ids == (1,)
+
+
+def test_without_weights_the_engine_waits_for_them():
+    """The debug model has none at all."""
+    engine = build_engine(rollout(), str(DEBUG_MODEL), torch.bfloat16, load_weights=False)
+    with pytest.raises(ValueError, match="call update_weights before generate"):
+        engine.generate(PROMPTS, GREEDY)
+    assert {p.dtype for p in engine.model.parameters()} == {torch.bfloat16}
+    with pytest.raises(ValueError, match="holds no weights"):
+        build_engine(rollout(), str(DEBUG_MODEL))
+
+
+@pytest.mark.parametrize("engine_type", ["vllm", "sglang"])
+def test_engines_that_are_not_there_yet(engine_type, folder):
+    with pytest.raises(ValueError, match=f'engine_type = "{engine_type}" is not available yet'):
+        build_engine(rollout(engine_type=engine_type), folder)

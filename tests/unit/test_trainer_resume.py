@@ -1,0 +1,347 @@
+"""A run that was stopped, in whatever way, and resumed is the run that was never stopped."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from tiny_job import ASSETS, ROOT, argv, prompt_file, records, run_process
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+STEPS = 8  # 10 prompts in rollouts of 4, 3 episodes: passes end within steps 3, 5 (exactly) and 8
+KINDS = {
+    # Checkpoints after steps 2, 4, 6, 8 and where a pass ends: 3, 5, 8.
+    "plain": {"save_steps": 2},
+    # An optimizer step every 2 rollouts: samples wait at steps 1, 3, 5, 7.
+    "pending": {"save_steps": 1, "train_batch_size": 32},
+    # A reference model, several optimizer steps on packed samples, momentum of all kinds.
+    "full": {
+        "save_steps": 2,
+        "init_kl_coef": 0.1,
+        "train_batch_size": 8,
+        "max_epochs": 2,
+        "packing_samples": "true",
+        "l2": 0.1,
+    },
+}
+LOGGED = "torchrft.metrics.logger:MetricLogger.log"
+SAVED = "torchrft.trainer:Trainer.save"
+
+
+class Job:
+    """A kind of job in a folder of its own."""
+
+    def __init__(self, kind: str, folder: Path) -> None:
+        self.folder = folder
+        self.log = folder / "log"
+        folder.mkdir(exist_ok=True)
+        self.words = argv(
+            save_path=folder / "run",
+            prompt_data=prompt_file(folder / "prompts.jsonl", 10),
+            eval_data=prompt_file(folder / "eval.jsonl", 6),
+            eval_steps=3,
+            num_episodes=3,
+            max_steps=None,
+            max_ckpt_num=3,
+            plot_every=3,
+            **KINDS[kind],
+        )
+
+    def start(self, *more: str, interruption=None) -> int:
+        return run_process([*self.words, *more], self.log, interruption)
+
+    def resume(self, interruption=None) -> int:
+        return self.start("--load_checkpoint", interruption=interruption)
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+    @property
+    def saved(self) -> list[int]:
+        return sorted(int(p.name[5:]) for p in (self.run / "checkpoints").glob("step-*"))
+
+
+@pytest.fixture(scope="module")
+def never_stopped(tmp_path_factory):
+    """Per kind, the job that ran through."""
+    jobs: dict[str, Job] = {}
+
+    def get(kind: str) -> Job:
+        if kind not in jobs:
+            job = Job(kind, tmp_path_factory.mktemp(kind))
+            assert job.start() == 0, job.log.read_text()
+            jobs[kind] = job
+        return jobs[kind]
+
+    return get
+
+
+def everything_in(checkpoint: Path) -> dict:
+    """All tensors and objects of a checkpoint by their path."""
+    reader = dcp.FileSystemReader(checkpoint)
+    content = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        if isinstance(entry, TensorStorageMetadata)
+        else None
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+    }
+    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    dcp.load(content, storage_reader=reader, planner=planner, no_dist=True)
+    return content
+
+
+def same(one, other) -> bool:
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, np.ndarray):
+        return np.array_equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return type(one) is type(other) and one == other
+
+
+def comparable(metrics: list[dict]) -> list[dict]:
+    measured = ("time/", "throughput/", "memory/")
+    return [{k: v for k, v in m.items() if not k.startswith(measured)} for m in metrics]
+
+
+def assert_same_end(job: Job, reference: Job) -> None:
+    """Checkpoint, export, metrics and rollouts are those of the reference, to the last bit."""
+    mine, theirs = (
+        everything_in(each.run / "checkpoints" / f"step-{STEPS}") for each in (job, reference)
+    )
+    assert mine.keys() == theirs.keys()
+    assert sum(name.startswith("optimizer/state") for name in theirs) > 50
+    different = [name for name in theirs if not same(mine[name], theirs[name])]
+    assert not different
+    exports = [each.run / "hf" / f"step-{STEPS}" / "model.safetensors" for each in (job, reference)]
+    assert exports[0].read_bytes() == exports[1].read_bytes()
+    assert comparable(records(job.run)) == comparable(records(reference.run))
+    assert [record["step"] for record in records(job.run)] == list(range(1, STEPS + 1))
+    for folder in ("rollouts", "plots"):
+        names = [
+            sorted(p.name for p in (each.run / "logs" / folder).iterdir())
+            for each in (job, reference)
+        ]
+        assert names[0] == names[1]
+    for path in (reference.run / "logs" / "rollouts").iterdir():
+        assert (job.run / "logs" / "rollouts" / path.name).read_bytes() == path.read_bytes()
+    assert job.saved == reference.saved
+
+
+def test_the_reference_run_is_worth_comparing_with(never_stopped):
+    for kind in KINDS:
+        lines = records(never_stopped(kind).run)
+        assert [line["step"] for line in lines if "eval/reward/mean" in line] == [1, 4, 7, 8]
+        assert all(line["reward/std"] > 0 for line in lines)
+        trained = [line for line in lines if "grad_norm" in line]
+        assert len(trained) == (4 if kind == "pending" else 8)
+        assert all(line["grad_norm"] > 0 for line in trained)
+    assert never_stopped("plain").saved == [5, 6, 8]
+    assert never_stopped("pending").saved == [6, 7, 8]
+
+
+@pytest.mark.parametrize(
+    ("kind", "step", "signum"),
+    [
+        ("plain", 1, signal.SIGKILL),  # before anything was saved
+        ("plain", 2, signal.SIGKILL),  # logged, not yet saved
+        ("plain", 4, signal.SIGKILL),  # inside an episode, one save earlier
+        ("plain", 5, signal.SIGKILL),  # at an episode's end
+        ("plain", 7, signal.SIGKILL),  # the last save was not at this step
+        ("plain", 1, signal.SIGTERM),
+        ("plain", 4, signal.SIGTERM),
+        ("plain", 6, signal.SIGTERM),
+        ("pending", 3, signal.SIGKILL),  # resumes from step 2, nothing pending
+        ("pending", 4, signal.SIGKILL),  # resumes from step 3, samples pending
+        ("pending", 2, signal.SIGTERM),  # saves at step 3, samples pending
+        ("full", 3, signal.SIGKILL),
+        ("full", 4, signal.SIGTERM),
+    ],
+    ids=str,
+)
+def test_resumed_run_is_bit_identical(never_stopped, tmp_path, kind, step, signum):
+    job = Job(kind, tmp_path)
+    code = job.start(interruption=(LOGGED, step, signum, "after"))
+    if signum == signal.SIGKILL:
+        assert code == -signal.SIGKILL
+        assert records(job.run)[-1]["step"] == step
+    else:  # the signal came in after a step, so the next one is finished and saved
+        assert code == 128 + signal.SIGTERM
+        assert job.saved[-1] == step + 1 == records(job.run)[-1]["step"]
+        assert f"rank 0: received {signum.name}" in job.log.read_text()
+    assert job.resume() == 0, job.log.read_text()
+    assert_same_end_but_for_rotation(job, never_stopped(kind), signum)
+
+
+def assert_same_end_but_for_rotation(job: Job, reference: Job, signum: signal.Signals) -> None:
+    """As assert_same_end; a save that SIGTERM caused may have pushed another one out."""
+    if signum == signal.SIGTERM and job.saved != reference.saved:
+        assert job.saved[-1] == STEPS
+        for step in set(reference.saved) - set(job.saved):
+            shutil.copytree(
+                reference.run / "checkpoints" / f"step-{step}",
+                job.run / "checkpoints" / f"step-{step}",
+            )
+        for step in set(job.saved) - set(reference.saved):
+            shutil.rmtree(job.run / "checkpoints" / f"step-{step}")
+    assert_same_end(job, reference)
+
+
+def test_a_run_stopped_again_and_again(never_stopped, tmp_path):
+    job = Job("pending", tmp_path)
+    assert job.start(interruption=(LOGGED, 2, signal.SIGKILL, "after")) == -9
+    assert job.resume((LOGGED, 3, signal.SIGKILL, "before")) == -9  # step 4, not even logged
+    assert job.resume((LOGGED, 1, signal.SIGTERM, "after")) == 143
+    assert job.resume((SAVED, 1, signal.SIGKILL, "after")) == -9
+    assert job.resume() == 0, job.log.read_text()
+    assert_same_end(job, never_stopped("pending"))
+
+
+@pytest.mark.parametrize(
+    ("where", "count", "when"),
+    [
+        # The second save, that of step 3.
+        ("torchrft.checkpoint.manager:save_state", 2, "before"),
+        ("torchrft.checkpoint.manager:save_state", 2, "after"),
+        ("torchrft.checkpoint.manager:manifest.write", 2, "after"),
+        ("torchrft.trainer:export_hf", 2, "before"),
+        ("torchrft.trainer:export_hf", 2, "after"),
+        ("torchrft.checkpoint.manager:folders.publish", 3, "after"),  # the export is in place
+        ("torchrft.checkpoint.manager:folders.publish", 4, "before"),
+        ("torchrft.checkpoint.manager:folders.publish", 4, "after"),  # and the checkpoint
+        # The first rotation removes a checkpoint and its export.
+        ("torchrft.checkpoint.manager:folders.remove", 1, "before"),
+        ("torchrft.checkpoint.manager:folders.remove", 1, "after"),
+        ("torchrft.checkpoint.folders:shutil.rmtree", 1, "before"),  # renamed, not yet removed
+        # While writing what was rolled out.
+        ("torchrft.metrics.rollout_dump:write_json_lines", 3, "before"),
+    ],
+    ids=str,
+)
+def test_kill_during_a_save(never_stopped, tmp_path, where, count, when):
+    job = Job("plain", tmp_path)
+    assert job.start(interruption=(where, count, signal.SIGKILL, when)) == -9
+    assert job.resume() == 0, job.log.read_text()
+    assert_same_end(job, never_stopped("plain"))
+    leftovers = [p for p in job.run.rglob("*") if p.name.endswith((".tmp", ".old"))]
+    assert not leftovers
+
+
+@pytest.mark.parametrize("damage", ["manifest", "truncated", "flipped", "missing"])
+def test_a_damaged_checkpoint_is_passed_over(never_stopped, tmp_path, damage):
+    job = Job("plain", tmp_path)
+    assert job.start(interruption=(LOGGED, 5, signal.SIGKILL, "after")) == -9
+    assert job.saved == [2, 3, 4]
+    newest = job.run / "checkpoints" / "step-4"
+    data = newest / "__0_0.distcp"
+    if damage == "manifest":
+        (newest / "manifest.json").write_text("{")
+    elif damage == "truncated":
+        data.write_bytes(data.read_bytes()[:-100])
+    elif damage == "flipped":
+        content = bytearray(data.read_bytes())
+        content[len(content) // 2] ^= 1
+        data.write_bytes(content)
+    else:
+        data.unlink()
+    assert job.resume() == 0, job.log.read_text()
+    said = job.log.read_text()
+    assert "step-4 is not complete" in said
+    assert "step-3, after step 3" in said
+    assert_same_end(job, never_stopped("plain"))
+
+
+def test_resume_when_nothing_was_saved_yet(never_stopped, tmp_path):
+    job = Job("plain", tmp_path)
+    assert job.resume() == 0, job.log.read_text()
+    assert "no checkpoint under" in job.log.read_text()
+    assert_same_end(job, never_stopped("plain"))
+    assert not (job.run / "previous-1").exists()
+
+
+def test_resume_of_a_finished_run_changes_nothing(never_stopped, tmp_path):
+    job = Job("plain", tmp_path)
+    shutil.copytree(never_stopped("plain").run, job.run)
+    kept = ("checkpoints", "hf", "logs/metrics.jsonl", "logs/rollouts")
+
+    def content():
+        files = [p for name in kept for p in [job.run / name, *(job.run / name).rglob("*")]]
+        return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in files if p.is_file()}
+
+    before = content()
+    assert job.resume() == 0, job.log.read_text()
+    after = content()
+    assert {p: data for p, (data, _) in after.items()} == {p: d for p, (d, _) in before.items()}
+    for path, (_, changed_at) in after.items():
+        if path.name != "metrics.jsonl":  # rewritten with the same lines
+            assert changed_at == before[path][1], path
+
+
+def test_a_run_goes_on_from_another_runs_checkpoint(never_stopped, tmp_path):
+    job = Job("pending", tmp_path)
+    source = never_stopped("pending").run / "checkpoints" / "step-7"
+    assert job.start("--load_checkpoint", "--ckpt_path", str(source)) == 0, job.log.read_text()
+    assert [record["step"] for record in records(job.run)] == [8]
+    mine = everything_in(job.run / "checkpoints" / "step-8")
+    theirs = everything_in(never_stopped("pending").run / "checkpoints" / "step-8")
+    assert same(mine, theirs)
+    # An earlier one of the run itself: what came later is set aside, not mixed with.
+    older = Job("pending", tmp_path / "older")
+    shutil.copytree(never_stopped("pending").run, older.run)
+    words = ["--load_checkpoint", "--ckpt_path", str(older.run / "checkpoints" / "step-6")]
+    assert older.start(*words) == 0, older.log.read_text()
+    assert_same_end(older, never_stopped("pending"))
+    aside = older.run / "previous-1" / "checkpoints"
+    assert sorted(path.name for path in aside.iterdir()) == ["step-7", "step-8"]
+
+
+def test_a_checkpoint_of_another_data_order_is_refused(never_stopped, tmp_path):
+    job = Job("plain", tmp_path)
+    shutil.copytree(never_stopped("plain").run, job.run)
+    before = sorted(p for p in job.run.rglob("*"))
+    assert job.start("--load_checkpoint", "--seed", "7") == 2
+    assert "seed = 42, this run 7" in job.log.read_text()
+    assert sorted(p for p in job.run.rglob("*")) == before
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_the_real_command_stopped_from_outside(never_stopped, tmp_path, signum):
+    """Wherever the signal lands, the result is the same; nothing here depends on when that is."""
+    job = Job("plain", tmp_path)
+    command = [sys.executable, "-m", "torchrft.train", *job.words]
+    with job.log.open("w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=one_thread())
+        metrics = job.run / "logs" / "metrics.jsonl"
+        while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+            time.sleep(0.01)
+        process.send_signal(signum)
+        code = process.wait(60)
+    if signum == signal.SIGTERM:
+        assert code in (128 + signum, 0)  # 0: it had just finished
+        assert job.saved[-1] == records(job.run)[-1]["step"]
+    else:
+        assert code in (-signum, 0)
+    assert job.resume() == 0, job.log.read_text()
+    assert_same_end_but_for_rotation(job, never_stopped("plain"), signum)
+
+
+def one_thread() -> dict[str, str]:
+    import os
+
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def test_the_asset_prompts_are_as_many_as_these_jobs_need():
+    rows = [json.loads(line) for line in (ASSETS / "max_digit" / "train.jsonl").open()]
+    assert len({row["prompt"] for row in rows[:10]}) == 10
