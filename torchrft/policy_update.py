@@ -2,53 +2,50 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from torchrft.algorithms.aggregation import Denominators, token_mean
 from torchrft.algorithms.corrections import mismatch
-from torchrft.algorithms.losses import policy_loss
+from torchrft.algorithms.kl import adapt_coefficient
+from torchrft.algorithms.losses import LOSSES, policy_loss
+from torchrft.algorithms.options import options_of
 from torchrft.algorithms.presets import resolve
-from torchrft.config.job_config import Algorithm, Rollout, Training
-from torchrft.data.packing import build, plan
-from torchrft.optim.optimizer import clip_gradients
-from torchrft.parallel import set_gradient_sync
-from torchrft.tools.distributed import all_reduce_max, all_reduce_sum, get_world_size
+from torchrft.algorithms.selection import high_entropy_mask
+from torchrft.config.job_config import Algorithm
+from torchrft.data.packing import MicroBatch
+from torchrft.optimizer_step import Mean, OptimizerStep
+from torchrft.tools.distributed import gather_objects, get_world_size
 from torchrft.types import RolloutBatch
 
 
 class PolicyUpdate:
-    """Trains `policy` on rollouts; every number it reports is global over ranks.
+    """Trains the policy on rollouts; every number it reports is global over ranks.
 
-    `max_len` and `max_response_length` are those of the job; `reduce_every_micro_batch` is False
-    for ZeRO stage 1, where gradients stay local until the last micro-batch of an optimizer step.
+    `max_response_length` is what `seq_mean_token_sum_norm` divides by. `kl_coef` and `drift_coef`
+    may adapt from rollout to rollout; `state_dict` holds them.
     """
 
     def __init__(
         self,
-        policy: nn.Module,
+        stepper: OptimizerStep,
         reference: nn.Module | None,
-        optimizer: torch.optim.Optimizer,
-        scheduler: torch.optim.lr_scheduler.LRScheduler,
-        training: Training,
-        rollout: Rollout,
         algorithm: Algorithm,
-        max_norm: float,
-        max_len: int,
         max_response_length: int,
-        reduce_every_micro_batch: bool,
     ) -> None:
-        self.policy, self.reference = policy, reference
-        self.optimizer, self.scheduler = optimizer, scheduler
-        self.training, self.rollout, self.algorithm = training, rollout, algorithm
+        self.stepper, self.reference, self.algorithm = stepper, reference, algorithm
         self.preset = resolve(algorithm)
-        self.max_norm, self.max_len = max_norm, max_len
         self.max_response_length = float(max_response_length)
-        self.reduce_every_micro_batch = reduce_every_micro_batch
+        self.kl_coef = algorithm.init_kl_coef
+        self.drift_coef = algorithm.cpgd_drift_coef
+
+    @property
+    def policy(self) -> nn.Module:
+        return self.stepper.model
 
     def with_logprobs(self, batch: RolloutBatch) -> RolloutBatch:
         """Adds the log-probs of the reference, and of the policy where they are needed.
@@ -57,96 +54,77 @@ class PolicyUpdate:
         old ones, so no pass of their own is spent on them.
         """
         ref = None if self.reference is None else self.logprobs(self.reference, batch)
-        once = self.training.max_epochs == 1 and len(self._steps(len(batch))) == 1
-        old = None if once else self.logprobs(self.policy, batch)
-        return replace(batch, ref_logprobs=ref, old_logprobs=old)
+        steps = self.stepper.training.max_epochs * len(self.stepper.rows(len(batch)))
+        selects = self.algorithm.high_entropy_token_ratio < 1
+        old = entropy = None
+        if steps > 1 or selects or self.preset.kl_placement == "reward":
+            old, entropy = self.stepper.forward(self.policy, batch, outputs=2)
+        return replace(batch, ref_logprobs=ref, old_logprobs=old, entropy=entropy)
 
-    @torch.no_grad()
     def logprobs(self, model: nn.Module, batch: RolloutBatch) -> Tensor:
         """Log-probs float32 [B, T] of the response tokens under `model`, zero elsewhere."""
-        width = batch.mask.shape[1]
-        out = torch.zeros_like(batch.rollout_logprobs)
-        samples = self.rollout.micro_rollout_batch_size
-        for rows, counted in self._micro_batches(batch, list(range(len(batch))), samples):
-            micro = build(batch, rows, self.training.packing_samples, width)
-            values, _ = model(micro)
-            if counted:
-                out[rows] = micro.scatter(values, width)
-        return out
+        return self.stepper.forward(model, batch)[0]
 
-    def run(self, batch: RolloutBatch) -> dict[str, float]:
+    def run(self, batch: RolloutBatch, frozen: bool = False) -> dict[str, float]:
         """All optimizer steps on a rollout: `max_epochs` passes in steps of train_batch_size.
 
-        Returns means over the steps, and how many steps were taken and skipped.
+        Returns means over the steps, and how many steps were taken and skipped. `frozen` measures
+        without training.
         """
-        sums: Counter[str] = Counter()
-        worst, steps, skipped = 0.0, 0, 0
-        for _ in range(self.training.max_epochs):
-            for rows in self._steps(len(batch)):
-                steps += 1
-                metrics = self._optimizer_step(batch, rows)
-                skipped += int(metrics.pop("skipped"))
-                worst = max(worst, metrics.pop("mismatch/logprob_abs_max"))
-                sums.update(metrics)
-        result = {name: value / steps for name, value in sums.items()}
-        result["mismatch/logprob_abs_max"] = worst
-        result["update/optimizer_steps"], result["update/skipped_steps"] = steps, skipped
+        mean = Mean()
+        for _ in range(1 if frozen else self.stepper.training.max_epochs):
+            for rows in self.stepper.rows(len(batch)):
+                metrics = self._step(batch, rows, frozen)
+                mean.add(metrics, maxima=("mismatch/logprob_abs_max",))
+        result = mean.result()
+        result["policy/loss"] = result.pop("loss")
+        result["policy/kl_coef"] = self.kl_coef
+        weight = result.pop("mismatch/weight_mean")
+        square = result.pop("mismatch/weight_square_mean")
+        result["mismatch/effective_sample_size"] = weight**2 / square if square else 0.0
+        result["update/optimizer_steps"] = 0 if frozen else mean.steps
+        result["update/skipped_steps"] = mean.skipped
+        self._adapt(result, len(batch) * get_world_size())
         return result
 
-    def _steps(self, samples: int) -> list[list[int]]:
-        size = self.training.train_batch_size // get_world_size()
-        # At the end of a run, less than a full batch may be left.
-        return [list(range(start, min(start + size, samples))) for start in range(0, samples, size)]
+    def _step(self, batch: RolloutBatch, rows: list[int], frozen: bool) -> dict[str, float]:
+        mask = batch.mask[rows]
+        denominators = self.stepper.denominators(mask, self.max_response_length)
+        kept = None
+        if batch.entropy is not None and self.algorithm.high_entropy_token_ratio < 1:
+            keep = high_entropy_mask(
+                batch.entropy[rows], mask, self.algorithm.high_entropy_token_ratio, _gather
+            )
+            kept = self.stepper.denominators(keep, self.max_response_length)
+            full = torch.zeros_like(batch.mask)
+            full[rows] = keep
+            batch = replace(batch, keep=full)
 
-    def _optimizer_step(self, batch: RolloutBatch, rows: list[int]) -> dict[str, float]:
-        """One step on the samples `rows` of this rank, together with the other ranks'.
+        def loss(
+            micro: MicroBatch, part: RolloutBatch, mask: Tensor
+        ) -> tuple[Tensor, dict[str, Tensor]]:
+            return self._loss(micro, part, mask, denominators, kept)
 
-        A step with no response token, or whose loss or gradient is not finite, changes nothing but
-        the schedule; all ranks agree on that because they compare global numbers.
-        """
-        lr = float(self.scheduler.get_last_lr()[0])
-        denominators = self._denominators(batch.mask[rows])
-        sums: dict[str, Tensor] = {}
-        worst = torch.zeros((), device=batch.mask.device)
-        micro_batches = list(self._micro_batches(batch, rows, self.training.micro_train_batch_size))
-        for index, (micro_rows, counted) in enumerate(micro_batches):
-            last = index == len(micro_batches) - 1
-            set_gradient_sync(self.policy, last or self.reduce_every_micro_batch)
-            loss, metrics, largest = self._loss(batch, micro_rows, counted, denominators)
-            # FSDP2 averages gradients over ranks; the denominators ask for their sum.
-            (loss * get_world_size()).backward()
-            worst = torch.maximum(worst, largest)
-            for name, value in metrics.items():
-                sums[name] = sums[name] + value if name in sums else value
-        norm = float(clip_gradients(self.policy, self.max_norm))
-        totals = all_reduce_sum({name: float(value) for name, value in sums.items()}, "update")
-        totals.update(all_reduce_max({"mismatch/logprob_abs_max": float(worst)}, "update"))
-        usable = denominators.tokens > 0 and _finite(norm) and _finite(totals["policy/loss"])
-        if usable:
-            self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return {**totals, "grad_norm": norm, "lr": lr, "skipped": float(not usable)}
-
-    def _denominators(self, mask: Tensor) -> Denominators:
-        local = Denominators.of(mask)
-        counts = {"tokens": local.tokens, "sequences": local.sequences}
-        total = all_reduce_sum(counts, "update")
-        return Denominators(total["tokens"], total["sequences"], self.max_response_length)
+        if frozen:
+            return self.stepper.evaluate(batch, rows, loss)
+        return self.stepper.run(batch, rows, loss, usable=denominators.tokens > 0)
 
     def _loss(
-        self, batch: RolloutBatch, rows: list[int], counted: bool, denominators: Denominators
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Loss, metrics and largest mismatch of one micro-batch; all zero if it is not counted."""
-        width = batch.mask.shape[1]
-        micro = build(batch, rows, self.training.packing_samples, width)
+        self,
+        micro: MicroBatch,
+        part: RolloutBatch,
+        mask: Tensor,
+        denominators: Denominators,
+        keep_denominators: Denominators | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of one micro-batch, whose samples are `part`."""
+        width, algorithm = mask.shape[1], self.algorithm
         values, entropies = self.policy(micro)
         logprobs = micro.scatter(values, width)
-        entropy = micro.scatter(entropies.detach(), width)
-        part = batch.select(rows)
-        mask = part.mask if counted else torch.zeros_like(part.mask)
+        entropy = micro.scatter(entropies if algorithm.entropy_coef else entropies.detach(), width)
         old = logprobs.detach() if part.old_logprobs is None else part.old_logprobs
         assert part.advantages is not None
+        settings = {**algorithm.model_dump(), "cpgd_drift_coef": self.drift_coef}
         loss, metrics = policy_loss(
             self.preset.policy_loss,
             logprobs,
@@ -155,34 +133,42 @@ class PolicyUpdate:
             mask,
             loss_aggregation=self.preset.loss_aggregation,
             ref_logprobs=part.ref_logprobs,
-            kl_estimator=self.algorithm.kl_estimator,
-            init_kl_coef=self.algorithm.init_kl_coef,
+            kl_estimator=algorithm.kl_estimator,
+            init_kl_coef=self.kl_coef if self.preset.kl_placement == "loss" else 0.0,
+            entropy=entropy,
+            entropy_coef=algorithm.entropy_coef,
+            keep=None if part.keep is None else part.keep & mask,
+            rollout_logprobs=part.rollout_logprobs,
+            rollout_correction=algorithm.rollout_correction,
+            rollout_correction_cap=algorithm.rollout_correction_cap,
             denominators=denominators,
-            clip_range=self.algorithm.clip_range,
-            clip_range_higher=self.algorithm.clip_range_higher,
+            keep_denominators=keep_denominators,
+            **options_of(LOSSES.get(self.preset.policy_loss), settings),
         )
         drift, worst = mismatch(old, part.rollout_logprobs, mask, denominators)
         metrics.update(drift)
+        metrics["max/mismatch/logprob_abs_max"] = worst
         metrics["policy/entropy"] = token_mean(entropy, mask, denominators)
-        return loss, metrics, worst
+        del metrics["policy/loss"]  # the stepper's "loss"
+        return loss, metrics
 
-    def _micro_batches(
-        self, batch: RolloutBatch, rows: list[int], samples: int
-    ) -> Iterator[tuple[list[int], bool]]:
-        """Rows of each forward pass, and whether they count.
+    def _adapt(self, metrics: Mapping[str, float], samples: int) -> None:
+        algorithm = self.algorithm
+        target, horizon = algorithm.kl_target, algorithm.kl_horizon
+        if algorithm.kl_controller == "adaptive":
+            kl = metrics["policy/kl"]
+            self.kl_coef = adapt_coefficient(self.kl_coef, kl, target, samples, horizon)
+        if "policy/drift" in metrics:
+            drift = metrics["policy/drift"]
+            self.drift_coef = adapt_coefficient(self.drift_coef, drift, target, samples, horizon)
 
-        Every rank runs equally many passes, because a sharded forward is collective: a rank that
-        has fewer repeats its first sample uncounted.
-        """
-        budget = self.training.max_tokens_per_microbatch or samples * self.max_len
-        bins = plan(batch, rows, self.training.packing_samples, samples, budget)
-        count = int(all_reduce_max({"micro_batches": len(bins)}, "update")["micro_batches"])
-        for index in range(count):
-            if index < len(bins):
-                yield bins[index], True
-            else:
-                yield rows[:1], False
+    def state_dict(self) -> dict[str, float]:
+        return {"kl_coef": self.kl_coef, "drift_coef": self.drift_coef}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.kl_coef, self.drift_coef = state["kl_coef"], state["drift_coef"]
 
 
-def _finite(value: float) -> bool:
-    return value - value == 0.0
+def _gather(values: Tensor) -> Tensor:
+    parts = gather_objects(values.cpu(), "gather entropies")
+    return torch.cat(parts).to(values.device)

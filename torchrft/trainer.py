@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch import nn
 
 from torchrft.algorithms import advantages
+from torchrft.algorithms.options import options_of
 from torchrft.checkpoint.hf_export import export_hf
 from torchrft.checkpoint.manager import CheckpointManager
 from torchrft.checkpoint.set_aside import set_aside
+from torchrft.collector import Collector
 from torchrft.config.job_config import JobConfig
 from torchrft.config.manager import to_toml
+from torchrft.critic_update import CriticUpdate
 from torchrft.data.batch import make_batch
 from torchrft.data.loader import PromptLoader
 from torchrft.data.prompts import load_prompts
@@ -26,22 +28,25 @@ from torchrft.metrics.plots import plot_curves, plot_lengths
 from torchrft.metrics.rollout_dump import dump
 from torchrft.metrics.rollout_stats import dump_rows, rollout_metrics
 from torchrft.metrics.timing import PhaseTimer, peak_memory_gib
+from torchrft.models.heads import ValueModel
 from torchrft.models.loader import load_model, load_tokenizer
 from torchrft.models.policy import PolicyModel
 from torchrft.optim.lr_scheduler import build_scheduler
 from torchrft.optim.optimizer import build_optimizer
+from torchrft.optimizer_step import OptimizerStep
 from torchrft.parallel import ParallelDims, parallelize
 from torchrft.parallel.zero import sharding
 from torchrft.policy_update import PolicyUpdate
 from torchrft.rewards.scorer import build_scorer
+from torchrft.rewards.shaping import RewardShaper
 from torchrft.rollout import build_engine
 from torchrft.rollout.weight_sync import named_full_tensors
 from torchrft.tools import distributed
 from torchrft.tools.distributed import World
 from torchrft.tools.logging import logger
-from torchrft.tools.seeds import derive_seed, rng_state, seed_everything, set_rng_state
+from torchrft.tools.seeds import rng_state, seed_everything, set_rng_state
 from torchrft.tools.signals import StopSignal
-from torchrft.types import Completion, Prompt, RolloutBatch, Sample, SamplingParams
+from torchrft.types import Prompt, RolloutBatch, Sample
 
 
 class Trainer:
@@ -60,8 +65,9 @@ class Trainer:
         self.step = 0
         self.stop_requested: int | None = None
         self.pending: list[Sample] = []  # samples that wait for a full train_batch_size
+        self.pending_rollouts = 0
         self._build_data()
-        self._build_policy()
+        self._build_models()
         self._build_rollout()
         self._build_output()
 
@@ -71,6 +77,7 @@ class Trainer:
         config, world = self.config, self.world
         self.tokenizer = load_tokenizer(config.model.pretrain)
         self.scorer = build_scorer(config.reward.functions)
+        self.shaper = RewardShaper(config.reward)
         assert config.data.prompt_data is not None
         prompts = load_prompts(config.data.prompt_data, config.data, self.tokenizer)
         self.prompts = PromptLoader(
@@ -90,43 +97,36 @@ class Trainer:
         self.schedule_steps = self.prompts.total_steps(config.training.num_episodes)
         self.last_step = min(self.schedule_steps, config.training.max_steps or self.schedule_steps)
 
-    def _build_policy(self) -> None:
-        config, training = self.config, self.config.training
-        source = config.model.pretrain
-        policy = self._model(source, config.model.init, torch.float32)
+    def _build_models(self) -> None:
+        config, model = self.config, self.config.model
+        budget = config.rollout.max_new_tokens or config.data.max_len
         reference = None
         if config.algorithm.init_kl_coef > 0:
-            init = config.model.init if config.model.ref_pretrain is None else "pretrained"
-            reference = self._model(config.model.ref_pretrain or source, init, self.dtype)
+            init = model.init if model.ref_pretrain is None else "pretrained"
+            reference = self._policy(model.ref_pretrain or model.pretrain, init, self.dtype)
             reference.requires_grad_(False)
-        samples = config.rollout.rollout_batch_size * config.rollout.n_samples_per_prompt
-        optimizer_steps = self.schedule_steps * samples * training.max_epochs
-        total = max(1, -(-optimizer_steps // training.train_batch_size))
-        self.policy = policy
-        self.optimizer = build_optimizer(
-            policy, config.optimizer, config.optimizer.actor_learning_rate
-        )
-        self.scheduler = build_scheduler(self.optimizer, config.optimizer, total)
-        self.update = PolicyUpdate(
-            policy,
-            reference,
-            self.optimizer,
-            self.scheduler,
-            training,
-            config.rollout,
-            config.algorithm,
-            max_norm=config.optimizer.max_norm,
-            max_len=config.data.max_len,
-            max_response_length=config.rollout.max_new_tokens or config.data.max_len,
-            reduce_every_micro_batch=sharding(config.parallel).reduce_every_micro_batch,
-        )
+        self.policy = self._policy(model.pretrain, model.init, torch.float32)
+        actor = self._stepper(self.policy, config.optimizer.actor_learning_rate)
+        self.update = PolicyUpdate(actor, reference, config.algorithm, budget)
+        self.critic: CriticUpdate | None = None
+        if advantages.needs_values(self.update.preset.estimator):
+            init = model.init if model.critic_pretrain is None else "pretrained"
+            loaded = self._load(model.critic_pretrain or model.pretrain, init, torch.float32)
+            critic = ValueModel(loaded).to(self.world.device)
+            parallelize(critic, self.dims, config.parallel, self.dtype)
+            stepper = self._stepper(critic, config.optimizer.critic_learning_rate)
+            aggregation = self.update.preset.loss_aggregation
+            self.critic = CriticUpdate(stepper, config.algorithm, aggregation, budget)
 
-    def _model(self, source: str, init: str, dtype: torch.dtype) -> PolicyModel:
+    def _load(self, source: str, init: str, dtype: torch.dtype) -> Any:
+        model: Any = load_model(source, init, dtype, self.config.training.seed)
+        # No dropout: log-probs must be those of the policy that sampled.
+        return model.to(self.world.device).eval()
+
+    def _policy(self, source: str, init: str, dtype: torch.dtype) -> PolicyModel:
         config = self.config
-        model: Any = load_model(source, init, dtype, config.training.seed)
-        model = model.to(self.world.device)
         policy = PolicyModel(
-            model.eval(),  # no dropout: log-probs must be those of the policy that sampled
+            self._load(source, init, dtype),
             config.rollout.temperature,
             config.training.fused_linear_logprob,
             config.training.chunk_size,
@@ -134,13 +134,43 @@ class Trainer:
         parallelize(policy, self.dims, config.parallel, self.dtype)
         return policy
 
+    def _stepper(self, model: nn.Module, learning_rate: float) -> OptimizerStep:
+        """Optimizer and schedule of a model, over the whole run."""
+        config, training = self.config, self.config.training
+        samples = config.rollout.rollout_batch_size * config.rollout.n_samples_per_prompt
+        optimizer_steps = self.schedule_steps * samples * training.max_epochs
+        total = max(1, -(-optimizer_steps // training.train_batch_size))
+        optimizer = build_optimizer(model, config.optimizer, learning_rate)
+        return OptimizerStep(
+            model,
+            optimizer,
+            build_scheduler(optimizer, config.optimizer, total),
+            training,
+            config.rollout,
+            max_norm=config.optimizer.max_norm,
+            max_len=config.data.max_len,
+            reduce_every_micro_batch=sharding(config.parallel).reduce_every_micro_batch,
+        )
+
     def _build_rollout(self) -> None:
+        config = self.config
+        self.timer = PhaseTimer(self.world.device)
         self.engine = build_engine(
-            self.config.rollout,
-            self.config.model.pretrain,
+            config.rollout,
+            config.model.pretrain,
             self.dtype,
             self.world.device,
             load_weights=False,
+        )
+        self.collector = Collector(
+            config,
+            self.engine,
+            self.prompts,
+            self.scorer,
+            self.shaper,
+            self.timer,
+            rank=self.world.rank,
+            dp=self.dims.dp,
         )
 
     def _build_output(self) -> None:
@@ -155,7 +185,6 @@ class Trainer:
         if self.world.is_main:
             save_path.mkdir(parents=True, exist_ok=True)
             (save_path / "config.toml").write_text(to_toml(config))
-        self.timer = PhaseTimer(self.world.device)
         self.logger = MetricLogger(
             config.logging,
             self.log_dir,
@@ -195,23 +224,28 @@ class Trainer:
 
     def train_step(self) -> dict[str, float]:
         """One rollout and what is learned from it."""
-        prompts = self.prompts.next()
-        with self.timer.phase("rollout"):
-            completions = self.engine.generate(prompts, self._sampling(len(prompts)))
-            if self.config.rollout.enable_engine_sleep:
-                self.engine.sleep()
-        with self.timer.phase("reward"):
-            samples = self._score(prompts, completions)
-            self.pending += samples
-        metrics = self._log_samples(samples)
+        samples, metrics = self.collector.collect()
+        if self.config.rollout.enable_engine_sleep:
+            self.engine.sleep()
+        metrics |= self._log_samples(samples)
+        self.pending += self.collector.share(samples)
+        self.pending_rollouts += 1
         if self._batch_is_full():
-            batch = make_batch(self.pending, self.world.device)
-            self.pending = []
+            batch = make_batch(
+                self.pending, self.world.device, self.config.algorithm.overlong_filtering
+            )
+            self.pending, self.pending_rollouts = [], 0
             with self.timer.phase("logprob"):
                 batch = self.update.with_logprobs(batch)
-            batch = self._with_advantages(batch)
+                if self.critic is not None:
+                    batch = self.critic.with_values(batch)
+            batch, shaped = self._with_advantages(batch)
+            metrics |= shaped
             with self.timer.phase("update"):
-                metrics |= self.update.run(batch)
+                if self.critic is not None:
+                    metrics |= self.critic.run(batch)
+                frozen = self.step < self.config.training.freezing_actor_steps
+                metrics |= self.update.run(batch, frozen)
         self.step += 1
         with self.timer.phase("weight_sync"):
             self._sync_weights()
@@ -237,61 +271,37 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Greedy reward of the current policy on the held-out prompts."""
-        with self.timer.phase("eval"):
-            sampling = dataclasses.replace(self._sampling(0), n=1, temperature=0.0, seeds=None)
-            completions = self.engine.generate(self.eval_prompts, sampling)
-            scores = self.scorer.score(self.eval_prompts, completions)
-            total = distributed.all_reduce_sum(
-                {"sum": sum(score.value for score in scores), "count": len(scores)}, "evaluation"
-            )
-        return {"eval/reward/mean": total["sum"] / total["count"]}
-
-    def _sampling(self, num_prompts: int) -> SamplingParams:
-        """How this rank samples in this step; seeds depend on the prompt's place in the rollout."""
-        rollout, data = self.config.rollout, self.config.data
-        seed, dp, rank = self.config.training.seed, self.dims.dp, self.world.rank
-        return SamplingParams(
-            n=rollout.n_samples_per_prompt,
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            max_total_tokens=data.max_len,
-            max_new_tokens=rollout.max_new_tokens,
-            min_new_tokens=rollout.min_new_tokens,
-            stop_token_ids=tuple(rollout.stop_token_ids),
-            stop=tuple(rollout.stop),
-            seeds=tuple(
-                tuple(
-                    derive_seed(seed, self.step, index * dp + rank, sample)
-                    for sample in range(rollout.n_samples_per_prompt)
-                )
-                for index in range(num_prompts)
-            ),
-        )
-
-    def _score(self, prompts: Sequence[Prompt], completions: list[Completion]) -> list[Sample]:
-        scores = self.scorer.score(prompts, completions)
-        first = self.step * self.config.rollout.rollout_batch_size + self.world.rank
-        return [
-            Sample(
-                prompt=prompts[completion.prompt_index],
-                completion=completion,
-                score=score,
-                group=first + completion.prompt_index * self.dims.dp,
-            )
-            for completion, score in zip(completions, scores, strict=True)
-        ]
+        return {"eval/reward/mean": self.collector.evaluate(self.eval_prompts)}
 
     def _batch_is_full(self) -> bool:
         """Whether an optimizer step is due; what is left over at the end of the run makes one."""
-        enough = len(self.pending) * self.dims.dp >= self.config.training.train_batch_size
+        rollout = self.config.rollout
+        samples = rollout.rollout_batch_size * rollout.n_samples_per_prompt
+        enough = self.pending_rollouts * samples >= self.config.training.train_batch_size
         return enough or self.step + 1 == self.schedule_steps
 
-    def _with_advantages(self, batch: RolloutBatch) -> RolloutBatch:
+    def _with_advantages(self, batch: RolloutBatch) -> tuple[RolloutBatch, dict[str, float]]:
+        """Shapes the rewards and estimates advantages; statistics span all ranks."""
+        algorithm, preset = self.config.algorithm, self.update.preset
+        rewards, metrics = self.shaper.shape(batch.rewards, distributed.sum_over_ranks)
+        in_reward = preset.kl_placement == "reward" and batch.ref_logprobs is not None
+        settings = {**algorithm.model_dump(), "values": batch.old_values}
         result = advantages.compute(
-            self.update.preset.estimator, batch.rewards, batch.group, batch.mask
+            preset.estimator,
+            rewards,
+            batch.group,
+            batch.mask,
+            old_logprobs=batch.old_logprobs,
+            ref_logprobs=batch.ref_logprobs if in_reward else None,
+            kl_estimator=algorithm.kl_estimator,
+            init_kl_coef=self.update.kl_coef,
+            advantages_norm=algorithm.advantages_norm,
+            advantage_clip=algorithm.advantage_clip,
+            reduce=distributed.sum_over_ranks,
+            **options_of(advantages.ESTIMATORS.get(preset.estimator), settings),
         )
-        return dataclasses.replace(batch, advantages=result.advantages, returns=result.returns)
+        batch = dataclasses.replace(batch, advantages=result.advantages, returns=result.returns)
+        return batch, metrics | result.metrics
 
     def _sync_weights(self) -> None:
         if self.config.rollout.enable_engine_sleep:
@@ -301,17 +311,15 @@ class Trainer:
     # ---------------------------------------------------------------- output
 
     def _log_samples(self, samples: list[Sample]) -> dict[str, float]:
-        """Writes all ranks' samples down and returns their metrics, equal on all ranks."""
-        gathered = distributed.gather_objects(samples, "gather samples")
-        everyone = sorted((s for part in gathered for s in part), key=lambda s: s.group)
+        """Writes all ranks' samples down and returns their metrics."""
         step = self.step + 1
         if self.world.is_main:
-            dump(self.log_dir, step, dump_rows(everyone))
+            dump(self.log_dir, step, dump_rows(samples))
             if step % self.config.logging.plot_every == 0:
-                lengths = [len(sample.completion.token_ids) for sample in everyone]
+                lengths = [len(sample.completion.token_ids) for sample in samples]
                 plot_lengths(self.log_dir, step, lengths, self.config.data.max_len)
-        tokens = sum(len(s.prompt.token_ids) + len(s.completion.token_ids) for s in everyone)
-        return {**rollout_metrics(everyone), "tokens": float(tokens)}
+        tokens = sum(len(s.prompt.token_ids) + len(s.completion.token_ids) for s in samples)
+        return {**rollout_metrics(samples), "tokens": float(tokens)}
 
     def _finish_step(self, metrics: dict[str, float]) -> None:
         """Records the step, and saves when a checkpoint is due."""
@@ -340,15 +348,21 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a run needs to go on as if it had never stopped."""
-        model, optimizer = get_state_dict(self.policy, self.optimizer)
-        return {
-            "model": model,
-            "optimizer": optimizer,
-            "scheduler": self.scheduler.state_dict(),
+        state = {
+            "policy": self.update.stepper.state_dict(),
+            "coefficients": self.update.state_dict(),
+            "reward": self.shaper.state_dict(),
             "data": self.prompts.state_dict(),
-            "progress": {"step": self.step, "pending": self._all_pending()},
+            "progress": {
+                "step": self.step,
+                "pending": self._all_pending(),
+                "pending_rollouts": self.pending_rollouts,
+            },
             "rng": {f"rank{self.world.rank}": rng_state()},
         }
+        if self.critic is not None:
+            state["critic"] = self.critic.stepper.state_dict()
+        return state
 
     def _all_pending(self) -> list[Sample]:
         gathered = distributed.gather_objects(self.pending, "gather pending samples")
@@ -363,18 +377,16 @@ class Trainer:
             return False
         state = self.state_dict()
         self.checkpoints.load(path, state)
-        set_state_dict(
-            self.policy,
-            self.optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-        )
-        self.scheduler.load_state_dict(state["scheduler"])
+        self.update.stepper.load_state_dict(state["policy"])
+        if self.critic is not None:
+            self.critic.stepper.load_state_dict(state["critic"])
+        self.update.load_state_dict(state["coefficients"])
+        self.shaper.load_state_dict(state["reward"])
         self.prompts.load_state_dict(state["data"])
         self.step = state["progress"]["step"]
-        dp, rank = self.dims.dp, self.world.rank
-        self.pending = [s for s in state["progress"]["pending"] if s.group % dp == rank]
-        set_rng_state(state["rng"][f"rank{rank}"])
+        self.pending = self.collector.share(state["progress"]["pending"])
+        self.pending_rollouts = state["progress"]["pending_rollouts"]
+        set_rng_state(state["rng"][f"rank{self.world.rank}"])
         # What a later step left behind belongs to a course of training that is not gone on with.
         self.checkpoints.set_aside_after(self.step)
         logger.info("resumed from %s, after step %d", path, self.step)

@@ -37,6 +37,9 @@ class Prompt:
 class SamplingParams:
     """How an engine samples. `temperature = 0` is greedy; `top_p = 1` and `top_k = 0` are off.
 
+    `first_token_temperature` draws a response's first token (FIRE, arXiv:2410.21236); its log-prob
+    is at `temperature` all the same.
+
     `seeds[i][j]` seeds sample j of prompt i: equal seeds and weights give equal tokens, whatever
     else is in the batch. `max_total_tokens` bounds prompt + response, `max_new_tokens` the response
     alone.
@@ -47,6 +50,7 @@ class SamplingParams:
 
     n: int = 1
     temperature: float = 1.0
+    first_token_temperature: float | None = None
     top_p: float = 1.0
     top_k: int = 0
     max_total_tokens: int = 4096
@@ -135,6 +139,9 @@ class RolloutBatch:
     returns: Tensor | None = None  # float32 [B, T]
     old_logprobs: Tensor | None = None  # float32 [B, T]; None means "the policy's own, detached"
     ref_logprobs: Tensor | None = None  # float32 [B, T]
+    old_values: Tensor | None = None  # float32 [B, T], the critic's
+    entropy: Tensor | None = None  # float32 [B, T], of the old policy
+    keep: Tensor | None = None  # bool [B, T]: whose policy loss counts; None means all
 
     def __len__(self) -> int:
         return len(self.sequences)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -114,6 +115,11 @@ def compute(
         metrics["advantages/clipped_fraction"] = clipped / max(total, 1.0)
         advantages = advantages.clamp(-advantage_clip, advantage_clip)
     return Advantages(advantages, result.returns, {**result.metrics, **metrics})
+
+
+def needs_values(estimator: str) -> bool:
+    """Whether the estimator takes a critic's values."""
+    return "values" in inspect.signature(ESTIMATORS.get(estimator)).parameters
 
 
 def whiten(values: Tensor, mask: Tensor, reduce: Reduce = lambda tensor: tensor) -> Tensor:

@@ -55,8 +55,6 @@ def policy_loss(
         policy) and the loss's own.
     Raises: ValueError for an unknown loss, option or aggregation, or unequal shapes.
     """
-    function = LOSSES.get(name)
-    check_options(function, options, f'policy loss "{name}"')
     tensors = (old_logprobs, advantages, mask, ref_logprobs, rollout_logprobs, entropy, keep)
     for tensor in tensors:
         if tensor is not None and tensor.shape != logprobs.shape:
@@ -64,35 +62,75 @@ def policy_loss(
     how = loss_aggregation or ("token_mean" if name in _TOKEN_MEAN else "seq_mean_token_mean")
     denominators = denominators or Denominators.of(mask)
     # Masked before use, not only after: a gradient of 0 times a masked NaN would still be NaN.
-    logprobs, old_logprobs, advantages = (
-        x.where(mask, 0.0) for x in (logprobs, old_logprobs, advantages)
-    )
-    losses, extra = function(logprobs, old_logprobs, advantages, mask, **options)
+    logprobs, old_logprobs = logprobs.where(mask, 0.0), old_logprobs.where(mask, 0.0)
+    losses, extra = _token_losses(name, logprobs, old_logprobs, advantages, mask, options)
     if rollout_correction != "none":
-        if rollout_logprobs is None:
-            raise ValueError(f'rollout_correction "{rollout_correction}" needs rollout_logprobs')
-        weights = correction_weights(
+        losses = losses * _weights(
             rollout_correction, old_logprobs, rollout_logprobs, mask, rollout_correction_cap
         )
-        losses = losses * weights
-    if keep is None:
-        loss = aggregate(losses, mask, how, denominators)
-    else:
-        loss = aggregate(losses, keep, how, keep_denominators or Denominators.of(keep))
-    approx_kl = kl_divergence(old_logprobs, logprobs.detach(), "k3")
-    metrics = {key: token_mean(value, mask, denominators) for key, value in extra.items()}
-    metrics["policy/approx_kl"] = token_mean(approx_kl, mask, denominators)
-    metrics["policy/kl"] = torch.zeros_like(loss)
+    counted, below = (mask, denominators) if keep is None else (keep & mask, keep_denominators)
+    loss = aggregate(losses, counted, how, below or Denominators.of(counted))
+    extra["policy/approx_kl"] = kl_divergence(old_logprobs, logprobs.detach(), "k3")
+    extra["policy/kl"] = torch.zeros_like(logprobs)
     if ref_logprobs is not None:
-        kl = kl_divergence(logprobs, ref_logprobs.where(mask, 0.0), kl_estimator)
+        kl = extra["policy/kl"] = kl_divergence(
+            logprobs, ref_logprobs.where(mask, 0.0), kl_estimator
+        )
         loss = loss + init_kl_coef * aggregate(kl, mask, how, denominators)
-        metrics["policy/kl"] = token_mean(kl, mask, denominators)
     if entropy_coef:
         if entropy is None:
             raise ValueError(f"entropy_coef = {entropy_coef} needs the tokens' entropy")
         loss = loss - entropy_coef * aggregate(entropy, mask, how, denominators)
-    metrics["policy/loss"] = loss.detach()
-    return loss, metrics
+    metrics = {key: token_mean(value, mask, denominators) for key, value in extra.items()}
+    return loss, {**metrics, "policy/loss": loss.detach()}
+
+
+def _token_losses(
+    name: str,
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    options: dict[str, Any],
+) -> tuple[Tensor, Metrics]:
+    function = LOSSES.get(name)
+    check_options(function, options, f'policy loss "{name}"')
+    return function(logprobs, old_logprobs, advantages.where(mask, 0.0), mask, **options)
+
+
+def _weights(
+    correction: str, old_logprobs: Tensor, rollout: Tensor | None, mask: Tensor, cap: float
+) -> Tensor:
+    if rollout is None:
+        raise ValueError(f'rollout_correction "{correction}" needs rollout_logprobs')
+    return correction_weights(correction, old_logprobs, rollout, mask, cap)
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    *,
+    value_clip: float = 0.2,
+    loss_aggregation: str = "seq_mean_token_mean",
+    denominators: Denominators | None = None,
+) -> tuple[Tensor, Metrics]:
+    """PPO's critic loss: agg(max((V_clip - ret)^2, (V - ret)^2)) / 2.
+
+    V_clip = V_old + clamp(V - V_old, +-value_clip). Args: values, old_values, returns float32
+    [B, T]; mask bool [B, T]; aggregation and denominators as in `policy_loss`.
+    Returns: the scalar loss, and metrics that add up like those of `policy_loss`.
+    """
+    denominators = denominators or Denominators.of(mask)
+    values, old_values, returns = (x.where(mask, 0.0) for x in (values, old_values, returns))
+    bounded = old_values + (values - old_values).clamp(-value_clip, value_clip)
+    plain, clipped = (values - returns).square(), (bounded - returns).square()
+    loss = aggregate(torch.maximum(plain, clipped), mask, loss_aggregation, denominators) / 2
+    return loss, {
+        "clip_fraction": token_mean((clipped > plain).float(), mask, denominators),
+        "value_mean": token_mean(values, mask, denominators),
+    }
 
 
 def log_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:

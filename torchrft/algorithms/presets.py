@@ -1,39 +1,48 @@
-"""`advantage_estimator` names a preset: an estimator, a policy loss and an aggregation."""
+"""`advantage_estimator` names a preset: an estimator, a loss, an aggregation, where the KL goes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torchrft.config.job_config import Algorithm
 
 
 @dataclass(frozen=True)
 class Preset:
-    """The three parts of an algorithm, by their registered names."""
+    """The parts of an algorithm, by their registered names."""
 
     estimator: str
-    policy_loss: str
-    loss_aggregation: str
+    policy_loss: str = "ppo_clip"
+    loss_aggregation: str = "seq_mean_token_mean"
+    kl_placement: str = "loss"
 
 
 PRESETS = {
-    "group_norm": Preset("group_norm", "ppo_clip", "seq_mean_token_mean"),
+    "group_norm": Preset("group_norm"),
+    "dr_grpo": Preset("dr_grpo", loss_aggregation="seq_mean_token_sum_norm"),
+    "rloo": Preset("rloo"),
+    "reinforce": Preset("reinforce"),
+    "reinforce_baseline": Preset("reinforce_baseline"),
+    "reinforce_plus_plus": Preset("reinforce_plus_plus", kl_placement="reward"),
+    "gae": Preset("gae"),
+    "dapo": Preset("dapo", loss_aggregation="token_mean"),
+    "cispo": Preset("cispo", "cispo", "token_mean"),
+    "gspo": Preset("gspo", "gspo"),
+    "gmpo": Preset("gmpo", "gmpo"),
+    "cpgd": Preset("cpgd", "cpgd"),
 }
 
 
 def resolve(config: Algorithm) -> Preset:
     """The preset of `config.advantage_estimator`, with the parts that the config overrides.
 
-    Raises ValueError for a preset that is not there.
+    An estimator that is no preset (a user's own) goes with the parts of group_norm.
     """
     name = config.advantage_estimator
-    if name not in PRESETS:
-        raise ValueError(
-            f'advantage_estimator "{name}" is not available; choose from {", ".join(PRESETS)}'
-        )
-    preset = PRESETS[name]
-    return Preset(
-        preset.estimator,
-        config.policy_loss or preset.policy_loss,
-        config.loss_aggregation or preset.loss_aggregation,
-    )
+    preset = PRESETS.get(name, Preset(name))
+    overrides = {
+        part: value
+        for part in ("policy_loss", "loss_aggregation", "kl_placement")
+        if (value := getattr(config, part)) is not None
+    }
+    return replace(preset, **overrides)

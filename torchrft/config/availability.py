@@ -6,35 +6,16 @@ value to the line) here and name the test that proves it in tests/unit/test_conf
 
 from __future__ import annotations
 
-from torchrft.config.fields import FIELDS, is_set, label, show, value_of
+from torchrft.config.fields import is_set, label, show, value_of
 from torchrft.config.job_config import JobConfig
 
 # The values of a field that work today; every other value is refused.
 AVAILABLE_VALUES: dict[str, tuple[object, ...]] = {
     "engine_type": ("native",),
     "engine_tp_size": (1,),
-    "advantage_estimator": ("group_norm",),
-    "policy_loss": (None, "ppo_clip"),
-    "kl_placement": ("loss",),
-    "kl_controller": ("fixed",),
-    "dual_clip": (None,),
-    "entropy_coef": (0.0,),
-    "high_entropy_token_ratio": (1.0,),
-    "overlong_filtering": (False,),
-    "advantages_norm": (False,),
-    "advantage_clip": (0.0,),
-    "rollout_correction": ("none",),
-    "dynamic_sampling": (False,),
-    "first_token_temperature": (None,),
-    "freezing_actor_steps": (0,),
-    "critic_pretrain": (None,),
     "reward_pretrain": (None,),
     "remote_rm_url": ([],),
     "rm_use_engine": (False,),
-    "overlong_buffer_len": (0,),
-    "reward_running_norm": (False,),
-    "reward_running_norm_minus_mean": (False,),
-    "reward_clip": (0.0,),
     "images_key": (None,),
     "mixed_mm_data": (False,),
     "processor": (None,),
@@ -47,19 +28,6 @@ AVAILABLE_VALUES: dict[str, tuple[object, ...]] = {
     "compile": (False,),
     "gradient_checkpointing": (False,),
 }
-
-# Options of features that are not there yet: setting one at all is refused.
-NOT_YET: tuple[str, ...] = (
-    "gamma",
-    "lambd",
-    "value_clip",
-    "kl_horizon",
-    "cpgd_weight",
-    "cpgd_drift_coef",
-    "rollout_correction_cap",
-    "dynamic_sampling_max_rounds",
-    "overlong_penalty_factor",
-)
 
 
 def unavailable(config: JobConfig) -> list[str]:
@@ -74,11 +42,6 @@ def unavailable(config: JobConfig) -> list[str]:
         found.append(
             f"{label(config, name)}{default} is not available yet in this version; {remedy}"
         )
-    for name in NOT_YET:
-        if is_set(config, name) and value_of(config, name) != FIELDS[name].info.default:
-            found.append(
-                f"{label(config, name)} is not available yet in this version; leave it out"
-            )
     return found
 
 

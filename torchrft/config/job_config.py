@@ -212,8 +212,8 @@ class Algorithm(Section):
     """Estimator of the KL divergence to the reference model."""
     init_kl_coef: NonNegativeFloat = 0.001
     """KL coefficient (initial, if it adapts); 0 means that no reference model is loaded."""
-    kl_placement: Literal["loss", "reward"] = "loss"
-    """Where the KL term goes."""
+    kl_placement: Literal["loss", "reward"] | None = None
+    """Where the KL term goes, in place of the preset's way (reinforce_plus_plus: the reward)."""
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
     """Whether the KL coefficient follows `kl_target`."""
     kl_target: PositiveFloat = 0.01
@@ -238,7 +238,7 @@ class Algorithm(Section):
     """Share of response tokens, by entropy, that keep their policy loss; 1 keeps all."""
     cpgd_weight: Literal["std", "clip_filter", "none"] = "std"
     """Weighting of CPGD's advantages."""
-    cpgd_drift_coef: NonNegativeFloat = 0.0
+    cpgd_drift_coef: NonNegativeFloat = 0.001
     """Initial weight of CPGD's policy drift."""
     overlong_filtering: bool = False
     """Responses cut off by the length limit do not count in the loss."""

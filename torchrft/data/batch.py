@@ -11,8 +11,15 @@ from torch.nn.utils.rnn import pad_sequence
 from torchrft.types import RolloutBatch, Sample
 
 
-def make_batch(samples: Sequence[Sample], device: torch.device | str = "cpu") -> RolloutBatch:
+def make_batch(
+    samples: Sequence[Sample],
+    device: torch.device | str = "cpu",
+    overlong_filtering: bool = False,
+) -> RolloutBatch:
     """The samples as a RolloutBatch, in their order.
+
+    With `overlong_filtering` the mask leaves out responses that the length limit cut off: they
+    take part in their group's statistics, but not in the loss.
 
     Sequences and prompt lengths stay on the host, where micro-batches are built; [B, T] tensors go
     to `device`. Raises ValueError for a sample without tokens or whose log-probs do not match them.
@@ -29,6 +36,9 @@ def make_batch(samples: Sequence[Sample], device: torch.device | str = "cpu") ->
         [torch.tensor(sample.completion.logprobs) for sample in samples], batch_first=True
     )
     mask: Tensor = torch.arange(logprobs.shape[1]) < lengths[:, None]
+    if overlong_filtering:
+        cut = [sample.completion.finish_reason == "length" for sample in samples]
+        mask &= ~torch.tensor(cut)[:, None]
     return RolloutBatch(
         sequences=tuple(
             torch.tensor(sample.prompt.token_ids + sample.completion.token_ids)

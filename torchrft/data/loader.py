@@ -103,6 +103,11 @@ class PromptLoader:
         return next(self._batches)
 
     @property
+    def position(self) -> int:
+        """Prompts taken so far, over all ranks."""
+        return self._stream.position
+
+    @property
     def episode(self) -> float:
         """Passes over the prompts finished so far, with the part of the current one."""
         return self._stream.position / self._stream.num_prompts

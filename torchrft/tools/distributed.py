@@ -131,6 +131,16 @@ def all_reduce_max(values: Mapping[str, float], phase: str = "all_reduce_max") -
     return _all_reduce(values, dist.ReduceOp.MAX, phase)
 
 
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over ranks, in float64, on the tensor's device."""
+    if get_world_size() == 1:
+        return tensor
+    total = tensor.detach().to("cpu", torch.float64)
+    with _waiting("sum over ranks"):
+        dist.all_reduce(total)
+    return total.to(tensor.device)
+
+
 def any_rank(flag: bool, phase: str = "any_rank") -> bool:
     """Whether `flag` is true on at least one rank."""
     return bool(all_reduce_max({"flag": float(flag)}, phase)["flag"])

@@ -180,6 +180,8 @@ class Generation:
             early = active.generated < sampling.min_new_tokens
             forbidden = torch.zeros_like(logits, dtype=torch.bool)
             forbidden[:, self.stop_ids] = early[:, None]
+        # A prompt's logits are sampled at admission, so all rows are at the same place.
+        first = sampling.first_token_temperature if not bool(active.generated.any()) else None
         token, logprob = sample(
             logits,
             active.seed,
@@ -188,6 +190,7 @@ class Generation:
             sampling.top_p,
             sampling.top_k,
             forbidden,
+            draw_temperature=first,
         )
         self.log.append((active.request, token, logprob))
         active.token, active.generated = token, active.generated + 1

@@ -54,17 +54,22 @@ def sample(
     top_p: float,
     top_k: int,
     forbidden: Tensor | None = None,
+    draw_temperature: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One token per row and its log-prob.
 
     Args: logits float [B, V]; seeds, positions int64 [B]; temperature, 0 for the most likely token;
-        forbidden bool [B, V], tokens that may not be chosen.
+        forbidden bool [B, V], tokens that may not be chosen; draw_temperature, if another than
+        `temperature` decides the draw.
     Returns: tokens int64 [B]; logprobs float32 [B] at `temperature` (at 1 when greedy), over all
         tokens: neither top-p, top-k nor `forbidden` changes them.
     """
     scaled = logits.float() / (temperature if temperature > 0 else 1.0)
     log_p = torch.log_softmax(scaled, dim=-1)
-    allowed = log_p if forbidden is None else log_p.masked_fill(forbidden, -torch.inf)
+    drawn = log_p
+    if draw_temperature is not None:
+        drawn = torch.log_softmax(logits.float() / draw_temperature, dim=-1)
+    allowed = drawn if forbidden is None else drawn.masked_fill(forbidden, -torch.inf)
     if temperature == 0:
         tokens = allowed.argmax(-1)
     else:

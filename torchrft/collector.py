@@ -1,0 +1,147 @@
+"""From prompts to scored samples: generation, rewards, and which samples a step learns from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from torchrft.config.job_config import JobConfig
+from torchrft.data.loader import PromptLoader
+from torchrft.metrics.timing import PhaseTimer
+from torchrft.rewards.scorer import Scorer
+from torchrft.rewards.shaping import RewardShaper
+from torchrft.rollout import RolloutEngine
+from torchrft.tools import distributed
+from torchrft.tools.seeds import derive_seed
+from torchrft.types import Completion, Prompt, Sample, SamplingParams
+
+
+class Collector:
+    """Collects rollouts on one of `dp` ranks that see different prompts.
+
+    `prompts` is this rank's share of the endless stream; `shaper` adds the overlong penalty.
+    """
+
+    def __init__(
+        self,
+        config: JobConfig,
+        engine: RolloutEngine,
+        prompts: PromptLoader,
+        scorer: Scorer,
+        shaper: RewardShaper,
+        timer: PhaseTimer,
+        rank: int,
+        dp: int,
+    ) -> None:
+        self.rollout, self.data, self.seed = config.rollout, config.data, config.training.seed
+        self.engine, self.prompts, self.timer = engine, prompts, timer
+        self.scorer, self.shaper = scorer, shaper
+        self.rank, self.dp = rank, dp
+
+    def collect(self) -> tuple[list[Sample], dict[str, float]]:
+        """All ranks' samples of a rollout, ordered by prompt, and what dynamic sampling did.
+
+        Dynamic sampling (DAPO, arXiv:2503.14476) drops groups whose rewards are all equal and
+        generates on until the rollout is full or its rounds are used up. The choice is made among
+        all ranks' groups in the order of their prompts, so it is the same for any number of ranks.
+        """
+        size, rollout = self.rollout.rollout_batch_size, self.rollout
+        rounds = rollout.dynamic_sampling_max_rounds if rollout.dynamic_sampling else 1
+        kept: list[list[Sample]] = []
+        drawn: list[list[Sample]] = []
+        for _ in range(rounds):
+            drawn += self._draw()
+            kept = [g for g in drawn if _differ(g)] if rollout.dynamic_sampling else drawn
+            if len(kept) >= size:
+                break
+        metrics = {}
+        if rollout.dynamic_sampling:
+            metrics["dynamic_sampling/groups_drawn"] = float(len(drawn))
+            metrics["dynamic_sampling/groups_missing"] = float(max(size - len(kept), 0))
+            # Every rank needs samples to take part in the step; equal rewards teach nothing, so
+            # groups that fill up to a multiple of the ranks leave the gradient as it is.
+            spare = [group for group in drawn if not _differ(group)]
+            kept = (
+                kept[:size] + spare[: max(self.dp, -(-len(kept) // self.dp) * self.dp) - len(kept)]
+            )
+        return [sample for group in kept[:size] for sample in group], metrics
+
+    def share(self, samples: Sequence[Sample]) -> list[Sample]:
+        """This rank's part of all ranks' samples: every dp-th group."""
+        n = self.rollout.n_samples_per_prompt
+        return [s for i, s in enumerate(samples) if i // n % self.dp == self.rank]
+
+    def evaluate(self, prompts: Sequence[Prompt]) -> float:
+        """Mean reward of greedy completions of all ranks' `prompts`."""
+        with self.timer.phase("eval"):
+            greedy = dataclasses.replace(
+                self.sampling([]), n=1, temperature=0.0, first_token_temperature=None, seeds=None
+            )
+            completions = self.engine.generate(prompts, greedy)
+            scores = self.scorer.score(prompts, completions)
+            sums = {"sum": sum(score.value for score in scores), "count": float(len(scores))}
+            total = distributed.all_reduce_sum(sums, "evaluation")
+        return total["sum"] / total["count"]
+
+    def _draw(self) -> list[list[Sample]]:
+        """One round: all ranks' groups, in the order of their prompts."""
+        first = self.prompts.position
+        prompts = self.prompts.next()
+        places = [first + index * self.dp + self.rank for index in range(len(prompts))]
+        sampling = self.sampling(places)
+        with self.timer.phase("rollout"):
+            completions = self.engine.generate(prompts, sampling)
+        with self.timer.phase("reward"):
+            samples = self._score(prompts, completions, places, sampling)
+        gathered = distributed.gather_objects(samples, "gather samples")
+        groups: dict[int, list[Sample]] = {}
+        for sample in (sample for part in gathered for sample in part):
+            groups.setdefault(sample.group, []).append(sample)
+        return [groups[place] for place in sorted(groups)]
+
+    def _score(
+        self,
+        prompts: Sequence[Prompt],
+        completions: list[Completion],
+        places: list[int],
+        sampling: SamplingParams,
+    ) -> list[Sample]:
+        budgets = [sampling.budget(len(prompts[c.prompt_index].token_ids)) for c in completions]
+        scores = self.scorer.score(prompts, completions)
+        scores = self.shaper.penalize(scores, completions, budgets)
+        return [
+            Sample(
+                prompt=prompts[completion.prompt_index],
+                completion=completion,
+                score=score,
+                group=places[completion.prompt_index],
+            )
+            for completion, score in zip(completions, scores, strict=True)
+        ]
+
+    def sampling(self, places: Sequence[int]) -> SamplingParams:
+        """How to sample prompts at these places of the stream, which seed their samples."""
+        rollout = self.rollout
+        return SamplingParams(
+            n=rollout.n_samples_per_prompt,
+            temperature=rollout.temperature,
+            first_token_temperature=rollout.first_token_temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            max_total_tokens=self.data.max_len,
+            max_new_tokens=rollout.max_new_tokens,
+            min_new_tokens=rollout.min_new_tokens,
+            stop_token_ids=tuple(rollout.stop_token_ids),
+            stop=tuple(rollout.stop),
+            seeds=tuple(
+                tuple(
+                    derive_seed(self.seed, place, sample)
+                    for sample in range(rollout.n_samples_per_prompt)
+                )
+                for place in places
+            ),
+        )
+
+
+def _differ(group: Sequence[Sample]) -> bool:
+    return len({sample.score.value for sample in group}) > 1

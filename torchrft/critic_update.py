@@ -1,0 +1,88 @@
+"""The critic of PPO: values of the samples before the update, and its own optimizer steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from torchrft.algorithms.aggregation import Denominators
+from torchrft.algorithms.losses import value_loss
+from torchrft.config.job_config import Algorithm
+from torchrft.data.packing import MicroBatch
+from torchrft.optimizer_step import Mean, OptimizerStep
+from torchrft.tools.distributed import all_reduce_sum
+from torchrft.types import RolloutBatch
+
+
+class CriticUpdate:
+    """Trains the critic on the returns of rollouts."""
+
+    def __init__(
+        self,
+        stepper: OptimizerStep,
+        algorithm: Algorithm,
+        loss_aggregation: str,
+        max_response_length: int,
+    ) -> None:
+        self.stepper, self.algorithm = stepper, algorithm
+        self.loss_aggregation = loss_aggregation
+        self.max_response_length = float(max_response_length)
+
+    def with_values(self, batch: RolloutBatch) -> RolloutBatch:
+        """Adds the critic's values [B, T] of the states in which the tokens were chosen."""
+        return replace(batch, old_values=self.stepper.forward(self.stepper.model, batch)[0])
+
+    def run(self, batch: RolloutBatch) -> dict[str, float]:
+        """All optimizer steps on a rollout; returns critic/ metrics, means over the steps."""
+        explained = self._explained_variance(batch)
+        mean = Mean()
+        for _ in range(self.stepper.training.max_epochs):
+            for rows in self.stepper.rows(len(batch)):
+                mean.add(self._step(batch, rows))
+        result = {f"critic/{name}": value for name, value in mean.result().items()}
+        result["critic/skipped_steps"] = mean.skipped
+        return result | {"critic/explained_variance": explained}
+
+    def _step(self, batch: RolloutBatch, rows: list[int]) -> dict[str, float]:
+        denominators = self.stepper.denominators(batch.mask[rows], self.max_response_length)
+
+        def loss(
+            micro: MicroBatch, part: RolloutBatch, mask: Tensor
+        ) -> tuple[Tensor, dict[str, Tensor]]:
+            return self._loss(micro, part, mask, denominators)
+
+        return self.stepper.run(batch, rows, loss, usable=denominators.tokens > 0)
+
+    def _loss(
+        self, micro: MicroBatch, part: RolloutBatch, mask: Tensor, denominators: Denominators
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        values = micro.scatter(self.stepper.model(micro), mask.shape[1])
+        assert part.old_values is not None
+        assert part.returns is not None
+        return value_loss(
+            values,
+            part.old_values,
+            part.returns,
+            mask,
+            value_clip=self.algorithm.value_clip,
+            loss_aggregation=self.loss_aggregation,
+            denominators=denominators,
+        )
+
+    def _explained_variance(self, batch: RolloutBatch) -> float:
+        """1 - Var(returns - values) / Var(returns) over response tokens; 0 for equal returns."""
+        assert batch.old_values is not None
+        assert batch.returns is not None
+        returns = batch.returns[batch.mask].double()
+        errors = returns - batch.old_values[batch.mask].double()
+        sums = {"count": float(returns.numel())}
+        for name, values in (("returns", returns), ("errors", errors)):
+            sums[name], sums[f"{name}^2"] = float(values.sum()), float(values.square().sum())
+        total = all_reduce_sum(sums, "update")
+        count = max(total["count"], 1.0)
+        of_errors, of_returns = (
+            total[f"{name}^2"] / count - (total[name] / count) ** 2
+            for name in ("errors", "returns")
+        )
+        return 1.0 - of_errors / of_returns if of_returns > 1e-12 else 0.0

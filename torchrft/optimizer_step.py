@@ -1,0 +1,183 @@
+"""Optimizer steps of one model on a rollout, cut into micro-batches and spread over ranks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from torchrft.algorithms.aggregation import Denominators
+from torchrft.config.job_config import Rollout, Training
+from torchrft.data.packing import MicroBatch, build, plan
+from torchrft.optim.optimizer import clip_gradients
+from torchrft.parallel import set_gradient_sync
+from torchrft.tools.distributed import all_reduce_max, all_reduce_sum, get_world_size
+from torchrft.types import RolloutBatch
+
+# Loss of a micro-batch, whose samples count or not, and metrics that add up to the step's.
+Loss = Callable[[MicroBatch, RolloutBatch, Tensor], tuple[Tensor, dict[str, Tensor]]]
+
+
+class OptimizerStep:
+    """What the policy and the critic share: micro-batches, gradients, the step itself.
+
+    `max_len` bounds a sample's tokens. `reduce_every_micro_batch` is False for ZeRO stage 1, where
+    gradients stay local until the last micro-batch of an optimizer step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        training: Training,
+        rollout: Rollout,
+        max_norm: float,
+        max_len: int,
+        reduce_every_micro_batch: bool,
+    ) -> None:
+        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self.training, self.rollout = training, rollout
+        self.max_norm, self.max_len = max_norm, max_len
+        self.reduce_every_micro_batch = reduce_every_micro_batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, optimizer state and schedule, sharded as they are."""
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        schedule = self.scheduler.state_dict()
+        return {"model": model, "optimizer": optimizer, "scheduler": schedule}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned."""
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
+        self.scheduler.load_state_dict(state["scheduler"])
+
+    def rows(self, samples: int) -> list[list[int]]:
+        """This rank's samples of each optimizer step of one pass over a rollout."""
+        size = self.training.train_batch_size // get_world_size()
+        # At the end of a run, less than a full batch may be left.
+        return [list(range(start, min(start + size, samples))) for start in range(0, samples, size)]
+
+    @torch.no_grad()
+    def forward(
+        self, model: nn.Module, batch: RolloutBatch, outputs: int = 1
+    ) -> tuple[Tensor, ...]:
+        """The first `outputs` outputs of `model` for response tokens, float32 [B, T], else 0."""
+        width = batch.mask.shape[1]
+        tables = tuple(torch.zeros_like(batch.rollout_logprobs) for _ in range(outputs))
+        samples = self.rollout.micro_rollout_batch_size
+        for rows, counted in self._micro_batches(batch, list(range(len(batch))), samples):
+            micro = build(batch, rows, self.training.packing_samples, width)
+            values = model(micro)
+            values = values if isinstance(values, tuple) else (values,)
+            if counted:
+                for table, value in zip(tables, values, strict=False):
+                    table[rows] = micro.scatter(value, width)
+        return tables
+
+    def denominators(self, mask: Tensor, max_response_length: float) -> Denominators:
+        """Those of `mask` [B, T] over all ranks."""
+        local = Denominators.of(mask)
+        counts = {"tokens": local.tokens, "sequences": local.sequences}
+        total = all_reduce_sum(counts, "update")
+        return Denominators(total["tokens"], total["sequences"], max_response_length)
+
+    def run(
+        self, batch: RolloutBatch, rows: list[int], loss: Loss, usable: bool = True
+    ) -> dict[str, float]:
+        """One step on the samples `rows` of this rank, together with the other ranks'.
+
+        A step that is not `usable`, or whose loss or gradient is not finite, changes nothing but
+        the schedule; all ranks agree on that because they compare global numbers. Returns the sums
+        of the loss's metrics ("max/" names: maxima), "loss", "grad_norm", "lr" and "skipped".
+        """
+        lr = float(self.scheduler.get_last_lr()[0])
+        metrics = self._accumulate(batch, rows, loss)
+        norm = float(clip_gradients(self.model, self.max_norm))
+        usable = usable and _finite(norm) and _finite(metrics["loss"])
+        if usable:
+            self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {**metrics, "grad_norm": norm, "lr": lr, "skipped": float(not usable)}
+
+    def evaluate(self, batch: RolloutBatch, rows: list[int], loss: Loss) -> dict[str, float]:
+        """The metrics of `run` without gradient or step."""
+        with torch.no_grad():
+            return {**self._accumulate(batch, rows, loss), "grad_norm": 0.0, "lr": 0.0}
+
+    def _accumulate(self, batch: RolloutBatch, rows: list[int], loss: Loss) -> dict[str, float]:
+        sums: dict[str, Tensor] = {}
+        size = self.training.micro_train_batch_size
+        micro_batches = list(self._micro_batches(batch, rows, size))
+        for index, (micro_rows, counted) in enumerate(micro_batches):
+            last = index == len(micro_batches) - 1
+            set_gradient_sync(self.model, last or self.reduce_every_micro_batch)
+            part = batch.select(micro_rows)
+            micro = build(batch, micro_rows, self.training.packing_samples, batch.mask.shape[1])
+            mask = part.mask if counted else torch.zeros_like(part.mask)
+            value, metrics = loss(micro, part, mask)
+            if value.requires_grad:
+                # FSDP2 averages gradients over ranks; the denominators ask for their sum.
+                (value * get_world_size()).backward()
+            metrics["loss"] = value.detach()
+            for name, term in metrics.items():
+                old = sums.get(name, term)
+                if name.startswith("max/"):
+                    sums[name] = torch.maximum(old, term)
+                else:
+                    sums[name] = term if name not in sums else old + term
+        maxima = {k.removeprefix("max/"): float(v) for k, v in sums.items() if k[:4] == "max/"}
+        totals = {name: float(v) for name, v in sums.items() if name[:4] != "max/"}
+        totals = all_reduce_sum(totals, "update")
+        return totals | (all_reduce_max(maxima, "update") if maxima else {})
+
+    def _micro_batches(
+        self, batch: RolloutBatch, rows: list[int], samples: int
+    ) -> Iterator[tuple[list[int], bool]]:
+        """Rows of each forward pass, and whether they count.
+
+        Every rank runs equally many passes, because a sharded forward is collective: a rank that
+        has fewer repeats its first sample uncounted.
+        """
+        budget = self.training.max_tokens_per_microbatch or samples * self.max_len
+        bins = plan(batch, rows, self.training.packing_samples, samples, budget)
+        count = int(all_reduce_max({"micro_batches": len(bins)}, "update")["micro_batches"])
+        for index in range(count):
+            if index < len(bins):
+                yield bins[index], True
+            else:
+                yield rows[:1], False
+
+
+class Mean:
+    """Means of the metrics of several optimizer steps; what counts steps is summed."""
+
+    def __init__(self) -> None:
+        self.sums: Counter[str] = Counter()
+        self.largest: dict[str, float] = {}
+        self.steps = self.skipped = 0
+
+    def add(self, metrics: dict[str, float], maxima: tuple[str, ...] = ()) -> None:
+        self.steps += 1
+        self.skipped += int(metrics.pop("skipped", 0.0))
+        for name in maxima:
+            self.largest[name] = max(self.largest.get(name, 0.0), metrics.pop(name))
+        self.sums.update(metrics)
+
+    def result(self) -> dict[str, float]:
+        means = {name: value / self.steps for name, value in self.sums.items()}
+        return means | self.largest
+
+
+def _finite(value: float) -> bool:
+    return value - value == 0.0
