@@ -39,6 +39,8 @@ class PolicyUpdate:
     ) -> None:
         self.stepper, self.reference, self.algorithm = stepper, reference, algorithm
         self.preset = resolve(algorithm)
+        self.loss = LOSSES.get(self.preset.policy_loss)
+        options_of(self.loss, algorithm.model_dump(), algorithm.policy_loss_options)  # fails early
         self.max_response_length = float(max_response_length)
         self.kl_coef = algorithm.init_kl_coef
         self.drift_coef = algorithm.cpgd_drift_coef
@@ -143,7 +145,7 @@ class PolicyUpdate:
             rollout_correction_cap=algorithm.rollout_correction_cap,
             denominators=denominators,
             keep_denominators=keep_denominators,
-            **options_of(LOSSES.get(self.preset.policy_loss), settings),
+            **options_of(self.loss, settings, algorithm.policy_loss_options),
         )
         drift, worst = mismatch(old, part.rollout_logprobs, mask, denominators)
         metrics.update(drift)

@@ -108,6 +108,9 @@ class Trainer:
         self.policy = self._policy(model.pretrain, model.init, torch.float32)
         actor = self._stepper(self.policy, config.optimizer.actor_learning_rate)
         self.update = PolicyUpdate(actor, reference, config.algorithm, budget)
+        self.estimator = advantages.ESTIMATORS.get(self.update.preset.estimator)
+        own = config.algorithm.advantage_options
+        options_of(self.estimator, config.algorithm.model_dump(), own)  # fails early
         self.critic: CriticUpdate | None = None
         if advantages.needs_values(self.update.preset.estimator):
             init = model.init if model.critic_pretrain is None else "pretrained"
@@ -298,7 +301,7 @@ class Trainer:
             advantages_norm=algorithm.advantages_norm,
             advantage_clip=algorithm.advantage_clip,
             reduce=distributed.sum_over_ranks,
-            **options_of(advantages.ESTIMATORS.get(preset.estimator), settings),
+            **options_of(self.estimator, settings, algorithm.advantage_options),
         )
         batch = dataclasses.replace(batch, advantages=result.advantages, returns=result.returns)
         return batch, metrics | result.metrics

@@ -19,7 +19,8 @@ ROWS = [
     {"parallel"},
     {"models"},
     {"data", "rewards", "algorithms", "rollout", "optim", "checkpoint", "metrics"},
-    {"policy_update"},  # the trainer's own half: what happens between two rollouts
+    {"collector", "optimizer_step"},  # the trainer's two halves: to a rollout, and from it
+    {"policy_update", "critic_update"},
     {"trainer"},
     {"train"},
 ]

@@ -195,7 +195,7 @@ def test_faults_of_files_are_found_when_built(tmp_path):
         scorer(f"{path}:f")
     with pytest.raises(ValueError, match="no function 'NOT_A_FUNCTION'"):
         scorer(f"{path}:NOT_A_FUNCTION")
-    with pytest.raises(ValueError, match=r"say which function, as in .*r\.py:my_reward"):
+    with pytest.raises(ValueError, match=r"say which function, as in .*r\.py:my_function"):
         scorer(str(path))
     for text, error in (("import nowhere_at_all", "ModuleNotFoundError"), ("def", "SyntaxError")):
         path.write_text(text)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 
 def check_options(function: Callable[..., Any], options: Mapping[str, Any], what: str) -> None:
@@ -15,7 +18,24 @@ def check_options(function: Callable[..., Any], options: Mapping[str, Any], what
             raise ValueError(f'{what} has no option "{name}"')
 
 
-def options_of(function: Callable[..., Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `values` that `function` takes."""
+def options_of(
+    function: Callable[..., Any], settings: Mapping[str, Any], own: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Keywords for `function`: those of the job's `settings` that it takes, and its `own` options.
+
+    Raises ValueError for an own option that it does not take, that is a field of the job, or whose
+    value is not of the type in the function's signature.
+    """
+    what = getattr(function, "__name__", repr(function))
+    check_options(function, own, what)
     known = inspect.signature(function).parameters
-    return {name: value for name, value in values.items() if name in known}
+    hints = typing.get_type_hints(function)
+    for name, value in own.items():
+        if name in settings:
+            raise ValueError(f'{what}: "{name}" is a field of its own; set --{name} instead')
+        try:
+            TypeAdapter(hints.get(name, Any)).validate_python(value, strict=True)
+        except ValidationError as error:
+            wrong = error.errors()[0]["msg"].lower()
+            raise ValueError(f"{what}: option {name} = {value!r}: {wrong}") from error
+    return {name: value for name, value in settings.items() if name in known} | dict(own)

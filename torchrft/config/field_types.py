@@ -48,6 +48,8 @@ def _not_blank(value: str) -> str:
     return value
 
 
+PythonFunction = Annotated[str, Field(pattern=r"^.+\.py:\w+$")]
+"""A component of the user's own: `path/to/file.py:function`."""
 RawText = Annotated[str, Field(min_length=1), AfterValidator(_no_null)]
 """Any text, also blanks: a stop string may be a line break."""
 Text = Annotated[RawText, AfterValidator(_not_blank)]

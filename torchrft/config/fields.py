@@ -71,6 +71,10 @@ def describe(schema: Schema) -> str:
         return str(part["const"])
     if "enum" in part:
         return "one of " + ", ".join(str(choice) for choice in part["enum"])
+    if "pattern" in part:
+        return "path/to/file.py:function"
+    if part["type"] == "object":
+        return "table"
     if part["type"] == "array":
         if "prefixItems" in part:
             return f"{len(part['prefixItems'])} values, each {describe(part['prefixItems'][0])}"

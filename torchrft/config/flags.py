@@ -170,17 +170,23 @@ def _scalar(kind: str, text: str) -> Any:
             return float(text)
         except ValueError:
             return text
+    if kind == "object" and text.lstrip().startswith("{"):
+        return _toml(text)
     return text
+
+
+def _toml(text: str) -> Any:
+    """A value as TOML writes it; text that is none stays text, for its field to refuse."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (ValueError, RecursionError):
+        return text
 
 
 def _list(name: str, words: list[str]) -> Any:
     """A list as TOML, as several words, or separated by commas; one word alone is kept as it is."""
     if words[0].startswith("["):
-        text = " ".join(words)
-        try:
-            return tomllib.loads(f"value = {text}")["value"]
-        except (ValueError, RecursionError):
-            return text
+        return _toml(" ".join(words))
     array = next(part for part in branches(FIELDS[name].schema) if part.get("type") == "array")
     item = array["prefixItems"][0] if "prefixItems" in array else array["items"]
     if item.get("type") in ("integer", "number"):

@@ -17,6 +17,7 @@ from torchrft.config.field_types import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    PythonFunction,
     RawText,
     Text,
     exact_int,
@@ -187,23 +188,32 @@ class Rollout(Section):
 class Algorithm(Section):
     """Advantage, loss and KL; formulas and papers are in docs/algorithms.md."""
 
-    advantage_estimator: Literal[
-        "group_norm",
-        "reinforce",
-        "cpgd",
-        "gspo",
-        "gmpo",
-        "rloo",
-        "reinforce_baseline",
-        "reinforce_plus_plus",
-        "gae",
-        "dr_grpo",
-        "dapo",
-        "cispo",
-    ] = "group_norm"
-    """Preset of advantage, policy loss and aggregation; group_norm is GRPO."""
-    policy_loss: Literal["ppo_clip", "gspo", "gmpo", "cpgd", "cispo", "reinforce"] | None = None
-    """Policy loss in place of the preset's."""
+    advantage_estimator: (
+        Literal[
+            "group_norm",
+            "reinforce",
+            "cpgd",
+            "gspo",
+            "gmpo",
+            "rloo",
+            "reinforce_baseline",
+            "reinforce_plus_plus",
+            "gae",
+            "dr_grpo",
+            "dapo",
+            "cispo",
+        ]
+        | PythonFunction
+    ) = "group_norm"
+    """Preset of advantage, policy loss and aggregation (group_norm is GRPO), or your own."""
+    advantage_options: dict[str, bool | int | float | str] = {}
+    """Options of an advantage estimator of your own."""
+    policy_loss: (
+        Literal["ppo_clip", "gspo", "gmpo", "cpgd", "cispo", "reinforce"] | PythonFunction | None
+    ) = None
+    """Policy loss in place of the preset's, or your own."""
+    policy_loss_options: dict[str, bool | int | float | str] = {}
+    """Options of a policy loss of your own."""
     loss_aggregation: (
         Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"] | None
     ) = None

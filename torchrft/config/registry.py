@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import importlib.util
+import inspect
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any, Generic, TypeVar, cast
 
 T = TypeVar("T")
@@ -45,9 +51,17 @@ class Registry(Generic[T]):
         return add
 
     def get(self, name: str) -> T:
-        """The component called `name`; ValueError with the valid names if there is none."""
+        """The component called `name`, or the function that `path/to/file.py:function` names.
+
+        Raises ValueError with the valid names if there is none.
+        """
         if name in self._components:
             return self._components[name]
+        path, colon, function = name.rpartition(":")
+        if name.endswith(".py"):
+            raise ValueError(f"{self.kind} {name!r}: say which function, as in {name}:my_function")
+        if colon and path.endswith(".py"):
+            return cast(T, _function_of(Path(path).expanduser(), function, f"{self.kind} {name!r}"))
         near = difflib.get_close_matches(name, self.names(), n=1)
         hint = f' did you mean "{near[0]}"?' if near else ""
         valid = ", ".join(self.names()) or "none is registered"
@@ -56,3 +70,38 @@ class Registry(Generic[T]):
     def names(self) -> list[str]:
         """All names, sorted."""
         return sorted(self._components)
+
+
+def _function_of(path: Path, name: str, what: str) -> Callable[..., Any]:
+    module = _load_file(path, what)
+    function = getattr(module, name, None)
+    if not callable(function):
+        functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        raise ValueError(
+            f"{what}: {path} has no function {name!r}; "
+            f"its functions are {', '.join(functions) or 'none'}"
+        )
+    return function
+
+
+def _load_file(path: Path, what: str) -> ModuleType:
+    if not path.is_file():
+        raise ValueError(f"{what}: there is no file {path}")
+    # Named by place and content: two functions of a file share one module, an edited file is new.
+    key = hashlib.sha256(str(path.resolve()).encode() + path.read_bytes()).hexdigest()[:16]
+    module_name = f"torchrft_{path.stem}_{key}"
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[module_name]
+        raise ValueError(
+            f"{what}: {path} failed to load: {type(error).__name__}: {error}"
+        ) from error
+    return module

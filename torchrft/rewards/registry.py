@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 from typing import TypeVar
 
 from torchrft.config.registry import Registry
@@ -32,27 +27,6 @@ def register(name: str) -> Callable[[F], F]:
     return REWARDS.register(name)
 
 
-def resolve(name: str) -> RewardCallable:
-    """The function of a registered name or of `path/to/file.py:function`.
-
-    Raises ValueError if there is none.
-    """
-    path, colon, function_name = name.rpartition(":")
-    if name.endswith(".py"):
-        raise ValueError(f"reward function {name!r}: say which function, as in {name}:my_reward")
-    if not colon or not path.endswith(".py"):
-        return REWARDS.get(name)
-    module = _load_file(Path(path).expanduser(), name)
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        raise ValueError(
-            f"reward function {name!r}: {path} has no function {function_name!r}; "
-            f"its functions are {', '.join(functions) or 'none'}"
-        )
-    return function
-
-
 def arguments_of(function: RewardCallable, name: str) -> tuple[str, ...]:
     """Names of the arguments `function` wants; ValueError for one that nobody can fill."""
     valid = ", ".join(ARGUMENTS)
@@ -74,26 +48,3 @@ def arguments_of(function: RewardCallable, name: str) -> tuple[str, ...]:
                 f"parameters are filled by name, from {valid}"
             )
     return tuple(parameter.name for parameter in parameters)
-
-
-def _load_file(path: Path, name: str) -> ModuleType:
-    if not path.is_file():
-        raise ValueError(f"reward function {name!r}: there is no file {path}")
-    # Named by place and content: two functions of a file share one module, an edited file is new.
-    key = hashlib.sha256(str(path.resolve()).encode() + path.read_bytes()).hexdigest()[:16]
-    module_name = f"torchrft_reward_{path.stem}_{key}"
-    if module_name in sys.modules:
-        return sys.modules[module_name]
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[module_name]
-        raise ValueError(
-            f"reward function {name!r}: {path} failed to load: {type(error).__name__}: {error}"
-        ) from error
-    return module

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from torchrft.config.job_config import RewardFunction
-from torchrft.rewards.registry import RewardCallable, arguments_of, resolve
+from torchrft.rewards.registry import REWARDS, RewardCallable, arguments_of
 from torchrft.types import Completion, Prompt, Score
 
 
@@ -78,7 +78,7 @@ def build_scorer(functions: Sequence[RewardFunction]) -> Scorer:
     for entry in functions:
         if entry.name in sources:
             raise ValueError(f"reward function {entry.name!r} is listed twice; add up its weights")
-        function = resolve(entry.name)
+        function = REWARDS.get(entry.name)
         arguments = arguments_of(function, entry.name)
         sources[entry.name] = RewardSource(entry.name, entry.weight, function, arguments)
     return Scorer(list(sources.values()))
