@@ -39,11 +39,13 @@ from torchrft.trainer import Trainer
 from torchrft.types import RolloutBatch, Sample, SamplingParams, Score
 
 PHASES = ("rollout", "reward", "logprob", "update", "weight_sync", "other", "step")
+COMPARED = ("rollout", "update", "step")
 WARM_UP = 2
 PEER_ROWS = (512, 128)  # micro-batch sizes tried for TRL; the better one is shown
 
 # A tiny learning rate and a reward without signal keep the lengths as they are in the beginning.
 _STILL = {
+    "algorithm": {"init_kl_coef": 0.0},
     "optimizer": {"actor_learning_rate": 1e-6},
     "reward": {"functions": [{"name": f"{REPOSITORY}/benchmarks/rewards.py:checksum"}]},
 }
@@ -112,7 +114,7 @@ class Torchrft:
             metrics = trainer.train_step()
             trainer.logger.log(trainer.step, metrics)
         spent = {name.removeprefix("time/"): value for name, value in trainer.timer.pop().items()}
-        spent["other"] = 2 * spent["step"] - sum(spent.values())
+        spent["other"] = 2 * spent["step"] - sum(spent.values())  # the step less its phases
         self.steps.append(spent | {"length": metrics["response_length/mean"]})
 
 
@@ -174,25 +176,26 @@ def alternate(name: str, world: World, steps: int, rows: int) -> dict[str, dict[
     for side, taken in (("torchrft", mine.steps[WARM_UP:]), ("TRL", clock.steps[WARM_UP:])):
         sides[side] = {phase: median(step.get(phase, 0.0) for step in taken) for phase in PHASES}
         sides[side]["length"] = fmean(step["length"] for step in taken)
+    pairs = list(zip(mine.steps[WARM_UP:], clock.steps[WARM_UP:], strict=True))
+    sides["TRL/torchrft"] = {p: median(b[p] / a[p] for a, b in pairs) for p in COMPARED}
     return sides
 
 
 def measure(name: str, world: World, steps: int) -> list[list[str]]:
     """The table's rows of one workload, with the micro-batch size that TRL does best with."""
     runs = {rows: alternate(name, world, steps, rows) for rows in PEER_ROWS}
-    ratios = {rows: run["TRL"]["step"] / run["torchrft"]["step"] for rows, run in runs.items()}
+    ratios = {rows: run["TRL/torchrft"]["step"] for rows, run in runs.items()}
+    others = ", ".join(f"{ratio:.2f} with {rows} rows" for rows, ratio in ratios.items())
+    print(f"{name}: TRL/torchrft {others}", flush=True)
     best = min(ratios, key=ratios.__getitem__)
     lines = []
-    for side, spent in runs[best].items():
+    for side, values in runs[best].items():
+        digits = 2 if "/" in side else 4
         label = f"TRL, {best} rows" if side == "TRL" else side
-        seconds = [f"{spent[phase]:.4f}" for phase in PHASES]
-        lines.append([name, label, f"{spent['length']:.1f}", *seconds])
-    compared = ("rollout", "update", "step")
-    mine, peer = runs[best]["torchrft"], runs[best]["TRL"]
-    last = [f"{peer[p] / mine[p]:.2f}" if p in compared else "" for p in PHASES]
-    others = ", ".join(f"{rows} rows {ratio:.2f}" for rows, ratio in ratios.items())
-    print(f"{name}: TRL/torchrft step with {others}", flush=True)
-    return [*lines, [name, "TRL/torchrft", "", *last]]
+        length = f"{values['length']:.1f}" if "length" in values else ""
+        cells = [f"{values[p]:.{digits}f}" if p in values else "" for p in PHASES]
+        lines.append([name, label, length, *cells])
+    return lines
 
 
 def main() -> None:
@@ -207,12 +210,13 @@ def main() -> None:
     world = distributed.setup()
     try:
         print(f"equal work: {check(world)}")
-        names = [name for name in WORKLOADS if options.only in name]
-        rows = [row for name in names for row in measure(name, world, options.steps)]
+        print(f"Seconds a step, median of {options.steps} alternating steps after {WARM_UP}")
+        for name in WORKLOADS:
+            if options.only in name:
+                rows = measure(name, world, options.steps)
+                print(f"\n{table(['workload', '', 'mean length', *PHASES], rows)}", flush=True)
     finally:
         distributed.teardown()
-    print(f"\nSeconds a step, median of {options.steps} alternating steps after {WARM_UP}\n")
-    print(table(["workload", "", "mean length", *PHASES], rows))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 from common import DEBUG_MODEL
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from torchrft.config.job_config import JobConfig
@@ -47,6 +47,12 @@ class TimedTrainer(GRPOTrainer):
         with self._phase("reward"):
             return super()._calculate_rewards(*args, **kwargs)
 
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():  # part of the update
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        with self._phase("logprob"):
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+
     def _prepare_inputs(self, *args: Any, **kwargs: Any) -> Any:
         with self._phase("prepare"):
             return super()._prepare_inputs(*args, **kwargs)
@@ -68,17 +74,11 @@ class StepClock(TrainerCallback):
         assert self.trainer is not None
         step = perf_counter() - self.start
         spent, self.trainer.spent = self.trainer.spent, {}
-        prepare, rollout, reward = (spent[name] for name in ("prepare", "rollout", "reward"))
-        self.steps.append(
-            {
-                "rollout": rollout,
-                "reward": reward,
-                "update": step - prepare,
-                "other": prepare - rollout - reward,
-                "step": step,
-                "length": self.trainer._metrics["train"]["completions/mean_length"][-1],
-            }
-        )
+        parts = {name: spent.get(name, 0.0) for name in ("rollout", "reward", "logprob")}
+        times = {"update": step - spent["prepare"], "step": step}
+        times["other"] = spent["prepare"] - sum(parts.values())
+        length = self.trainer._metrics["train"]["completions/mean_length"][-1]
+        self.steps.append(parts | times | {"length": length})
         self.other()
         self.start = perf_counter()
 
@@ -87,14 +87,15 @@ def build(
     mine: Trainer, config: JobConfig, steps: int, callback: StepClock, rows: int = 512
 ) -> TimedTrainer:
     """The TRL trainer that does what `mine` does, from the same weights, `rows` a micro-batch."""
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.from_pretrained(DEBUG_MODEL, attn_implementation="sdpa"), dtype=torch.float32
-    )
-    model.load_state_dict(mine.policy.model.state_dict())
+    folder = tempfile.mkdtemp()
+    # Saved, because TRL makes its reference model from the folder that the policy came from.
+    mine.policy.model.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+    model.generation_config = GenerationConfig.from_pretrained(DEBUG_MODEL)
     trainer = TimedTrainer(
         model=model,
         reward_funcs=_reward(config),
-        args=_arguments(config, steps, rows),
+        args=_arguments(config, folder, steps, rows),
         train_dataset=_dataset(mine, config, steps),
         processing_class=load_tokenizer(DEBUG_MODEL),
         callbacks=[callback],
@@ -104,12 +105,12 @@ def build(
     return trainer
 
 
-def _arguments(config: JobConfig, steps: int, rows: int) -> GRPOConfig:
-    """Nothing logged or saved; no reference model, no recomputation."""
+def _arguments(config: JobConfig, folder: str, steps: int, rows: int) -> GRPOConfig:
+    """Nothing logged or saved, no recomputation; a reference model if the job has one."""
     training, rollout, algorithm = config.training, config.rollout, config.algorithm
     forced = {"min_new_tokens": rollout.min_new_tokens} if rollout.min_new_tokens else None
     return GRPOConfig(
-        output_dir=tempfile.mkdtemp(),
+        output_dir=folder,
         per_device_train_batch_size=rows,
         gradient_accumulation_steps=training.train_batch_size // rows,
         num_generations=rollout.n_samples_per_prompt,
@@ -118,7 +119,7 @@ def _arguments(config: JobConfig, steps: int, rows: int) -> GRPOConfig:
         temperature=rollout.temperature,
         top_p=rollout.top_p,
         top_k=rollout.top_k,
-        beta=0.0,
+        beta=algorithm.init_kl_coef,
         epsilon=algorithm.clip_range,
         epsilon_high=algorithm.clip_range_higher,
         loss_type="grpo",

@@ -108,7 +108,12 @@ def prompt_file(path: Path, count: int) -> Path:
 # ------------------------------------------------------------ a process of its own
 
 _FORKSERVER = multiprocessing.get_context("forkserver")
-_FORKSERVER.set_forkserver_preload(["torchrft.trainer", "tiny_job"])
+_FORKSERVER.set_forkserver_preload(
+    [
+        *("torchrft.trainer", "tiny_job", "transformers.models.qwen2.modeling_qwen2"),
+        *("matplotlib.figure", "matplotlib.backends.backend_agg"),
+    ]
+)
 
 
 def run_process(words: list[str], log: Path, interruption: tuple | None = None) -> int:

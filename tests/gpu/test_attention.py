@@ -25,7 +25,7 @@ def run(layout, tensors, window, weights):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kv_heads", [8, 2, 1])
-@pytest.mark.parametrize("window", [None, 16, 1])
+@pytest.mark.parametrize("window", [None, 16, 3])
 @pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
 def test_kernel_equals_the_dense_path(groups, window, kv_heads, dtype):
     """Values and gradients, up to the rounding of 16-bit numbers."""

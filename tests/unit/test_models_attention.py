@@ -169,8 +169,8 @@ def fake_varlen(has_gqa):
         assert right == 0
         out = []
         for i in range(len(cu_q) - 1):
-            rows = slice(cu_q[i], cu_q[i + 1]), slice(cu_k[i], cu_k[i + 1])
-            part = [x[r].transpose(0, 1)[None] for x, r in zip((q, k, v), rows[:1] + 2 * rows[1:])]
+            own, seen = slice(cu_q[i], cu_q[i + 1]), slice(cu_k[i], cu_k[i + 1])
+            part = [x.transpose(0, 1)[None] for x in (q[own], k[seen], v[seen])]
             queries, keys = part[0].shape[2], part[1].shape[2]
             distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
             allowed = (distance >= 0) & ((distance <= left) | torch.tensor(left < 0))

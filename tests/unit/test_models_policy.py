@@ -117,7 +117,7 @@ def test_only_the_targets_get_logits():
 def test_head_with_a_bias_is_refused():
     model = tiny.model("qwen2")
     model.lm_head = nn.Linear(32, tiny.VOCABULARY, bias=True)
-    with pytest.raises(ValueError, match="Qwen2ForCausalLM needs .* head without bias"):
+    with pytest.raises(ValueError, match=r"Qwen2ForCausalLM needs .* head without bias"):
         PolicyModel(model)
 
 
@@ -147,5 +147,22 @@ def test_attention_dropout_is_refused_while_training():
     model = tiny.model("qwen2", attention_dropout=0.1)
     batch = inputs(tiny.batch([(2, [2])]), packed=True)
     PolicyModel(model)(batch)
-    with pytest.raises(ValueError, match="Qwen2Attention uses attention_dropout = 0.1"):
+    with pytest.raises(ValueError, match=r"Qwen2Attention uses attention_dropout = 0\.1"):
         PolicyModel(model.train())(batch)
+
+
+@pytest.mark.parametrize(
+    ("family", "match"),
+    [
+        ("mamba", "MambaForCausalLM uses linear_attention, which"),
+        ("falcon_h1", "FalconH1ForCausalLM uses hybrid, which"),
+        ("minimax", "MiniMaxForCausalLM uses linear_attention, which"),
+        ("bloom", "BloomForCausalLM uses attention code of its own, which"),
+        ("stablelm", "StableLmForCausalLM uses attention code of its own, which"),
+    ],
+)
+def test_layers_that_would_leak_across_sequences_are_refused(family, match):
+    """Packed rows would run through these models without an error, and give other numbers."""
+    options = {"num_local_experts": 2} if family == "minimax" else {}
+    with pytest.raises(ValueError, match=match):
+        PolicyModel(tiny.model(family, **options))

@@ -646,6 +646,13 @@ def test_models_that_change_their_logits_are_refused(family, match):
         NativeEngine(tiny.config(family, **options), TOKENIZER, (EOS,))
 
 
+def test_attention_code_of_a_models_own_is_noticed():
+    """Nemotron says that it goes through the attention interface, and does not."""
+    engine, _ = make("nemotron")
+    with pytest.raises(ValueError, match="NemotronModel: 0 of 2 layers went through torchrft's"):
+        engine.generate(prompts(RAGGED), SamplingParams())
+
+
 def test_bfloat16():
     """16-bit weights: log-probs are float32 of the 16-bit logits, near the exact ones."""
     model = tiny.model("qwen2", "eager", initializer_range=0.1)
@@ -658,3 +665,13 @@ def test_bfloat16():
             log_p = model(ids).logits[0, len(RAGGED[c.prompt_index]) - 1 : -1].log_softmax(-1)
         wanted = log_p.gather(1, torch.tensor(c.token_ids)[:, None])[:, 0]
         assert (torch.tensor(c.logprobs) - wanted).abs().max() < 0.15
+
+
+def test_the_example_of_the_docs(capsys, monkeypatch):
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)
+    text = (root / "docs" / "native_engine.md").read_text()
+    exec(text.split("```python\n")[1].split("```")[0], {})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["0"] * 4 + ["1"] * 4
+    assert {line.split()[1] for line in lines} <= {"stop", "length"}

@@ -37,6 +37,10 @@ def test_uniforms_of_any_seed():
         assert got.tolist() == [(splitmix64(seed, position) >> 11) / 2**53 for seed in seeds]
 
 
+# Found by running the generator backwards.
+LOWEST_SEED, HIGHEST_SEED = 7046029254386353131, 3558559446808474027
+
+
 def chi_square(counts, probs):
     """Standard deviations by which Pearson's statistic exceeds its mean; a fixed seed decides."""
     counts, probs = (torch.as_tensor(x, dtype=torch.float64) for x in (counts, probs))
@@ -169,11 +173,21 @@ def test_greedy():
 
 
 def test_impossible_tokens_are_never_drawn():
-    """Not even at the ends, where a random number of 0 or nearly 1 points."""
     logits = torch.tensor([-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]).expand(50_000, -1)
     seeds = torch.arange(50_000)
     tokens, _ = sample(logits, seeds, torch.zeros_like(seeds), 1.0, 1.0, 0)
     assert set(tokens.tolist()) == {1, 3}
+
+
+def test_the_smallest_and_the_largest_random_number():
+    """Nor at the ends, where 0 and 1 - 2^-53 point; these seeds give them."""
+    seeds, positions = torch.tensor([LOWEST_SEED, HIGHEST_SEED]), torch.zeros(2, dtype=torch.long)
+    assert uniforms(seeds, positions).tolist() == [0.0, 1 - 2**-53]
+    for ends in (-torch.inf, 0.3):
+        for _ in range(20):
+            logits = torch.cat([torch.tensor([ends]), torch.randn(9), torch.tensor([ends])])
+            tokens, _ = sample(logits.expand(2, -1), seeds, positions, 1.0, 1.0, 0)
+            assert tokens.tolist() == ([0, 10] if ends == 0.3 else [1, 9])
 
 
 def test_rows_do_not_depend_on_each_other():

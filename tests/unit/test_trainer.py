@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -32,12 +34,14 @@ from torchrft.models.loader import load_model, load_tokenizer
 from torchrft.types import SamplingParams
 
 # DESIGN.md, "Contracts": what every line of metrics.jsonl has at least.
-KEYS = """
-    step episode reward/mean reward/std response_length/mean response_length/max
-    response/truncated_ratio policy/loss policy/kl policy/entropy policy/clip_fraction grad_norm lr
-    mismatch/logprob_abs_mean throughput/tokens_per_second time/rollout time/reward time/logprob
-    time/update time/weight_sync time/step memory/peak_gib
-""".split()
+KEYS = [
+    *("step", "episode", "reward/mean", "reward/std"),
+    *("response_length/mean", "response_length/max", "response/truncated_ratio", "policy/loss"),
+    *("policy/kl", "policy/entropy", "policy/clip_fraction", "grad_norm"),
+    *("lr", "mismatch/logprob_abs_mean", "throughput/tokens_per_second", "time/rollout"),
+    *("time/reward", "time/logprob", "time/update", "time/weight_sync"),
+    *("time/step", "memory/peak_gib"),
+]
 EVAL = str(ASSETS / "max_digit" / "eval.jsonl")
 
 
@@ -123,7 +127,8 @@ def test_rollout_rows(tmp_path):
     run(tmp_path, max_steps=1, functions=f"[{{name='exact_match', weight=2.0}}, '{SPREAD}']")
     tokenizer = load_tokenizer(MODEL)
     rows = rollout(tmp_path, 1)
-    prompts = [json.loads(line) for line in open(ASSETS / "max_digit" / "train.jsonl")]
+    lines = (ASSETS / "max_digit" / "train.jsonl").read_text().splitlines()
+    prompts = [json.loads(line) for line in lines]
     for row in rows:
         assert prompts[row["row"]] == {"prompt": row["prompt"], "label": row["label"]}
         parts = row["reward_parts"]
@@ -319,7 +324,7 @@ def test_evaluation_is_greedy_and_does_not_disturb_training(tmp_path):
         job.engine.generate = spy
         job.train()
         evaluated = weights(job)
-    count = len(open(EVAL).readlines())
+    count = len(Path(EVAL).read_text().splitlines())
     assert seen == [(count, 1, 0.0), (4, 4, 1.0), (4, 4, 1.0), (count, 1, 0.0)]
     assert same_weights(weights(run(tmp_path / "b")), evaluated)
 
@@ -359,6 +364,52 @@ def test_log_dir(tmp_path):
     assert not (tmp_path / "run" / "logs").exists()
     names = sorted(path.name for path in (tmp_path / "elsewhere").iterdir())
     assert names == ["metrics.jsonl", "plots", "rollouts"]
+
+
+def test_tensorboard_and_wandb_get_the_metrics(tmp_path, monkeypatch):
+    import wandb
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    class FakeRun:
+        logged: ClassVar[list] = []
+
+        def log(self, metrics, step):
+            self.logged.append((step, metrics["reward/mean"]))
+
+        def finish(self):
+            self.logged.append("finished")
+
+    def fake_init(**options):
+        FakeRun.options = options
+        return FakeRun()
+
+    monkeypatch.setattr(wandb, "init", fake_init)
+    board = tmp_path / "board"
+    options = {"use_wandb": "project", "wandb_org": "org", "wandb_run_name": "name"}
+    run(tmp_path / "run", use_tensorboard=board, **options)
+    rewards = [(line["step"], line["reward/mean"]) for line in records(tmp_path / "run")]
+    events = EventAccumulator(str(board))
+    events.Reload()
+    seen = [(event.step, event.value) for event in events.Scalars("reward/mean")]
+    assert seen == rewards  # multiples of 1/64, exact in float32
+    assert FakeRun.logged == [*rewards, "finished"]
+    kept = {key: FakeRun.options[key] for key in ("project", "entity", "name")}
+    assert kept == {"project": "project", "entity": "org", "name": "name"}
+    assert FakeRun.options["config"]["rollout"]["rollout_batch_size"] == 4
+
+
+def test_optimizer_and_sharding_options_reach_the_update(tmp_path):
+    options = {"max_norm": 0.25, "l2": 0.125, "adam_betas": "0.5,0.75", "zero_stage": 1}
+    with trainer(tmp_path, **options) as job:
+        assert job.update.max_norm == 0.25
+        assert job.update.reduce_every_micro_batch is False
+        assert {group["betas"] for group in job.optimizer.param_groups} == {(0.5, 0.75)}
+        assert [group["weight_decay"] for group in job.optimizer.param_groups] == [0.125, 0.0]
+        assert job.update.max_response_length == 3
+        assert job.update.max_len == 16
+    with trainer(tmp_path, max_new_tokens=None, stop_token_ids=None) as job:
+        assert job.update.reduce_every_micro_batch is True
+        assert job.update.max_response_length == 16
 
 
 @pytest.mark.parametrize(
@@ -463,7 +514,12 @@ def test_a_job_that_cannot_start_exits_with_2_and_one_line(tmp_path):
 
 def test_python_dash_m_exits_with_2_and_one_line(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "torchrft.train", *argv(save_path=tmp_path, prompt_data="no/p.jsonl")],
+        [
+            sys.executable,
+            "-m",
+            "torchrft.train",
+            *argv(save_path=tmp_path, prompt_data="no/p.jsonl"),
+        ],
         capture_output=True,
         text=True,
         cwd=ROOT,

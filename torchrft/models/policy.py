@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 from torchrft.models.attention import Layout
 from torchrft.models.logprobs import fused_linear_logprob, linear_logprob
 
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
 # Heads that do more than hidden @ weight^T; taking log-probs without that would be silently wrong.
 _LOGIT_CHANGES = (
     "final_logit_softcapping",
@@ -20,8 +22,16 @@ _LOGIT_CHANGES = (
 )
 
 
-def refuse_changed_logits(model: PreTrainedModel) -> None:
-    """Raises ValueError for a model whose logits are more than hidden @ weight^T."""
+def refuse_unsupported(model: PreTrainedModel) -> None:
+    """Raises ValueError for a model that would run, but give other log-probs than its own.
+
+    Such are models whose layers mix tokens by other means than transformers' attention interface
+    (recurrent layers, chunked attention), and those whose logits are more than hidden @ weight^T.
+    """
+    layer_types = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    if layer_types - _LAYER_TYPES or not model.is_backend_compatible():
+        what = ", ".join(sorted(layer_types - _LAYER_TYPES)) or "attention code of its own"
+        raise ValueError(f"{type(model).__name__} uses {what}, which torchrft does not support")
     head = model.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
         raise ValueError(f"{type(model).__name__} needs a language-model head without bias")
@@ -59,7 +69,7 @@ class PolicyModel(nn.Module):
         chunk_size: int = 4096,
     ) -> None:
         super().__init__()
-        refuse_changed_logits(model)
+        refuse_unsupported(model)
         self.model = model
         self.temperature = temperature
         self.fused = fused

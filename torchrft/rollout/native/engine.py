@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from torchrft.models.loader import empty_model
-from torchrft.models.policy import refuse_changed_logits
+from torchrft.models.policy import refuse_unsupported
 from torchrft.rollout.native.generation import Generation
 from torchrft.rollout.weight_sync import copy_weights
 from torchrft.types import Completion, FinishReason, Prompt, SamplingParams
@@ -23,7 +23,7 @@ class NativeEngine:
     >>> engine.update_weights(model.named_parameters(), version=0)          # doctest: +SKIP
     >>> engine.generate(prompts, SamplingParams(n=8, temperature=1.0))      # doctest: +SKIP
 
-    Raises ValueError for a model whose logits are more than hidden @ weight^T.
+    Raises ValueError for a model that `refuse_unsupported` refuses.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class NativeEngine:
         self.max_num_seqs = max_num_seqs
         self.device = torch.device(device)
         model: Any = empty_model(config, dtype)
-        refuse_changed_logits(model)
+        refuse_unsupported(model)
         self.model = model.to(self.device).eval().requires_grad_(False)
         self.version: int | None = None  # None: no weights yet
         self.asleep = False

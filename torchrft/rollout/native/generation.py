@@ -54,6 +54,7 @@ class Generation:
         decode: Callable[[list[int]], str],
     ) -> None:
         self.base, self.head = model.get_decoder(), model.get_output_embeddings()
+        self.num_layers = model.config.get_text_config().num_hidden_layers
         self.device = self.head.weight.device
         self.prompts, self.sampling, self.decode = prompts, sampling, decode
         self.stop_ids = torch.tensor(sorted(set(stop_ids)), dtype=torch.long, device=self.device)
@@ -151,6 +152,11 @@ class Generation:
         positions = torch.arange(padded.shape[1], device=self.device).expand_as(padded)
         self.prefill = Prefill()
         hidden = self._forward(padded, positions, self.prefill)
+        if len(self.prefill.keys) != self.num_layers:
+            raise ValueError(
+                f"{type(self.base).__name__}: {len(self.prefill.keys)} of {self.num_layers} layers "
+                "went through torchrft's attention function; the others would be wrong"
+            )
         last = hidden[torch.arange(len(batch), device=self.device), lengths - 1]
         self.prefill_logits = self.head(last)
         n = self.sampling.n
