@@ -13,6 +13,7 @@ from torchrft.data.batch import make_batch
 from torchrft.models.loader import load_model
 from torchrft.models.policy import PolicyModel
 from torchrft.optim.lr_scheduler import build_scheduler
+from torchrft.optimizer_step import OptimizerStep
 from torchrft.parallel import ParallelDims, parallelize
 from torchrft.parallel.zero import sharding
 from torchrft.policy_update import PolicyUpdate
@@ -82,19 +83,18 @@ def make_update(
 
     policy = model(0)
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
-    return PolicyUpdate(
+    stepper = OptimizerStep(
         policy,
-        None if reference_seed is None else model(reference_seed).requires_grad_(False),
         optimizer,
         build_scheduler(optimizer, config.optimizer, 100),
         config.training,
         config.rollout,
-        config.algorithm,
         max_norm=config.optimizer.max_norm,
         max_len=config.data.max_len,
-        max_response_length=12,
         reduce_every_micro_batch=sharding(config.parallel).reduce_every_micro_batch,
     )
+    reference = None if reference_seed is None else model(reference_seed).requires_grad_(False)
+    return PolicyUpdate(stepper, reference, config.algorithm, max_response_length=12)
 
 
 def full_weights(update: PolicyUpdate) -> dict[str, torch.Tensor]:

@@ -45,13 +45,13 @@ def test_bf16_computes_in_bfloat16(group, monkeypatch):
         if isinstance(module, nn.Linear):
             module.register_forward_hook(spy)
     gradients: list[torch.dtype] = []
-    step = update.optimizer.step
+    step = update.stepper.optimizer.step
 
     def spy_step() -> None:
         gradients.extend(p.grad.dtype for p in update.policy.parameters())
         step()
 
-    monkeypatch.setattr(update.optimizer, "step", spy_step)
+    monkeypatch.setattr(update.stepper.optimizer, "step", spy_step)
     before = full_weights(update)
     metrics = update.run(batch)
     assert len(computed) >= 3 * 2 * 7  # 7 projections in each of 2 layers

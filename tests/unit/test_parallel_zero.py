@@ -8,7 +8,7 @@ from helpers import run_ranks
 from tiny_policy import full_weights, make_samples, make_update, with_advantages
 from torch.distributed.tensor import DTensor
 
-import torchrft.policy_update as policy_update
+import torchrft.optimizer_step as optimizer_step
 from torchrft.config.job_config import Parallel
 from torchrft.data.packing import plan
 from torchrft.parallel.zero import sharding
@@ -53,7 +53,7 @@ def train_one_step(rank, world_size, options):
     update = make_update(reference_seed=1, world_size=world_size, **KL, **options)
     layer = update.policy.model.get_decoder().layers[0]
     seen = {"sync": [], "gradients": [], "gathered_after_forward": []}
-    original = policy_update.set_gradient_sync
+    original = optimizer_step.set_gradient_sync
 
     def spy(model, sync):
         seen["sync"].append(sync)
@@ -66,11 +66,11 @@ def train_one_step(rank, world_size, options):
             seen["gathered_after_forward"].append(gathered)
 
     update.policy.register_forward_hook(after_forward)
-    policy_update.set_gradient_sync = spy
+    optimizer_step.set_gradient_sync = spy
     try:
         metrics = update.run(update.with_logprobs(batch.select(rows_of(batch, rank, world_size))))
     finally:
-        policy_update.set_gradient_sync = original
+        optimizer_step.set_gradient_sync = original
     seen["sharded"] = [isinstance(p, DTensor) for p in update.policy.parameters()]
     return metrics, full_weights(update), seen
 

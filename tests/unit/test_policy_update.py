@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny_policy import full_weights, make_samples, make_update, with_advantages
 
-import torchrft.policy_update as module
+import torchrft.optimizer_step as module
 from torchrft.algorithms.aggregation import Denominators
 from torchrft.algorithms.kl import kl_divergence
 from torchrft.algorithms.losses import policy_loss
@@ -166,7 +166,7 @@ def test_max_epochs(batch):
         by_hand.run(replace(batch, old_logprobs=old))  # always those of the policy that sampled
     for name, value in full_weights(by_hand).items():
         assert torch.equal(value, full_weights(update)[name])
-    assert update.scheduler.last_epoch == 3
+    assert update.stepper.scheduler.last_epoch == 3
 
 
 def test_what_is_left_over_makes_a_smaller_step(batch):
@@ -357,7 +357,9 @@ def test_only_the_bad_step_of_a_rollout_is_skipped(batch):
 def test_a_step_without_an_unmasked_token_is_skipped(batch):
     # With AdamW: a zero gradient would still move weights that have momentum or decay.
     update = make_update()
-    update.optimizer = torch.optim.AdamW(update.policy.parameters(), lr=0.1, weight_decay=0.5)
+    update.stepper.optimizer = torch.optim.AdamW(
+        update.policy.parameters(), lr=0.1, weight_decay=0.5
+    )
     update.run(batch)
     before = full_weights(update)
     metrics = update.run(replace(batch, mask=torch.zeros_like(batch.mask)))

@@ -27,7 +27,7 @@ from tiny_job import (
     weights,
 )
 
-import torchrft.trainer as trainer_module
+import torchrft.collector as collector_module
 from torchrft.checkpoint import export_hf
 from torchrft.config.manager import load
 from torchrft.models.loader import load_model, load_tokenizer
@@ -169,9 +169,9 @@ def test_engine_sleeps_while_training(tmp_path, sleeps):
         for name in ("with_logprobs", "run"):
             original = getattr(job.update, name)
 
-            def spy(batch, original=original):
+            def spy(batch, *rest, original=original):
                 seen.append(size())
-                return original(batch)
+                return original(batch, *rest)
 
             setattr(job.update, name, spy)
         full = size()
@@ -235,7 +235,7 @@ def test_no_reference_model_without_a_kl_term(tmp_path):
 @pytest.fixture
 def seeds_by_sample(monkeypatch):
     """What is sampled for a prompt depends on the weights only, not on the step or its place."""
-    monkeypatch.setattr(trainer_module, "derive_seed", lambda *parts: parts[-1])
+    monkeypatch.setattr(collector_module, "derive_seed", lambda *parts: parts[-1])
 
 
 def test_a_batch_larger_than_a_rollout_accumulates(tmp_path, seeds_by_sample):
@@ -401,14 +401,19 @@ def test_tensorboard_and_wandb_get_the_metrics(tmp_path, monkeypatch):
 def test_optimizer_and_sharding_options_reach_the_update(tmp_path):
     options = {"max_norm": 0.25, "l2": 0.125, "adam_betas": "0.5,0.75", "zero_stage": 1}
     with trainer(tmp_path, **options) as job:
-        assert job.update.max_norm == 0.25
-        assert job.update.reduce_every_micro_batch is False
-        assert {group["betas"] for group in job.optimizer.param_groups} == {(0.5, 0.75)}
-        assert [group["weight_decay"] for group in job.optimizer.param_groups] == [0.125, 0.0]
+        assert job.update.stepper.max_norm == 0.25
+        assert job.update.stepper.reduce_every_micro_batch is False
+        assert {group["betas"] for group in job.update.stepper.optimizer.param_groups} == {
+            (0.5, 0.75)
+        }
+        assert [group["weight_decay"] for group in job.update.stepper.optimizer.param_groups] == [
+            0.125,
+            0.0,
+        ]
         assert job.update.max_response_length == 3
         assert job.update.max_len == 16
     with trainer(tmp_path, max_new_tokens=None, stop_token_ids=None) as job:
-        assert job.update.reduce_every_micro_batch is True
+        assert job.update.stepper.reduce_every_micro_batch is True
         assert job.update.max_response_length == 16
 
 
