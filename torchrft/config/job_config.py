@@ -258,7 +258,7 @@ class Algorithm(Section):
     """Clip advantages to plus or minus this; 0 is off."""
     rollout_correction: Literal["none", "token_tis", "seq_tis", "token_mask", "seq_mask"] = "none"
     """Correction of the mismatch between the engine's log-probs and the trainer's."""
-    rollout_correction_cap: PositiveFloat = 2.0
+    rollout_correction_cap: Annotated[float, Field(ge=1)] = 2.0
     """Cap of the importance weight of `rollout_correction`."""
 
 

@@ -1,0 +1,370 @@
+"""Every algorithm option through the trainer: that it reaches the step, and what it does there."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_job import MODEL, argv, records, rollout, run, tiny_config, trainer, weights
+
+from torchrft.algorithms.presets import PRESETS
+from torchrft.config.manager import ConfigError, load
+from torchrft.models.loader import load_model
+
+SMALL_CLIPS = {"clip_range": 0.1, "clip_range_higher": 0.1}
+
+
+def step_of(path, **options):
+    """The metrics of the first step, with a policy that is not at its start."""
+    run(path, **options, max_steps=1)
+    return records(path)[0]
+
+
+def same(one, other):
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_trains(tmp_path, name):
+    start = weights(run(tmp_path / "start", max_steps=1, actor_learning_rate=1e-30))
+    job = run(tmp_path / "run", advantage_estimator=name, train_batch_size=8, init_kl_coef=0.01)
+    lines = records(tmp_path / "run")
+    assert [line["update/optimizer_steps"] for line in lines] == [2, 2]
+    assert [line["update/skipped_steps"] for line in lines] == [0, 0]
+    for line in lines:
+        assert all(value is not None and math.isfinite(value) for value in line.values())
+        assert line["grad_norm"] > 0
+    assert not same(weights(job), start)
+
+
+@pytest.mark.parametrize(
+    ("options", "changes"),
+    [
+        ({"policy_loss": "reinforce"}, True),
+        ({"policy_loss": "ppo_clip"}, False),  # the preset's own
+        ({"loss_aggregation": "token_mean"}, True),
+        ({"advantages_norm": True}, True),
+        ({"advantage_clip": 0.5}, True),
+        ({"entropy_coef": 0.5}, True),
+        ({"high_entropy_token_ratio": 0.3}, True),
+        ({"overlong_filtering": True}, True),
+        ({"reward_running_norm": True, "advantage_estimator": "dr_grpo"}, True),
+        ({"reward_clip": 0.4}, True),
+        ({"overlong_buffer_len": 2}, True),
+        ({"overlong_buffer_len": 2, "overlong_penalty_factor": 0.1}, True),
+        ({"dynamic_sampling": True}, False),  # all groups differ here already
+        ({"first_token_temperature": 0.05}, True),
+    ],
+    ids=str,
+)
+def test_option_reaches_the_step(tmp_path, options, changes):
+    base = {"advantage_estimator": options.get("advantage_estimator", "group_norm")}
+    base |= {"train_batch_size": 4, "actor_learning_rate": 1e-2}  # several steps: ratios move
+    plain = weights(run(tmp_path / "a", max_steps=1, **base))
+    other = weights(run(tmp_path / "b", max_steps=1, **(base | options)))
+    assert same(plain, other) is not changes
+
+
+def test_rollout_correction_weighs_the_loss(tmp_path):
+    """With engine log-probs one nat too low, w = e: capped at 2 the gradient doubles."""
+    norms = {}
+    for correction in ("none", "token_tis", "seq_tis", "token_mask", "seq_mask"):
+        folder = tmp_path / correction
+        options = {} if correction == "none" else {"rollout_correction": correction}
+        with trainer(folder, max_steps=1, max_norm=1e9, **options) as job:
+            generate = job.engine.generate
+
+            def shifted(prompts, sampling, generate=generate):
+                found = generate(prompts, sampling)
+                return [replace(c, logprobs=tuple(x - 1.0 for x in c.logprobs)) for c in found]
+
+            job.engine.generate = shifted
+            job.train()
+        line = records(folder)[0]
+        norms[correction] = line["grad_norm"]
+        assert line["mismatch/logprob_abs_mean"] == pytest.approx(1.0, abs=1e-4)
+        assert line["mismatch/effective_sample_size"] == pytest.approx(1.0, abs=1e-4)
+    assert norms["token_tis"] == pytest.approx(2 * norms["none"], rel=1e-4)
+    assert norms["seq_tis"] == pytest.approx(2 * norms["none"], rel=1e-4)
+    assert norms["token_mask"] == norms["seq_mask"] == 0.0
+    with trainer(
+        tmp_path / "cap", rollout_correction="token_tis", rollout_correction_cap=3.0
+    ) as job:
+        assert job.update.algorithm.rollout_correction_cap == 3.0
+
+
+def test_kl_in_the_reward_or_in_the_loss(tmp_path):
+    """A reference of other weights, so that the KL is not 0 in the first step."""
+    other = load_model(MODEL, "random", seed=7)
+    other.save_pretrained(tmp_path / "ref")
+    options = {"ref_pretrain": tmp_path / "ref", "init_kl_coef": 0.5}
+    inside = step_of(tmp_path / "a", **options, kl_placement="loss")
+    outside = step_of(tmp_path / "b", **options, kl_placement="reward")
+    assert inside["policy/kl"] == pytest.approx(outside["policy/kl"], rel=1e-5)
+    assert inside["policy/loss"] > 0.4 * inside["policy/kl"]
+    assert abs(outside["policy/loss"]) < 1e-3  # centered by group
+    assert inside["grad_norm"] != pytest.approx(outside["grad_norm"], rel=1e-3)
+    preset = step_of(tmp_path / "c", **options, advantage_estimator="reinforce_plus_plus")
+    moved = step_of(
+        tmp_path / "d", **options, advantage_estimator="reinforce_plus_plus", kl_placement="loss"
+    )
+    assert moved["policy/loss"] - preset["policy/loss"] > 0.4 * preset["policy/kl"]
+
+
+def test_the_adaptive_coefficient_follows_its_target_and_is_saved(tmp_path):
+    load_model(MODEL, "random", seed=7).save_pretrained(tmp_path / "ref")
+    options = {
+        "ref_pretrain": tmp_path / "ref",
+        "init_kl_coef": 0.1,
+        "kl_controller": "adaptive",
+        "kl_target": 1e-9,
+        "kl_horizon": 64,
+    }
+    run(tmp_path / "run", **options, max_steps=1)
+    # Far above the target: 0.1 (1 + 0.2 x 16 samples / 64) = 0.105 for the second rollout.
+    run(tmp_path / "run", **options, max_steps=2, load_checkpoint=True)
+    found = [line["policy/kl_coef"] for line in records(tmp_path / "run")]
+    assert found == pytest.approx([0.1, 0.105])
+    below = run(
+        tmp_path / "below", **(options | {"kl_target": 0.05, "kl_horizon": 32}), max_steps=1
+    )
+    kl = records(tmp_path / "below")[0]["policy/kl"]
+    error = max(-0.2, min(0.2, kl / 0.05 - 1))
+    assert below.update.kl_coef == pytest.approx(0.1 * (1 + error * 16 / 32))
+
+
+def test_cpgd_holds_to_the_old_policy_and_adapts(tmp_path):
+    options = {"advantage_estimator": "cpgd", "train_batch_size": 4, "actor_learning_rate": 3e-2}
+    drifts = {}
+    for coefficient in (0.0, 20.0):
+        job = run(tmp_path / str(coefficient), **options, max_steps=1, cpgd_drift_coef=coefficient)
+        drifts[coefficient] = records(tmp_path / str(coefficient))[0]["policy/drift"]
+    assert 0 < drifts[20.0] < drifts[0.0]
+    # Above kl_target 0.01 by more than a fifth: 20 (1 + 0.2 x 16 / 10000).
+    assert drifts[20.0] > 0.012
+    assert job.update.drift_coef == pytest.approx(20 * (1 + 0.2 * 16 / 10000))
+    unweighted = step_of(tmp_path / "w", advantage_estimator="cpgd", cpgd_weight="none")
+    weighted = step_of(tmp_path / "s", advantage_estimator="cpgd")
+    assert unweighted["grad_norm"] != pytest.approx(weighted["grad_norm"], rel=1e-2)
+
+
+def test_dual_clip(tmp_path):
+    options = {"train_batch_size": 4, "actor_learning_rate": 0.1, "max_epochs": 2}
+    plain = run(tmp_path / "a", **options, max_steps=1)
+    bounded = run(tmp_path / "b", **options, max_steps=1, dual_clip=1.01)
+    assert not same(weights(plain), weights(bounded))
+
+
+def test_gamma_and_lambd_reach_the_estimator(tmp_path):
+    def norm(name, **options):
+        return step_of(
+            tmp_path / str(len(list(tmp_path.iterdir()))), advantage_estimator=name, **options
+        )["grad_norm"]
+
+    assert norm("reinforce") != pytest.approx(norm("reinforce", gamma=0.5), rel=1e-3)
+    # The critic starts at 0, so that lambda alone decides how far a reward reaches back.
+    assert norm("gae") != pytest.approx(norm("gae", lambd=0.1), rel=1e-3)
+
+
+def test_dynamic_sampling_drops_equal_groups_and_refills(tmp_path):
+    job = run(
+        tmp_path,
+        dynamic_sampling=True,
+        dynamic_sampling_max_rounds=3,
+        n_samples_per_prompt=2,
+        train_batch_size=8,
+        max_steps=4,
+    )
+    drawn = 0
+    for step, line in enumerate(records(tmp_path), start=1):
+        rows = rollout(tmp_path, step)
+        groups = {}
+        for row in rows:
+            groups.setdefault(row["group"], set()).add(row["reward"])
+        assert line["dynamic_sampling/groups_missing"] == 0
+        assert len(groups) == 4
+        assert all(len(rewards) == 2 for rewards in groups.values())
+        drawn += line["dynamic_sampling/groups_drawn"]
+    assert drawn > 16  # two samples are often equal: it had to draw again
+    assert job.prompts.position == drawn
+
+
+def test_dynamic_sampling_ends_after_its_rounds(tmp_path):
+    always = tmp_path / "always.py"
+    always.write_text("def one(response):\n    return 1.0\n")
+    run(
+        tmp_path / "run",
+        dynamic_sampling=True,
+        dynamic_sampling_max_rounds=2,
+        functions=f"{always}:one",
+        max_steps=2,
+    )
+    for line in records(tmp_path / "run"):
+        assert line["dynamic_sampling/groups_drawn"] == 8
+        assert line["dynamic_sampling/groups_missing"] == 4
+        assert line["grad_norm"] == 0.0
+
+
+def test_fire_draws_only_the_first_token_at_its_temperature(tmp_path):
+    run(tmp_path, first_token_temperature=1e-4, min_new_tokens=2, max_steps=1)
+    by_prompt = {}
+    for row in rollout(tmp_path, 1):
+        by_prompt.setdefault(row["prompt"], []).append(row["response"])
+    # Nearly greedy first tokens: the samples of a prompt begin alike, and then differ.
+    assert all(len({text[:1] for text in texts}) == 1 for texts in by_prompt.values())
+    assert any(len(set(texts)) > 1 for texts in by_prompt.values())
+    # The log-probs are those at `temperature`, which is what the trainer computes.
+    assert records(tmp_path)[0]["mismatch/logprob_abs_max"] < 1e-5
+
+
+# ---------------------------------------------------------------- the critic
+
+
+def test_freezing_trains_the_critic_only(tmp_path):
+    options = {"advantage_estimator": "gae", "critic_learning_rate": 1e-2, "max_steps": 2}
+    with trainer(tmp_path / "a", **options, freezing_actor_steps=1) as job:
+        start = weights(job)
+        critic = [p.detach().clone() for p in job.critic.stepper.model.parameters()]
+        job._sync_weights()
+        first = job.train_step()
+        assert same(weights(job), start)
+        assert first["update/optimizer_steps"] == 0
+        assert first["policy/entropy"] > 0
+        after = list(job.critic.stepper.model.parameters())
+        assert any(not torch.equal(old, new) for old, new in zip(critic, after, strict=True))
+        job.train_step()
+        assert not same(weights(job), start)
+
+
+def test_the_critic_learns_the_returns(tmp_path):
+    constant = tmp_path / "constant.py"
+    constant.write_text("def half(response):\n    return 0.5\n")
+    run(
+        tmp_path / "run",
+        advantage_estimator="gae",
+        critic_learning_rate=1e-2,
+        value_clip=10.0,
+        lambd=1.0,  # so that every token's return is the reward
+        functions=f"{constant}:half",
+        max_steps=25,
+        lr_decay="constant",
+        freezing_actor_steps=25,
+    )
+    lines = records(tmp_path / "run")
+    # An untrained critic says 0: (0.5 - 0)^2 / 2.
+    assert lines[0]["critic/loss"] == pytest.approx(0.125)
+    assert lines[-1]["critic/loss"] < 0.125 / 20
+    assert lines[-1]["critic/value_mean"] == pytest.approx(0.5, abs=0.15)
+
+
+def test_critic_options(tmp_path):
+    load_model(MODEL, "random", seed=9).save_pretrained(tmp_path / "critic")
+    options = {"advantage_estimator": "gae", "critic_pretrain": tmp_path / "critic"}
+    with trainer(tmp_path / "a", **options, critic_learning_rate=3e-4, value_clip=0.125) as job:
+        optimizer = job.critic.stepper.optimizer
+        assert {group["initial_lr"] for group in optimizer.param_groups} == {3e-4}
+        assert job.critic.algorithm.value_clip == 0.125
+        loaded = load_model(str(tmp_path / "critic")).get_input_embeddings().weight
+        assert torch.equal(job.critic.stepper.model.model.get_input_embeddings().weight, loaded)
+        assert not torch.equal(job.policy.model.get_input_embeddings().weight, loaded)
+
+
+def test_a_run_with_critic_and_running_norm_resumes_bit_identically(tmp_path):
+    options = {
+        "advantage_estimator": "gae",
+        "critic_learning_rate": 1e-3,
+        "reward_running_norm": True,
+        "reward_running_norm_minus_mean": True,
+    }
+    whole = run(tmp_path / "a", **options, max_steps=4)
+    run(tmp_path / "b", **options, max_steps=2)
+    resumed = run(tmp_path / "b", **options, max_steps=4, load_checkpoint=True)
+    assert same(weights(whole), weights(resumed))
+    critics = [job.critic.stepper.model.state_dict() for job in (whole, resumed)]
+    assert same(*critics)
+    assert whole.shaper.state_dict() == resumed.shaper.state_dict()
+
+
+# ---------------------------------------------------------------- a user's own
+
+OWN = """
+from torchrft.algorithms.advantages import Advantages, Rewards, center_by_group
+
+
+def scaled(rewards: Rewards, scale: float = 1.0) -> Advantages:
+    centered, _ = center_by_group(rewards.samples, rewards.group)
+    return rewards.spread(scale * centered)
+
+
+def plain(logprobs, old_logprobs, advantages, mask, power: int = 1):
+    return -advantages * logprobs**power, {"policy/mine": advantages}
+"""
+
+
+def test_custom_algorithms(tmp_path):
+    own = tmp_path / "own.py"
+    own.write_text(OWN)
+    options = {"advantage_estimator": f"{own}:scaled", "max_norm": 1e9}
+    base = step_of(
+        tmp_path / "a",
+        advantage_estimator="dr_grpo",
+        policy_loss="reinforce",
+        loss_aggregation="seq_mean_token_mean",
+        max_norm=1e9,
+    )
+    mine = step_of(tmp_path / "b", **options, policy_loss=f"{own}:plain")
+    assert mine["grad_norm"] == pytest.approx(base["grad_norm"], rel=1e-5)
+    assert "policy/mine" in mine
+    double = step_of(
+        tmp_path / "c", **options, policy_loss=f"{own}:plain", advantage_options="{ scale = 2.0 }"
+    )
+    assert double["grad_norm"] == pytest.approx(2 * base["grad_norm"], rel=1e-5)
+    square = step_of(
+        tmp_path / "d", **options, policy_loss=f"{own}:plain", policy_loss_options="{ power = 2 }"
+    )
+    assert square["grad_norm"] != pytest.approx(base["grad_norm"], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"advantage_options": "{ scal = 2.0 }"}, 'scaled has no option "scal"'),
+        ({"advantage_options": "{ scale = 'x' }"}, "scaled: option scale = 'x': input should be a"),
+        (
+            {"policy_loss_options": "{ power = 1.5 }"},
+            "plain: option power = 1.5: input should be a",
+        ),
+        ({"policy_loss": "own.py"}, None),
+    ],
+    ids=str,
+)
+def test_faults_of_custom_options_are_found_when_built(tmp_path, options, message):
+    own = tmp_path / "own.py"
+    own.write_text(OWN)
+    base = {"advantage_estimator": f"{own}:scaled", "policy_loss": f"{own}:plain"}
+    if message is None:
+        with pytest.raises(ConfigError):
+            tiny_config(**(base | options))
+        return
+    with (
+        pytest.raises(ValueError, match=message),
+        trainer(tmp_path / "run", **(base | options)),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"advantage_estimator": "rloo", "n_samples_per_prompt": 1, "train_batch_size": 4}, "rloo"),
+        ({"policy_loss": "cpgd", "clip_range": 1.0}, "clip_range"),
+        ({"lambd": 0.9}, "lambd"),
+        ({"kl_controller": "adaptive"}, "kl_controller"),
+        ({"rollout_correction": "token_tis", "rollout_correction_cap": 0.5}, "_cap"),
+    ],
+    ids=str,
+)
+def test_what_the_config_alone_shows_is_refused_there(options, message):
+    with pytest.raises(ConfigError) as error:
+        load(argv(**options), 1)
+    assert any(message in fault for fault in error.value.faults)
