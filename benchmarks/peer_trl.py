@@ -14,6 +14,7 @@ from common import DEBUG_MODEL
 from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, TrainerCallback
+from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
 
 from torchrft.config.job_config import JobConfig
@@ -26,6 +27,8 @@ from torchrft.types import RolloutBatch
 
 # The old name of the option works in every supported version.
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing` is deprecated")
+logging.disable_progress_bar()
+logging.set_verbosity_error()
 
 
 class TimedTrainer(GRPOTrainer):

@@ -258,12 +258,14 @@ def test_the_export_generates_what_the_engine_generates(name, runs):
         Prompt(row, text, tuple(tokenizer(text).input_ids)) for row, text in enumerate(texts)
     ]
     sampling = SamplingParams(temperature=0.0, max_new_tokens=4, max_total_tokens=16)
-    for prompt, completion in zip(prompts, engine.generate(prompts, sampling), strict=True):
+    completions = engine.generate(prompts, sampling)
+    for prompt, completion in zip(prompts, completions, strict=True):
         ids = torch.tensor([prompt.token_ids])
         output = model.generate(ids, do_sample=False, max_new_tokens=4)
         assert output[0, ids.shape[1] :].tolist() == list(completion.token_ids)
-        if name == "the default job learns":
-            assert completion.text in set(prompt.text[:4])
+    if name == "the default job learns":
+        right = [max(text[:4]) == each.text for text, each in zip(texts, completions, strict=True)]
+        assert sum(right) >= 0.7 * len(right)
 
 
 # ------------------------------------------------------------------------------- the shell script
