@@ -1,6 +1,6 @@
 """Held-out reward of the default job under every algorithm: a table, and curves as a picture.
 
-    python benchmarks/algorithms.py [--seed 0] [--only gae,cispo] [--figure docs/images/algorithms.png]
+    python benchmarks/algorithms.py [--seed 0] [--only gae,cispo] [--figure FILE.png]
 
 Only `advantage_estimator` changes, with the clip ranges of the algorithm's paper where the default
 ones do not fit it, and for PPO the critic's learning rate.

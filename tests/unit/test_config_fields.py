@@ -93,8 +93,8 @@ FIELD_PROOF: dict[str, str] = {
     # algorithm
     "advantage_estimator": UNIT + "trainer_algorithms.py::test_every_preset_trains",
     "advantage_options": UNIT + "trainer_algorithms.py::test_custom_algorithms",
-    "policy_loss_options": UNIT + "trainer_algorithms.py::test_custom_algorithms",
     "policy_loss": UNIT + "trainer_algorithms.py::test_option_reaches_the_step",
+    "policy_loss_options": UNIT + "trainer_algorithms.py::test_custom_algorithms",
     "loss_aggregation": UNIT + "policy_update.py::test_options_reach_the_loss",
     "kl_estimator": UNIT + "policy_update.py::test_kl_coefficient",
     "init_kl_coef": UNIT + "policy_update.py::test_kl_coefficient",
