@@ -1,6 +1,6 @@
 """Held-out reward of the default job under every algorithm: a table, and curves as a picture.
 
-    python benchmarks/algorithms.py [--seed 0] [--only gae,cispo] [--figure FILE.png]
+    python benchmarks/algorithms.py [--seed 0] [--only gae,cispo] [--jobs 2] [--figure FILE.png]
 
 Only `advantage_estimator` changes, with the clip ranges of the algorithm's paper where the default
 ones do not fit it, and for PPO the critic's learning rate.
@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -41,7 +42,7 @@ def run(name: str, seed: int, folder: Path, extra: list[str]) -> list[dict[str, 
     command = [sys.executable, "-m", "torchrft.train", "--config_file", str(JOB)]
     command += ["--advantage_estimator", name, *FLAGS[name], "--seed", str(seed), *extra]
     command += ["--save_path", str(folder), "--plot_every", "100000"]
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")}
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{name} failed:\n{done.stderr}")
@@ -65,14 +66,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default=",".join(FLAGS))
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--figure", type=Path)
     options, extra = parser.parse_known_args()
     curves = {}
     print("| advantage_estimator | flags | first | step of 0.8 | last | seconds |")
     print("|---|---|---|---|---|---|")
-    for name in options.only.split(","):
+
+    def carry_out(name: str) -> tuple[str, list[dict[str, float]]]:
         with tempfile.TemporaryDirectory() as folder:
-            records = run(name, options.seed, Path(folder), extra)
+            return name, run(name, options.seed, Path(folder), extra)
+
+    pool = ThreadPoolExecutor(options.jobs)
+    for name, records in pool.map(carry_out, options.only.split(",")):
         key = "eval/reward/mean"
         curve = [(int(r["step"]), r[key]) for r in records if r.get(key) is not None]
         curves[name] = curve

@@ -210,8 +210,23 @@ RUNS = [
     Run(
         "the default job learns",
         learned,
-        {"max_steps": "85", "eval_steps": "1000", "plot_every": "1000", "seed": "0"},
+        {"max_steps": "60", "eval_steps": "1000", "plot_every": "1000", "seed": "0"},
         small=False,
+    ),
+    *(
+        Run(
+            f"{name} learns",
+            learned,
+            {"advantage_estimator": name, "max_steps": "70", "eval_steps": "1000"}
+            | {"plot_every": "1000", "seed": "0"}
+            | flags,
+            small=False,
+        )
+        for name, flags in (
+            ("gae", {"critic_learning_rate": "1e-3"}),
+            ("cispo", {}),
+            ("gspo", {"clip_range": "3e-4", "clip_range_higher": "4e-4"}),
+        )
     ),
 ]
 

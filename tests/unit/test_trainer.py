@@ -411,7 +411,7 @@ def test_optimizer_and_sharding_options_reach_the_update(tmp_path):
             0.0,
         ]
         assert job.update.max_response_length == 3
-        assert job.update.max_len == 16
+        assert job.update.stepper.max_len == 16
     with trainer(tmp_path, max_new_tokens=None, stop_token_ids=None) as job:
         assert job.update.stepper.reduce_every_micro_batch is True
         assert job.update.max_response_length == 16
