@@ -3,12 +3,14 @@
 #
 # NGPU       processes on this machine, one per GPU (default 1)
 # NNODES     machines (default 1); with more, set RDZV_ENDPOINT=host:port, the same on all of them
+# CONFIG_FILE  the job (default train_configs/debug_model.toml), relative to here or to the
+#            repository; paths in it and in flags are relative to the same place
 # LOG_RANK   ranks whose output is shown, e.g. 0,1 (default: all; only rank 0 reports progress)
 set -euo pipefail
-cd "$(dirname "$0")"
-
+if [ ! -f "${CONFIG_FILE:=train_configs/debug_model.toml}" ]; then
+    cd "$(dirname "$0")"  # the jobs of the repository have paths relative to it
+fi
 export NGPU=${NGPU:-1} NNODES=${NNODES:-1}
-CONFIG_FILE=${CONFIG_FILE:-train_configs/debug_model.toml}
 job=(--config_file "$CONFIG_FILE" "$@")
 
 # A wrong config is refused here, in one process, before any other starts.

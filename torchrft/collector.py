@@ -58,9 +58,13 @@ class Collector:
         if rollout.dynamic_sampling:
             metrics["dynamic_sampling/groups_drawn"] = float(len(drawn))
             metrics["dynamic_sampling/groups_missing"] = float(max(size - len(kept), 0))
-            # Every rank needs samples to take part in the step; equal rewards teach nothing, so
-            # groups that fill up to a multiple of the ranks leave the gradient as it is.
-            spare = [group for group in drawn if not _differ(group)]
+            # Every rank needs samples to take part in the step: groups that do not count fill up
+            # to a multiple of the ranks.
+            spare = [
+                [dataclasses.replace(sample, filler=True) for sample in group]
+                for group in drawn
+                if not _differ(group)
+            ]
             kept = (
                 kept[:size] + spare[: max(self.dp, -(-len(kept) // self.dp) * self.dp) - len(kept)]
             )

@@ -160,7 +160,7 @@ class OptimizerStep:
 
 
 class Mean:
-    """Means of the metrics of several optimizer steps; what counts steps is summed."""
+    """Means of the metrics of several optimizer steps, without skipped ones; steps are counted."""
 
     def __init__(self) -> None:
         self.sums: Counter[str] = Counter()
@@ -169,13 +169,21 @@ class Mean:
 
     def add(self, metrics: dict[str, float], maxima: tuple[str, ...] = ()) -> None:
         self.steps += 1
-        self.skipped += int(metrics.pop("skipped", 0.0))
+        skipped = int(metrics.pop("skipped", 0.0))
+        self.skipped += skipped
+        if skipped and self.steps > self.skipped:
+            return  # what a skipped step measured would spoil the others' mean
+        if not skipped and self.steps - 1 == self.skipped:
+            self.sums.clear()  # the same, for skipped steps before the first good one
+            self.largest.clear()
         for name in maxima:
             self.largest[name] = max(self.largest.get(name, 0.0), metrics.pop(name))
         self.sums.update(metrics)
 
     def result(self) -> dict[str, float]:
-        means = {name: value / self.steps for name, value in self.sums.items()}
+        # Without a single good step, the metrics of the bad ones are all there is.
+        count = self.steps - self.skipped if self.steps > self.skipped else self.steps
+        means = {name: value / count for name, value in self.sums.items()}
         return means | self.largest
 
 

@@ -86,7 +86,8 @@ class PolicyUpdate:
         result["mismatch/effective_sample_size"] = weight**2 / square if square else 0.0
         result["update/optimizer_steps"] = 0 if frozen else mean.steps
         result["update/skipped_steps"] = mean.skipped
-        self._adapt(result, len(batch) * get_world_size())
+        if mean.steps > mean.skipped:
+            self._adapt(result, len(batch) * get_world_size())
         return result
 
     def _step(self, batch: RolloutBatch, rows: list[int], frozen: bool) -> dict[str, float]:
@@ -168,7 +169,9 @@ class PolicyUpdate:
         return {"kl_coef": self.kl_coef, "drift_coef": self.drift_coef}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.kl_coef, self.drift_coef = state["kl_coef"], state["drift_coef"]
+        if self.algorithm.kl_controller == "adaptive":  # a fixed one is the config's
+            self.kl_coef = state["kl_coef"]
+        self.drift_coef = state["drift_coef"]
 
 
 def _gather(values: Tensor) -> Tensor:

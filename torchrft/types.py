@@ -113,12 +113,16 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A scored completion with its prompt. `group` is equal for the completions of one prompt."""
+    """A scored completion with its prompt. `group` is equal for the completions of one prompt.
+
+    A `filler` only gives its rank something to compute: it does not count in the loss.
+    """
 
     prompt: Prompt
     completion: Completion
     score: Score
     group: int
+    filler: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,8 @@ class Job:
 
     @property
     def saved(self) -> list[int]:
-        return sorted(int(p.name[5:]) for p in (self.run / "checkpoints").glob("step-*"))
+        found = (self.run / "checkpoints").glob("step-*")
+        return sorted(int(path.name[5:]) for path in found if path.name[5:].isdigit())
 
 
 @pytest.fixture(scope="module")
@@ -184,20 +185,26 @@ def test_resumed_run_is_bit_identical(never_stopped, tmp_path, kind, step, signu
         assert job.saved[-1] == step + 1 == records(job.run)[-1]["step"]
         assert f"rank 0: received {signum.name}" in job.log.read_text()
     assert job.resume() == 0, job.log.read_text()
-    assert_same_end_but_for_rotation(job, never_stopped(kind), signum)
+    if signum == signal.SIGKILL:
+        assert_same_end(job, never_stopped(kind))
+    else:
+        assert_same_end_but_for_rotation(job, never_stopped(kind))
 
 
-def assert_same_end_but_for_rotation(job: Job, reference: Job, signum: signal.Signals) -> None:
-    """As assert_same_end; a save that SIGTERM caused may have pushed another one out."""
-    if signum == signal.SIGTERM and job.saved != reference.saved:
-        assert job.saved[-1] == STEPS
-        for step in set(reference.saved) - set(job.saved):
-            shutil.copytree(
-                reference.run / "checkpoints" / f"step-{step}",
-                job.run / "checkpoints" / f"step-{step}",
-            )
-        for step in set(job.saved) - set(reference.saved):
-            shutil.rmtree(job.run / "checkpoints" / f"step-{step}")
+def assert_same_end_but_for_rotation(job: Job, reference: Job) -> None:
+    """As assert_same_end, whichever older checkpoints are there.
+
+    A save that SIGTERM caused may have pushed another one out, and a kill after the last save may
+    have come before the rotation, which the next save makes up for.
+    """
+    assert job.saved[-1] == STEPS
+    for step in set(reference.saved) - set(job.saved):
+        shutil.copytree(
+            reference.run / "checkpoints" / f"step-{step}",
+            job.run / "checkpoints" / f"step-{step}",
+        )
+    for step in set(job.saved) - set(reference.saved):
+        shutil.rmtree(job.run / "checkpoints" / f"step-{step}")
     assert_same_end(job, reference)
 
 
@@ -224,7 +231,7 @@ def test_a_run_stopped_again_and_again(never_stopped, tmp_path):
         ("torchrft.checkpoint.manager:folders.publish", 3, "after"),  # the export is in place
         ("torchrft.checkpoint.manager:folders.publish", 4, "after"),  # and the checkpoint
         # The first rotation, at step 6, removes a checkpoint and its export.
-        ("torchrft.checkpoint.manager:folders.remove", 1, "after"),
+        ("torchrft.checkpoint.manager:folders.remove", 1, "after"),  # one of the two is gone
         ("torchrft.checkpoint.folders:shutil.rmtree", 1, "before"),  # renamed, not yet removed
         # While writing what was rolled out.
         ("torchrft.metrics.rollout_dump:write_json_lines", 4, "before"),
@@ -238,6 +245,30 @@ def test_kill_during_a_save(never_stopped, tmp_path, where, count, when):
     assert_same_end(job, never_stopped("plain"))
     leftovers = [p for p in job.run.rglob("*") if p.name.endswith((".tmp", ".old"))]
     assert not leftovers
+    assert sorted(p.name for p in (job.run / "hf").iterdir()) == ["step-6", "step-8"]
+
+
+def test_kill_during_the_first_save(never_stopped, tmp_path):
+    for index, where in enumerate(
+        (
+            "torchrft.checkpoint.manager:save_state",
+            "torchrft.trainer:export_hf",
+            "torchrft.checkpoint.manager:folders.publish",
+        )
+    ):
+        job = Job("plain", tmp_path / str(index))
+        assert job.start(interruption=(where, 1, signal.SIGKILL, "after")) == -9
+        assert job.resume() == 0, job.log.read_text()
+        assert "is half-written; passed over" in job.log.read_text()
+        assert_same_end(job, never_stopped("plain"))
+
+
+def test_kill_during_the_last_rotation(never_stopped, tmp_path):
+    job = Job("plain", tmp_path)
+    removals = ("torchrft.checkpoint.manager:folders.remove", 3, signal.SIGKILL, "after")
+    assert job.start(interruption=removals) == -9
+    assert job.resume() == 0, job.log.read_text()
+    assert_same_end_but_for_rotation(job, never_stopped("plain"))
 
 
 @pytest.mark.parametrize("damage", ["manifest", "flipped"])
@@ -332,4 +363,4 @@ def test_the_real_command_stopped_from_outside(never_stopped, tmp_path, signum):
     else:
         assert code in (-signum, 0)
     assert job.resume() == 0, job.log.read_text()
-    assert_same_end_but_for_rotation(job, never_stopped("plain"), signum)
+    assert_same_end_but_for_rotation(job, never_stopped("plain"))

@@ -55,10 +55,8 @@ def policy_loss(
         policy) and the loss's own.
     Raises: ValueError for an unknown loss, option or aggregation, or unequal shapes.
     """
-    tensors = (old_logprobs, advantages, mask, ref_logprobs, rollout_logprobs, entropy, keep)
-    for tensor in tensors:
-        if tensor is not None and tensor.shape != logprobs.shape:
-            raise ValueError(f"shape {tuple(tensor.shape)} differs from {tuple(logprobs.shape)}")
+    others = (old_logprobs, advantages, mask, ref_logprobs, rollout_logprobs, entropy, keep)
+    _check_shapes(logprobs, *others)
     how = loss_aggregation or ("token_mean" if name in _TOKEN_MEAN else "seq_mean_token_mean")
     denominators = denominators or Denominators.of(mask)
     # Masked before use, not only after: a gradient of 0 times a masked NaN would still be NaN.
@@ -77,12 +75,18 @@ def policy_loss(
             logprobs, ref_logprobs.where(mask, 0.0), kl_estimator
         )
         loss = loss + init_kl_coef * aggregate(kl, mask, how, denominators)
-    if entropy_coef:
-        if entropy is None:
-            raise ValueError(f"entropy_coef = {entropy_coef} needs the tokens' entropy")
+    if entropy_coef and entropy is None:
+        raise ValueError(f"entropy_coef = {entropy_coef} needs the tokens' entropy")
+    if entropy_coef and entropy is not None:
         loss = loss - entropy_coef * aggregate(entropy, mask, how, denominators)
     metrics = {key: token_mean(value, mask, denominators) for key, value in extra.items()}
     return loss, {**metrics, "policy/loss": loss.detach()}
+
+
+def _check_shapes(logprobs: Tensor, *others: Tensor | None) -> None:
+    for tensor in others:
+        if tensor is not None and tensor.shape != logprobs.shape:
+            raise ValueError(f"shape {tuple(tensor.shape)} differs from {tuple(logprobs.shape)}")
 
 
 def _token_losses(

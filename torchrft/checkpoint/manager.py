@@ -154,7 +154,8 @@ class CheckpointManager:
             fits = len(sizes) <= self.max_num and sum(sizes.values()) <= self.max_bytes
             if fits or step == newest:
                 return
-            for parent in (self.checkpoints, self.exports):
+            # The export goes first: after a kill in between, the checkpoint makes both go later.
+            for parent in (self.exports, self.checkpoints):
                 if (folder := parent / f"step-{step}").exists():
                     folders.remove(folder)
             del sizes[step]

@@ -77,7 +77,7 @@ NEEDS: tuple[Need, ...] = (
     Need("kl_horizon", kl_adapts, _ADAPTIVE),
     Need("clip_range", _clips, "a policy_loss that clips", False),
     Need("clip_range_higher", _clips, "a policy_loss that clips", False),
-    Need("dual_clip", lambda c: policy_loss(c) in ("ppo_clip", "gspo"), 'policy_loss = "ppo_clip"'),
+    Need("dual_clip", lambda c: policy_loss(c) == "ppo_clip", 'policy_loss = "ppo_clip"'),
     Need("critic_pretrain", _has_critic, _CRITIC),
     Need("critic_learning_rate", _has_critic, _CRITIC, False),
     Need("freezing_actor_steps", _has_critic, _CRITIC),

@@ -208,6 +208,17 @@ def _combinations(config: JobConfig, world_size: int) -> Iterator[Finding]:
             f"{label(config, 'clip_range')} must be below 1 for the cpgd policy loss, which clips "
             "at log(1 - clip_range); use e.g. 0.2",
         )
+    chooses_tokens = algorithm.high_entropy_token_ratio < 1 or algorithm.rollout_correction in (
+        "token_tis",
+        "token_mask",
+    )
+    if chooses_tokens and policy_loss(config) == "gmpo":
+        yield Finding(
+            True,
+            f"{label(config, 'high_entropy_token_ratio')} and "
+            f"{label(config, 'rollout_correction')}: tokens cannot be chosen or weighed in the "
+            "gmpo policy loss, which is one number per sequence; use seq_tis or seq_mask",
+        )
     if config.rollout.n_samples_per_prompt == 1:
         yield from _single_samples(config)
     rates = config.optimizer
@@ -223,6 +234,12 @@ def _combinations(config: JobConfig, world_size: int) -> Iterator[Finding]:
 
 
 def _single_samples(config: JobConfig) -> Iterator[Finding]:
+    if config.rollout.dynamic_sampling:
+        yield Finding(
+            True,
+            f"{label(config, 'dynamic_sampling')} drops groups of equal rewards, which every group "
+            f"of {label(config, 'n_samples_per_prompt')} is; use 2 or more samples",
+        )
     estimator = config.algorithm.advantage_estimator
     if estimator in ("reinforce", "reinforce_plus_plus", "gae"):
         return

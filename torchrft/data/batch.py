@@ -36,6 +36,7 @@ def make_batch(
         [torch.tensor(sample.completion.logprobs) for sample in samples], batch_first=True
     )
     mask: Tensor = torch.arange(logprobs.shape[1]) < lengths[:, None]
+    mask &= ~torch.tensor([sample.filler for sample in samples])[:, None]
     if overlong_filtering:
         cut = [sample.completion.finish_reason == "length" for sample in samples]
         mask &= ~torch.tensor(cut)[:, None]
