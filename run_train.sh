@@ -10,7 +10,9 @@ set -euo pipefail
 if [ ! -f "${CONFIG_FILE:=train_configs/debug_model.toml}" ]; then
     cd "$(dirname "$0")"  # the jobs of the repository have paths relative to it
 fi
-export NGPU=${NGPU:-1} NNODES=${NNODES:-1}
+# One thread a process, as torchrun sets it for several: more only wait for each other on small
+# models, and cost several times the time on a machine that is busy otherwise.
+export NGPU=${NGPU:-1} NNODES=${NNODES:-1} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 job=(--config_file "$CONFIG_FILE" "$@")
 
 # A wrong config is refused here, in one process, before any other starts.
