@@ -19,45 +19,57 @@ def prefill(rows, length, layers=2, offset=0):
     return made
 
 
-def test_growth_keeps_what_is_there_and_stops_at_the_limit():
+def poison(monkeypatch):
+    """Fresh memory holds NaN, so that a cell read before it is written shows."""
+    empty = torch.Tensor.new_empty
+    monkeypatch.setattr(
+        torch.Tensor,
+        "new_empty",
+        lambda self, *size, **kw: empty(self, *size, **kw).fill_(torch.nan),
+    )
+
+
+def test_growth_keeps_what_is_there_and_stops_at_the_limit(monkeypatch):
+    poison(monkeypatch)
     prompts = prefill(2, 5)
-    cache = SlotCache(3, limit=150)
+    cache = SlotCache(3, limit=600)
     assert cache.capacity == 0
-    cache.reserve(6, prompts)
-    assert cache.capacity == 64  # the smallest step
-    cache.admit(0, prompts, torch.tensor([1, 0, 1]))
+    cache.reserve(6, 0, prompts)
+    assert (cache.capacity, cache.clean) == (256, 22)  # the smallest step; 16 columns ahead
+    cache.admit(0, prompts, torch.tensor([1, 0]))
     before = [x.clone() for x in (*cache.keys, *cache.values)]
-    cache.reserve(64, prompts)
-    assert cache.capacity == 64
-    for length, capacity in ((65, 96), (97, 144), (145, 150)):
-        cache.reserve(length, prompts)
+    cache.reserve(256, 2, prompts)
+    assert (cache.capacity, cache.clean) == (256, 256)
+    for length, capacity in ((257, 384), (385, 576), (577, 600)):
+        cache.reserve(length, 2, prompts)
         assert cache.capacity == capacity
     for old, new in zip(before, (*cache.keys, *cache.values), strict=True):
-        assert new.shape == (3, HEADS, 150, DIM)
-        assert torch.equal(new[:, :, :64], old)
-        assert not new[:, :, 64:].any()
+        assert new.shape == (3, HEADS, 600, DIM)
+        assert torch.equal(new[:2, :, :22], old[:2, :, :22])
+        assert not new[:2, :, 22 : cache.clean].any()  # NaN would count as something
+        assert new[2].isnan().all()  # nobody's slot: not worth the time
 
 
 def test_no_more_than_the_limit_from_the_start():
     cache = SlotCache(1, limit=10)
-    cache.reserve(6, prefill(1, 5))
+    cache.reserve(6, 0, prefill(1, 5))
     assert cache.capacity == 10
 
 
-def test_admit_and_move():
+def test_admit_and_move(monkeypatch):
+    poison(monkeypatch)
     prompts = prefill(3, 4)
     cache = SlotCache(4, limit=8)
-    cache.reserve(5, prompts)
-    cache.admit(1, prompts, torch.tensor([2, 0]))
+    cache.reserve(5, 0, prompts)
+    cache.admit(0, prompts, torch.tensor([1, 2, 0]))
     for layer in range(2):
         assert torch.equal(cache.keys[layer][1, :, :4], prompts.keys[layer][2])
         assert torch.equal(cache.values[layer][2, :, :4], prompts.values[layer][0])
-        assert not cache.keys[layer][0].any()
-        assert not cache.keys[layer][3].any()
-    cache.move(torch.tensor([2, 1]), torch.tensor([0, 3]))
+        assert not cache.keys[layer][:3, :, 4:].any()
+    cache.move(torch.tensor([2, 1]), torch.tensor([0, 2]))  # 2 is read before it is written
     for layer in range(2):
         assert torch.equal(cache.keys[layer][0, :, :4], prompts.keys[layer][0])
-        assert torch.equal(cache.values[layer][3, :, :4], prompts.values[layer][2])
+        assert torch.equal(cache.values[layer][2, :, :4], prompts.values[layer][2])
 
 
 def test_prefill_needs_the_layers_in_order():
@@ -68,28 +80,33 @@ def test_prefill_needs_the_layers_in_order():
         layout(2, tensor, tensor, tensor, 1.0, None)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("split", [0, 1])
 @pytest.mark.parametrize("window", [None, 1, 3])
-def test_decode_against_a_loop(window):
+def test_decode_against_a_loop(window, split, dtype):
     """Each slot's query sees its own tokens, the newest included, within the window."""
     torch.manual_seed(0)
     cache = SlotCache(3, limit=20)
     like = Prefill()
-    like.keys = like.values = [torch.zeros(1, HEADS, 1, DIM, dtype=torch.float64)]
-    cache.reserve(9, like)
+    like.keys = like.values = [torch.zeros(1, HEADS, 1, DIM, dtype=dtype)]
+    cache.reserve(9, 0, like)
     cache.keys[0].normal_()
     cache.values[0].normal_()
     lengths = torch.tensor([5, 0])
-    query = torch.randn(2, 4, 1, DIM, dtype=torch.float64)
-    key, value = (torch.randn(2, HEADS, 1, DIM, dtype=torch.float64) for _ in range(2))
+    query = torch.randn(2, 4, 1, DIM, dtype=dtype)
+    key, value = (torch.randn(2, HEADS, 1, DIM, dtype=dtype) for _ in range(2))
     keys, values = cache.keys[0].clone(), cache.values[0].clone()
-    out = Decode(cache, lengths, 5)(0, query, key, value, 0.4, window)
+    out = Decode(cache, lengths, split)(0, query, key, value, 0.4, window)
     assert out.shape == (2, 1, 4, DIM)
     for row, length in enumerate(lengths.tolist()):
         keys[row, :, length], values[row, :, length] = key[row, :, 0], value[row, :, 0]
         first = 0 if window is None else max(0, length + 1 - window)
         seen = slice(first, length + 1)
         for head in range(4):
-            weights = (0.4 * keys[row, head // 2, seen] @ query[row, head, 0]).softmax(0)
-            torch.testing.assert_close(out[row, 0, head], weights @ values[row, head // 2, seen])
+            mine = keys[row, head // 2, seen].double(), query[row, head, 0].double()
+            weights = (0.4 * mine[0] @ mine[1]).softmax(0)
+            expected = weights @ values[row, head // 2, seen].double()
+            wide = {"rtol": 0.01, "atol": 0.01} if dtype == torch.bfloat16 else {}
+            torch.testing.assert_close(out[row, 0, head], expected.to(dtype), **wide)
     assert torch.equal(cache.keys[0], keys)
     assert torch.equal(cache.values[0], values)

@@ -9,7 +9,9 @@ import tiny
 import torch
 
 from torchrft.models.loader import load_tokenizer
+from torchrft.rollout.native import kv_cache
 from torchrft.rollout.native.engine import NativeEngine
+from torchrft.rollout.native.generation import Generation, _order
 from torchrft.rollout.native.kv_cache import SlotCache
 from torchrft.rollout.weight_sync import named_full_tensors
 from torchrft.types import Prompt, SamplingParams
@@ -286,11 +288,12 @@ def test_length_limits(flat):
 
 def test_longer_than_one_step_of_the_cache(monkeypatch):
     """200 tokens: the cache grows several times, and nothing in it is lost."""
+    monkeypatch.setattr(kv_cache, "_GROWTH", 64)
     capacities = []
     reserve = SlotCache.reserve
 
-    def spy(cache, length, like):
-        reserve(cache, length, like)
+    def spy(cache, length, used, like):
+        reserve(cache, length, used, like)
         assert cache.capacity >= length
         capacities.append(cache.capacity)
 
@@ -675,3 +678,46 @@ def test_the_example_of_the_docs(capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["0"] * 4 + ["1"] * 4
     assert {line.split()[1] for line in lines} <= {"stop", "length"}
+
+
+def test_short_and_long_sequences_stay_apart():
+    """Long ones in front, as few moves as possible; by hand."""
+
+    def order(keep, long):
+        slots, split = _order(torch.tensor(keep).bool(), torch.tensor(long).bool())
+        return slots.tolist(), split
+
+    assert order([1, 1, 1, 1], [0, 0, 0, 0]) == ([0, 1, 2, 3], 0)
+    assert order([0, 1, 1, 1], [0, 0, 0, 0]) == ([3, 1, 2], 0)  # the last fills the hole
+    assert order([1, 1, 1, 1], [0, 0, 1, 0]) == ([2, 1, 0, 3], 1)  # 2 grew long: changes with 0
+    assert order([1, 0, 1, 1, 1], [1, 1, 1, 0, 0]) == ([0, 2, 4, 3], 2)
+    assert order([0, 0], [1, 0]) == ([], 0)
+
+
+def test_short_and_long_sequences_give_the_same_tokens(monkeypatch):
+    """Few slots and many samples of ragged lengths: both kinds are active, and migrate."""
+    monkeypatch.setattr(kv_cache, "_GROWTH", 16)
+    engine, model = make(stop=(), initializer_range=0.1)
+    engine.max_num_seqs = 5
+    splits = []
+    step = Generation.decode_step
+
+    def spy(self):
+        splits.append((self.split, self.active.request.numel()))
+        step(self)
+
+    monkeypatch.setattr(Generation, "decode_step", spy)
+    stops = (3, 5, 7, 11, 13)
+    sampling = SamplingParams(
+        n=6,
+        max_new_tokens=40,
+        stop_token_ids=stops,
+        seeds=tuple(tuple(range(6 * i, 6 * i + 6)) for i in range(len(RAGGED))),
+    )
+    got = engine.generate(prompts(RAGGED), sampling)
+    assert any(0 < split < active for split, active in splits)
+    engine.max_num_seqs = 1  # one after the other: nothing to keep apart
+    alone = engine.generate(prompts(RAGGED), sampling)
+    assert [c.token_ids for c in got] == [c.token_ids for c in alone]
+    assert len({len(c.token_ids) for c in got}) > 5
+    check_log_probs(model, RAGGED, [c for c in got if c.sample_index == 0], 1.0)

@@ -75,6 +75,7 @@ class Generation:
         self.seen_stop = [False] * len(self.tails)  # a stop string may come before min_new_tokens
         empty = torch.empty(0, dtype=torch.long, device=self.device)
         self.active = _Active(empty, empty, empty, empty, empty, empty)
+        self.split = 0  # so many active slots in front hold the long sequences
 
     def _seeds(self, count: int) -> Tensor:
         if self.sampling.seeds is None:
@@ -88,9 +89,13 @@ class Generation:
         budgets = [self.sampling.budget(len(prompt.token_ids)) for prompt in self.prompts]
         return torch.tensor(budgets, device=self.device).repeat_interleave(self.sampling.n)
 
+    @property
+    def waiting(self) -> bool:
+        return bool(self.waiting_prompts or self.waiting_samples)
+
     def run(self) -> tuple[list[list[int]], list[list[float]], list[bool]]:
         """Tokens, log-probs and "ended by a stop" of every request."""
-        while self.waiting_prompts or self.waiting_samples or self.active.request.numel():
+        while self.waiting or self.active.request.numel():
             while self.admit():
                 pass
             if self.active.request.numel():
@@ -110,7 +115,7 @@ class Generation:
         """Fills free slots with waiting samples; false when there is nothing to admit."""
         first = self.active.request.numel()
         free = self.slots - first
-        if not free or not (self.waiting_samples or self.waiting_prompts):
+        if not free or not self.waiting:
             return False
         if not self.waiting_samples:
             self.prefill_prompts(free)
@@ -120,7 +125,7 @@ class Generation:
         rows = torch.tensor([row for row, _ in taken], device=self.device)
         request = torch.tensor([request for _, request in taken], device=self.device)
         lengths = [len(self.prompts[r // self.sampling.n].token_ids) for _, r in taken]
-        self.cache.reserve(self.prefill.keys[0].shape[2] + 1, self.prefill)
+        self.cache.reserve(self.prefill.keys[0].shape[2] + 1, first, self.prefill)
         self.cache.admit(first, self.prefill, rows)
         new = _Active(
             request=request,
@@ -167,9 +172,8 @@ class Generation:
     def decode_step(self) -> None:
         """One token for every active sequence."""
         active = self.active
-        longest = int(active.length.max())
-        self.cache.reserve(longest + 1, self.prefill)
-        layout = Decode(self.cache, active.length, longest)
+        self.cache.reserve(int(active.length.max()) + 1, active.length.numel(), self.prefill)
+        layout = Decode(self.cache, active.length, self.split)
         hidden = self._forward(active.token[:, None], active.length[:, None], layout)
         active.length = active.length + 1
         self.retire(self.take(self.head(hidden[:, 0])))
@@ -225,15 +229,30 @@ class Generation:
         return torch.tensor(ended, device=self.device)
 
     def retire(self, finished: Tensor) -> None:
-        """Lets finished sequences go; the last active slots move into the holes."""
-        keep = (~finished).nonzero().squeeze(1)
-        count = keep.numel()
-        if count == finished.numel():
+        """Lets finished sequences go; others move into the holes."""
+        if not self.waiting and not bool(finished.any()):
             return
-        holes = finished[:count].nonzero().squeeze(1)
-        movers = keep[keep >= count]
-        if holes.numel():
-            self.cache.move(movers, holes)
-        order = torch.arange(count, device=self.device)
-        order[holes] = movers
-        self.active = self.active.select(order)
+        # As waiting ones come in, short sequences mix with long ones; kept apart, the short ones
+        # are not read to the length of the long.
+        if self.waiting:
+            long = self.active.length > self.cache.capacity // 2
+        else:
+            long = torch.arange(finished.numel(), device=self.device) < self.split
+        order, self.split = _order(~finished, long)
+        moved = (order != torch.arange(order.numel(), device=self.device)).nonzero().squeeze(1)
+        if moved.numel():
+            self.cache.move(order[moved], moved)
+        if order.numel() < finished.numel() or moved.numel():
+            self.active = self.active.select(order)
+
+
+def _order(keep: Tensor, long: Tensor) -> tuple[Tensor, int]:
+    """Which old slot each new one holds, int64: the long ones that stay, then the others that do;
+    and how many long ones there are. As many as possible stay where they are."""
+    split, count = int((keep & long).sum()), int(keep.sum())
+    slots = torch.arange(keep.numel(), device=keep.device)
+    fits = keep & (long == (slots < split)) & (slots < count)
+    order = slots[:count].clone()
+    for region, kind in ((slots[:split], long), (slots[split:count], ~long)):
+        order[region[~fits[region]]] = (keep & kind & ~fits).nonzero().squeeze(1)
+    return order, split
