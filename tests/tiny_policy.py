@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import tiny
 import torch
 from tiny_job import MODEL, tiny_config
 
@@ -57,28 +58,44 @@ def make_update(
     world_size: int = 1,
     dtype: torch.dtype = torch.float32,
     init_scale: float = 3.0,
+    family: dict[str, Any] | None = None,
     **options: Any,
 ) -> PolicyUpdate:
     """A PolicyUpdate of a random policy, with plain gradient descent at rate 1.
 
     Its steps are the clipped gradients themselves: AdamW would blow rounding errors of tiny
     gradients up to whole steps. `options` are those of the job; a `reference_seed` makes a
-    reference model of other weights.
+    reference model of other weights; `family` are the arguments of tiny.model for another
+    architecture than the debug model's.
     """
     options = {"lr_warmup_ratio": 0.0, "lr_decay": "constant", "max_len": 64} | options
     options.setdefault("loss_aggregation", "token_mean")
     config = tiny_config(world_size, **options)
     dims = ParallelDims.of(config.parallel, world_size)
 
+    training = config.training
+
     def model(seed: int) -> PolicyModel:
-        made: Any = load_model(MODEL, "random", torch.float32, seed)
-        with torch.no_grad():  # fresh weights are small: tokens nearly equal, gradients tiny
-            for parameter in made.parameters():
-                if parameter.dim() >= 2:
-                    parameter.mul_(init_scale)
-        training = config.training
+        made: Any
+        if family is not None:
+            made = tiny.model(**family, seed=seed)
+        else:
+            made = load_model(MODEL, "random", torch.float32, seed)
+            with torch.no_grad():  # fresh weights are small: tokens nearly equal, gradients tiny
+                for parameter in made.parameters():
+                    if parameter.dim() >= 2:
+                        parameter.mul_(init_scale)
         policy = PolicyModel(made.eval(), 1.0, training.fused_linear_logprob, training.chunk_size)
-        parallelize(policy, dims, config.parallel, dtype)
+        parallelize(
+            policy,
+            dims,
+            config.parallel,
+            dtype,
+            gradient_checkpointing=(
+                training.checkpointing_mode if training.gradient_checkpointing else None
+            ),
+            compile=training.compile,
+        )
         return policy
 
     policy = model(0)
@@ -92,6 +109,8 @@ def make_update(
         max_norm=config.optimizer.max_norm,
         max_len=config.data.max_len,
         reduce_every_micro_batch=sharding(config.parallel).reduce_every_micro_batch,
+        ranks=dims.data_ranks("cpu"),
+        tp=dims.tp,
     )
     reference = None if reference_seed is None else model(reference_seed).requires_grad_(False)
     return PolicyUpdate(stepper, reference, config.algorithm, max_response_length=12)

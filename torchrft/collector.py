@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterator, Sequence
 
 from torchrft.config.job_config import JobConfig
 from torchrft.data.loader import PromptLoader
@@ -12,14 +13,17 @@ from torchrft.rewards.scorer import Scorer
 from torchrft.rewards.shaping import RewardShaper
 from torchrft.rollout import RolloutEngine
 from torchrft.tools import distributed
+from torchrft.tools.distributed import DataRanks
 from torchrft.tools.seeds import derive_seed
 from torchrft.types import Completion, Prompt, Sample, SamplingParams
 
 
 class Collector:
-    """Collects rollouts on one of `dp` ranks that see different prompts.
+    """Collects rollouts on all ranks.
 
-    `prompts` is this rank's share of the endless stream; `shaper` adds the overlong penalty.
+    `prompts` is the share of the endless stream of this rank's place among `ranks`; what `helpers`
+    ranks have the same place and samples (tensor and sequence parallelism) divide among them.
+    `shaper` adds the overlong penalty.
     """
 
     def __init__(
@@ -30,13 +34,18 @@ class Collector:
         scorer: Scorer,
         shaper: RewardShaper,
         timer: PhaseTimer,
-        rank: int,
-        dp: int,
+        ranks: DataRanks,
+        helpers: int = 1,
     ) -> None:
         self.rollout, self.data, self.seed = config.rollout, config.data, config.training.seed
+        # Whole prompts go to one rank, which computes each once; unless an optimizer step takes
+        # parts of a group: then sample by sample, so that any number of ranks takes the same.
+        n = config.rollout.n_samples_per_prompt
+        self.unit = 1 if config.training.train_batch_size % (n * ranks.size) else n
         self.engine, self.prompts, self.timer = engine, prompts, timer
         self.scorer, self.shaper = scorer, shaper
-        self.rank, self.dp = rank, dp
+        self.ranks, self.dp, self.helpers = ranks, ranks.size, helpers
+        self.helper = distributed.get_rank() % helpers
 
     def collect(self) -> tuple[list[Sample], dict[str, float]]:
         """All ranks' samples of a rollout, ordered by prompt, and what dynamic sampling did.
@@ -71,9 +80,18 @@ class Collector:
         return [sample for group in kept[:size] for sample in group], metrics
 
     def share(self, samples: Sequence[Sample]) -> list[Sample]:
-        """This rank's part of all ranks' samples: every dp-th group."""
-        n = self.rollout.n_samples_per_prompt
-        return [s for i, s in enumerate(samples) if i // n % self.dp == self.rank]
+        """This rank's part of all ranks' samples."""
+        return [s for i, s in enumerate(samples) if i // self.unit % self.dp == self.ranks.rank]
+
+    @property
+    def splits_groups(self) -> bool:
+        """Whether a group's samples may be on several ranks."""
+        return self.unit == 1 < self.dp and self.rollout.n_samples_per_prompt > 1
+
+    def unshare(self, samples: Sequence[Sample]) -> list[Sample]:
+        """All ranks' samples, of which `samples` is what `share` gave this rank."""
+        parts = [_batched(part, self.unit) for part in self.ranks.gather(samples)]
+        return [s for units in zip(*parts, strict=True) for unit in units for s in unit]
 
     def evaluate(self, prompts: Sequence[Prompt]) -> float:
         """Mean reward of greedy completions of all ranks' `prompts`."""
@@ -82,22 +100,24 @@ class Collector:
                 self.sampling([]), n=1, temperature=0.0, first_token_temperature=None, seeds=None
             )
             completions = self.engine.generate(prompts, greedy)
-            scores = self.scorer.score(prompts, completions)
-            sums = {"sum": sum(score.value for score in scores), "count": float(len(scores))}
-            total = distributed.all_reduce_sum(sums, "evaluation")
-        return total["sum"] / total["count"]
+            parts = distributed.on_all(lambda: self.scorer.score(prompts, completions), "reward")
+        return statistics.fmean(score.value for part in parts for score in part)
 
     def _draw(self) -> list[list[Sample]]:
         """One round: all ranks' groups, in the order of their prompts."""
         first = self.prompts.position
         prompts = self.prompts.next()
-        places = [first + index * self.dp + self.rank for index in range(len(prompts))]
+        places = [first + index * self.dp + self.ranks.rank for index in range(len(prompts))]
+        mine = slice(self.helper, None, self.helpers)
+        prompts, places = prompts[mine], places[mine]
         sampling = self.sampling(places)
         with self.timer.phase("rollout"):
             completions = self.engine.generate(prompts, sampling)
         with self.timer.phase("reward"):
-            samples = self._score(prompts, completions, places, sampling)
-        gathered = distributed.gather_objects(samples, "gather samples")
+            # A reward that fails on one rank ends the job on all.
+            gathered = distributed.on_all(
+                lambda: self._score(prompts, completions, places, sampling), "reward"
+            )
         groups: dict[int, list[Sample]] = {}
         for sample in (sample for part in gathered for sample in part):
             groups.setdefault(sample.group, []).append(sample)
@@ -149,3 +169,7 @@ class Collector:
 
 def _differ(group: Sequence[Sample]) -> bool:
     return len({sample.score.value for sample in group}) > 1
+
+
+def _batched(samples: Sequence[Sample], size: int) -> Iterator[Sequence[Sample]]:
+    return (samples[start : start + size] for start in range(0, len(samples), size))

@@ -11,7 +11,6 @@ from torchrft.algorithms.losses import value_loss
 from torchrft.config.job_config import Algorithm
 from torchrft.data.packing import MicroBatch
 from torchrft.optimizer_step import Mean, OptimizerStep
-from torchrft.tools.distributed import all_reduce_sum
 from torchrft.types import RolloutBatch
 
 
@@ -79,7 +78,7 @@ class CriticUpdate:
         sums = {"count": float(returns.numel())}
         for name, values in (("returns", returns), ("errors", errors)):
             sums[name], sums[f"{name}^2"] = float(values.sum()), float(values.square().sum())
-        total = all_reduce_sum(sums, "update")
+        total = self.stepper.ranks.sum(sums, "update")
         count = max(total["count"], 1.0)
         of_errors, of_returns = (
             total[f"{name}^2"] / count - (total[name] / count) ** 2

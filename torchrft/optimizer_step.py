@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +16,7 @@ from torchrft.config.job_config import Rollout, Training
 from torchrft.data.packing import MicroBatch, build, plan
 from torchrft.optim.optimizer import clip_gradients
 from torchrft.parallel import set_gradient_sync
-from torchrft.tools.distributed import all_reduce_max, all_reduce_sum, get_world_size
+from torchrft.tools.distributed import DataRanks, all_reduce_max, get_world_size
 from torchrft.types import RolloutBatch
 
 # Loss of a micro-batch, whose samples count or not, and metrics that add up to the step's.
@@ -26,24 +27,29 @@ class OptimizerStep:
     """What the policy and the critic share: micro-batches, gradients, the step itself.
 
     `max_len` bounds a sample's tokens. `reduce_every_micro_batch` is False for ZeRO stage 1, where
-    gradients stay local until the last micro-batch of an optimizer step.
+    gradients stay local until the last micro-batch of an optimizer step. `ranks` have samples of
+    their own (by default all), `tp` ranks share each parameter.
     """
 
     def __init__(
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        scheduler: torch.optim.lr_scheduler.LambdaLR,
         training: Training,
         rollout: Rollout,
         max_norm: float,
         max_len: int,
         reduce_every_micro_batch: bool,
+        ranks: DataRanks | None = None,
+        tp: int = 1,
     ) -> None:
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.training, self.rollout = training, rollout
         self.max_norm, self.max_len = max_norm, max_len
         self.reduce_every_micro_batch = reduce_every_micro_batch
+        self.ranks = ranks or DataRanks.all()
+        self.gradient_ranks = get_world_size() // tp  # that FSDP2 averages gradients over
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, optimizer state and schedule, sharded as they are."""
@@ -52,18 +58,34 @@ class OptimizerStep:
         return {"model": model, "optimizer": optimizer, "scheduler": schedule}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned."""
+        """Restores what `state_dict` returned; options are those of this run.
+
+        The learning rate, its schedule, betas and weight decay may differ from the saved ones.
+        """
+        options = [
+            {name: value for name, value in group.items() if name not in ("params", "lr")}
+            for group in self.optimizer.param_groups
+        ]
+        peaks = list(self.scheduler.base_lrs)
         set_state_dict(
             self.model,
             self.optimizer,
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
         )
-        self.scheduler.load_state_dict(state["scheduler"])
+        self.scheduler.load_state_dict({**state["scheduler"], "base_lrs": peaks})
+        # As LambdaLR computes them, so that equal options give equal bits.
+        rates = [
+            peak * factor(self.scheduler.last_epoch)
+            for peak, factor in zip(peaks, self.scheduler.lr_lambdas, strict=True)
+        ]
+        self.scheduler._last_lr = rates
+        for group, saved, rate in zip(self.optimizer.param_groups, options, rates, strict=True):
+            group.update(saved, lr=rate)
 
     def rows(self, samples: int) -> list[list[int]]:
         """This rank's samples of each optimizer step of one pass over a rollout."""
-        size = self.training.train_batch_size // get_world_size()
+        size = self.training.train_batch_size // self.ranks.size
         # At the end of a run, less than a full batch may be left.
         return [list(range(start, min(start + size, samples))) for start in range(0, samples, size)]
 
@@ -88,7 +110,7 @@ class OptimizerStep:
         """Those of `mask` [B, T] over all ranks."""
         local = Denominators.of(mask)
         counts = {"tokens": local.tokens, "sequences": local.sequences}
-        total = all_reduce_sum(counts, "update")
+        total = self.ranks.sum(counts, "update")
         return Denominators(total["tokens"], total["sequences"], max_response_length)
 
     def run(
@@ -106,7 +128,10 @@ class OptimizerStep:
         usable = usable and _finite(norm) and _finite(metrics["loss"])
         if usable:
             self.optimizer.step()
-        self.scheduler.step()
+        with warnings.catch_warnings():
+            # torch misses a call of optimizer.step when the very first step is skipped.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {**metrics, "grad_norm": norm, "lr": lr, "skipped": float(not usable)}
 
@@ -128,7 +153,7 @@ class OptimizerStep:
             value, metrics = loss(micro, part, mask)
             if value.requires_grad:
                 # FSDP2 averages gradients over ranks; the denominators ask for their sum.
-                (value * get_world_size()).backward()
+                (value * self.gradient_ranks).backward()
             metrics["loss"] = value.detach()
             for name, term in metrics.items():
                 old = sums.get(name, term)
@@ -138,7 +163,7 @@ class OptimizerStep:
                     sums[name] = term if name not in sums else old + term
         maxima = {k.removeprefix("max/"): float(v) for k, v in sums.items() if k[:4] == "max/"}
         totals = {name: float(v) for name, v in sums.items() if name[:4] != "max/"}
-        totals = all_reduce_sum(totals, "update")
+        totals = self.ranks.sum(totals, "update")
         return totals | (all_reduce_max(maxima, "update") if maxima else {})
 
     def _micro_batches(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -19,7 +20,6 @@ from torchrft.algorithms.selection import high_entropy_mask
 from torchrft.config.job_config import Algorithm
 from torchrft.data.packing import MicroBatch
 from torchrft.optimizer_step import Mean, OptimizerStep
-from torchrft.tools.distributed import gather_objects, get_world_size
 from torchrft.types import RolloutBatch
 
 
@@ -67,6 +67,13 @@ class PolicyUpdate:
         """Log-probs float32 [B, T] of the response tokens under `model`, zero elsewhere."""
         return self.stepper.forward(model, batch)[0]
 
+    def waiting(self) -> dict[str, float]:
+        """The metrics of a rollout whose samples wait for more: no update, so no numbers."""
+        names = ("policy/loss", "policy/kl", "policy/entropy", "policy/clip_fraction", "grad_norm")
+        lr = float(self.stepper.scheduler.get_last_lr()[0])
+        nothing = dict.fromkeys((*names, "mismatch/logprob_abs_mean"), math.nan)
+        return {**nothing, "lr": lr, "update/optimizer_steps": 0.0}
+
     def run(self, batch: RolloutBatch, frozen: bool = False) -> dict[str, float]:
         """All optimizer steps on a rollout: `max_epochs` passes in steps of train_batch_size.
 
@@ -87,7 +94,7 @@ class PolicyUpdate:
         result["update/optimizer_steps"] = 0 if frozen else mean.steps
         result["update/skipped_steps"] = mean.skipped
         if mean.steps > mean.skipped:
-            self._adapt(result, len(batch) * get_world_size())
+            self._adapt(result, len(batch) * self.stepper.ranks.size)
         return result
 
     def _step(self, batch: RolloutBatch, rows: list[int], frozen: bool) -> dict[str, float]:
@@ -96,7 +103,7 @@ class PolicyUpdate:
         kept = None
         if batch.entropy is not None and self.algorithm.high_entropy_token_ratio < 1:
             keep = high_entropy_mask(
-                batch.entropy[rows], mask, self.algorithm.high_entropy_token_ratio, _gather
+                batch.entropy[rows], mask, self.algorithm.high_entropy_token_ratio, self._gather
             )
             kept = self.stepper.denominators(keep, self.max_response_length)
             full = torch.zeros_like(batch.mask)
@@ -173,7 +180,5 @@ class PolicyUpdate:
             self.kl_coef = state["kl_coef"]
         self.drift_coef = state["drift_coef"]
 
-
-def _gather(values: Tensor) -> Tensor:
-    parts = gather_objects(values.cpu(), "gather entropies")
-    return torch.cat(parts).to(values.device)
+    def _gather(self, values: Tensor) -> Tensor:
+        return torch.cat(self.stepper.ranks.gather(values.cpu())).to(values.device)

@@ -8,10 +8,12 @@ from torchrft.config.manager import read
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the job; returns 0, 2 for a job that cannot start, or 128 + signal if one ended it."""
+    """Runs the job; returns 0, 2 for a job that cannot start, 1 for one that cannot go on, or
+    128 + signal if one ended it."""
     config = read(sys.argv[1:] if argv is None else argv)
 
     # Only now, so that help and config errors come at once.
+    from torchrft.rewards.scorer import RewardError
     from torchrft.tools import distributed
     from torchrft.tools.logging import setup_logging
     from torchrft.trainer import Trainer
@@ -24,7 +26,11 @@ def main(argv: list[str] | None = None) -> int:
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        signum = trainer.train()
+        try:
+            signum = trainer.train()
+        except (RewardError, distributed.RankError, TimeoutError, ConnectionError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
         return 0 if signum is None else 128 + signum
     finally:
         distributed.teardown()

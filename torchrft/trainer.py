@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from torchrft.checkpoint.hf_export import export_hf
 from torchrft.checkpoint.manager import CheckpointManager
 from torchrft.checkpoint.set_aside import set_aside
 from torchrft.collector import Collector
+from torchrft.config.fields import is_set
 from torchrft.config.job_config import JobConfig
 from torchrft.config.manager import to_toml
+from torchrft.config.needs import CRITIC_FIELDS, is_chosen
 from torchrft.critic_update import CriticUpdate
-from torchrft.data.batch import make_batch
+from torchrft.data.batch import gather_rows, make_batch
 from torchrft.data.loader import PromptLoader
 from torchrft.data.prompts import load_prompts
 from torchrft.metrics.console import Console
@@ -61,11 +64,13 @@ class Trainer:
         seed_everything(config.training.seed)
         torch.use_deterministic_algorithms(config.training.deterministic)
         self.dims = ParallelDims.of(config.parallel, world.world_size)
+        self.ranks = self.dims.data_ranks(world.device.type)
         self.dtype = torch.bfloat16 if config.training.bf16 else torch.float32
         self.step = 0
         self.stop_requested: int | None = None
         self.pending: list[Sample] = []  # samples that wait for a full train_batch_size
         self.pending_rollouts = 0
+        self.step_began = 0  # place in the stream of prompts
         self._build_data()
         self._build_models()
         self._build_rollout()
@@ -84,8 +89,8 @@ class Trainer:
             prompts,
             config.rollout.rollout_batch_size,
             config.training.seed,
-            rank=world.rank,
-            world_size=self.dims.dp,
+            rank=self.ranks.rank,
+            world_size=self.ranks.size,
         )
         self.eval_prompts: list[Prompt] = []
         self.evaluates = config.evaluation.eval_data is not None
@@ -93,7 +98,7 @@ class Trainer:
             held_out = load_prompts(
                 config.evaluation.eval_data, config.data, self.tokenizer, name="eval_data"
             )
-            self.eval_prompts = list(held_out[world.rank :: self.dims.dp])
+            self.eval_prompts = list(held_out[world.rank :: world.world_size])
         self.schedule_steps = self.prompts.total_steps(config.training.num_episodes)
         self.last_step = min(self.schedule_steps, config.training.max_steps or self.schedule_steps)
 
@@ -110,16 +115,30 @@ class Trainer:
         self.update = PolicyUpdate(actor, reference, config.algorithm, budget)
         self.estimator = advantages.ESTIMATORS.get(self.update.preset.estimator)
         own = config.algorithm.advantage_options
-        options_of(self.estimator, config.algorithm.model_dump(), own)  # fails early
+        settings = {**config.algorithm.model_dump(), "values": None}
+        options_of(self.estimator, settings, own)  # fails early
+        for name in ("gamma", "lambd"):
+            if is_set(config, name) and name not in inspect.signature(self.estimator).parameters:
+                raise ValueError(
+                    f"{name} has no effect: {config.algorithm.advantage_estimator} does not take "
+                    f"it; leave it out, or give the function a parameter {name}"
+                )
         self.critic: CriticUpdate | None = None
         if advantages.needs_values(self.update.preset.estimator):
             init = model.init if model.critic_pretrain is None else "pretrained"
             loaded = self._load(model.critic_pretrain or model.pretrain, init, torch.float32)
             critic = ValueModel(loaded).to(self.world.device)
-            parallelize(critic, self.dims, config.parallel, self.dtype)
+            self._parallelize(critic)
             stepper = self._stepper(critic, config.optimizer.critic_learning_rate)
             aggregation = self.update.preset.loss_aggregation
             self.critic = CriticUpdate(stepper, config.algorithm, aggregation, budget)
+        else:
+            unused = [name for name in CRITIC_FIELDS if is_chosen(config, name)]
+            if unused:
+                raise ValueError(
+                    f"{unused[0]} has no effect: {config.algorithm.advantage_estimator} needs no "
+                    f"critic; leave it out, or give the function a parameter values"
+                )
 
     def _load(self, source: str, init: str, dtype: torch.dtype) -> Any:
         model: Any = load_model(source, init, dtype, self.config.training.seed)
@@ -134,8 +153,21 @@ class Trainer:
             config.training.fused_linear_logprob,
             config.training.chunk_size,
         )
-        parallelize(policy, self.dims, config.parallel, self.dtype)
+        self._parallelize(policy)
         return policy
+
+    def _parallelize(self, model: nn.Module) -> None:
+        training = self.config.training
+        parallelize(
+            model,
+            self.dims,
+            self.config.parallel,
+            self.dtype,
+            gradient_checkpointing=(
+                training.checkpointing_mode if training.gradient_checkpointing else None
+            ),
+            compile=training.compile,
+        )
 
     def _stepper(self, model: nn.Module, learning_rate: float) -> OptimizerStep:
         """Optimizer and schedule of a model, over the whole run."""
@@ -153,11 +185,14 @@ class Trainer:
             max_norm=config.optimizer.max_norm,
             max_len=config.data.max_len,
             reduce_every_micro_batch=sharding(config.parallel).reduce_every_micro_batch,
+            ranks=self.ranks,
+            tp=self.dims.tp,
         )
 
     def _build_rollout(self) -> None:
         config = self.config
-        self.timer = PhaseTimer(self.world.device)
+        phases = ("rollout", "reward", "logprob", "update", "weight_sync", "step")
+        self.timer = PhaseTimer(self.world.device, phases)
         self.engine = build_engine(
             config.rollout,
             config.model.pretrain,
@@ -172,8 +207,8 @@ class Trainer:
             self.scorer,
             self.shaper,
             self.timer,
-            rank=self.world.rank,
-            dp=self.dims.dp,
+            self.ranks,
+            helpers=self.dims.model_ranks,
         )
 
     def _build_output(self) -> None:
@@ -223,10 +258,12 @@ class Trainer:
             "rollouts": self.log_dir / "rollouts",
             "plots": self.log_dir / "plots",
         }
+        paths = {name: path for name, path in paths.items() if path.exists()}
         self.console.summary(paths, read_metrics(self.log_dir))
 
     def train_step(self) -> dict[str, float]:
         """One rollout and what is learned from it."""
+        self.step_began = self.prompts.position
         samples, metrics = self.collector.collect()
         if self.config.rollout.enable_engine_sleep:
             self.engine.sleep()
@@ -249,6 +286,8 @@ class Trainer:
                     metrics |= self.critic.run(batch)
                 frozen = self.step < self.config.training.freezing_actor_steps
                 metrics |= self.update.run(batch, frozen)
+        else:
+            metrics |= self.update.waiting()
         self.step += 1
         with self.timer.phase("weight_sync"):
             self._sync_weights()
@@ -286,25 +325,35 @@ class Trainer:
     def _with_advantages(self, batch: RolloutBatch) -> tuple[RolloutBatch, dict[str, float]]:
         """Shapes the rewards and estimates advantages; statistics span all ranks."""
         algorithm, preset = self.config.algorithm, self.update.preset
-        rewards, metrics = self.shaper.shape(batch.rewards, distributed.sum_over_ranks)
+        counted = None if batch.filler is None else ~batch.filler
+        rewards, metrics = self.shaper.shape(batch.rewards, self.ranks.sum_tensor, counted)
         in_reward = preset.kl_placement == "reward" and batch.ref_logprobs is not None
-        settings = {**algorithm.model_dump(), "values": batch.old_values}
+        parts: dict[str, Any] = {
+            "rewards": rewards,
+            "group": batch.group,
+            "mask": batch.mask,
+            "old_logprobs": batch.old_logprobs if in_reward else None,
+            "ref_logprobs": batch.ref_logprobs if in_reward else None,
+            "values": batch.old_values,
+        }
+        split = self.collector.splits_groups
+        if split:  # the estimator needs whole groups
+            parts, mine = gather_rows(parts, self.ranks)
+        settings = {**algorithm.model_dump(), "values": parts.pop("values")}
         result = advantages.compute(
             preset.estimator,
-            rewards,
-            batch.group,
-            batch.mask,
-            old_logprobs=batch.old_logprobs,
-            ref_logprobs=batch.ref_logprobs if in_reward else None,
+            **parts,
             kl_estimator=algorithm.kl_estimator,
             init_kl_coef=self.update.kl_coef,
             advantages_norm=algorithm.advantages_norm,
             advantage_clip=algorithm.advantage_clip,
-            reduce=distributed.sum_over_ranks,
+            reduce=(lambda tensor: tensor) if split else self.ranks.sum_tensor,
             **options_of(self.estimator, settings, algorithm.advantage_options),
         )
-        batch = dataclasses.replace(batch, advantages=result.advantages, returns=result.returns)
-        return batch, metrics | result.metrics
+        found: dict[str, Any] = {"advantages": result.advantages, "returns": result.returns}
+        if split:
+            found = {k: v[mine, : batch.mask.shape[1]] for k, v in found.items()}
+        return dataclasses.replace(batch, **found), metrics | result.metrics
 
     def _sync_weights(self) -> None:
         if self.config.rollout.enable_engine_sleep:
@@ -339,7 +388,7 @@ class Trainer:
             return True
         if options.save_steps is not None and self.step % options.save_steps == 0:
             return True
-        return self.prompts.finished_episode(options.save_interval)
+        return self.prompts.finished_episode(options.save_interval, since=self.step_began)
 
     def save(self) -> None:
         """Writes checkpoints/step-N and hf/step-N."""
@@ -358,8 +407,9 @@ class Trainer:
             "data": self.prompts.state_dict(),
             "progress": {
                 "step": self.step,
-                "pending": self._all_pending(),
+                "pending": self.collector.unshare(self.pending),
                 "pending_rollouts": self.pending_rollouts,
+                "batches": self._batches(),
             },
             "rng": {f"rank{self.world.rank}": rng_state()},
         }
@@ -367,17 +417,24 @@ class Trainer:
             state["critic"] = self.critic.stepper.state_dict()
         return state
 
-    def _all_pending(self) -> list[Sample]:
-        gathered = distributed.gather_objects(self.pending, "gather pending samples")
-        return sorted((s for part in gathered for s in part), key=lambda sample: sample.group)
+    def _batches(self) -> dict[str, int]:
+        """What decides how pending samples become optimizer steps."""
+        rollout = self.config.rollout
+        return {
+            "rollout_batch_size": rollout.rollout_batch_size,
+            "n_samples_per_prompt": rollout.n_samples_per_prompt,
+            "train_batch_size": self.config.training.train_batch_size,
+        }
 
     def _resume(self) -> bool:
-        """Goes on from a checkpoint; False if there is none."""
+        """Goes on from a checkpoint; False if there is none, or it is another run's: then what lies
+        under save_path is not gone on with."""
         options = self.config.checkpoint
         path = self.checkpoints.resolve(options.ckpt_path)
         if path is None:
             logger.info("no checkpoint under %s: starting from the beginning", options.save_path)
             return False
+        own = path.resolve().parent == self.checkpoints.checkpoints.resolve()
         state = self.state_dict()
         self.checkpoints.load(path, state)
         self.update.stepper.load_state_dict(state["policy"])
@@ -386,11 +443,18 @@ class Trainer:
         self.update.load_state_dict(state["coefficients"])
         self.shaper.load_state_dict(state["reward"])
         self.prompts.load_state_dict(state["data"])
-        self.step = state["progress"]["step"]
-        self.pending = self.collector.share(state["progress"]["pending"])
-        self.pending_rollouts = state["progress"]["pending_rollouts"]
+        progress = state["progress"]
+        for name, value in self._batches().items():
+            if progress["pending"] and (was := progress["batches"][name]) != value:
+                raise ValueError(
+                    f"{path} holds samples that wait for their optimizer step, made with {name} = "
+                    f"{was}; this run has {value}. Resume with {was}, or from another step"
+                )
+        self.step = progress["step"]
+        self.pending = self.collector.share(progress["pending"])
+        self.pending_rollouts = progress["pending_rollouts"]
         set_rng_state(state["rng"][f"rank{self.world.rank}"])
-        # What a later step left behind belongs to a course of training that is not gone on with.
-        self.checkpoints.set_aside_after(self.step)
+        if own:  # what later steps left belongs to a course of training that is not gone on with
+            self.checkpoints.set_aside_after(self.step)
         logger.info("resumed from %s, after step %d", path, self.step)
-        return True
+        return own

@@ -146,6 +146,7 @@ class RolloutBatch:
     old_values: Tensor | None = None  # float32 [B, T], the critic's
     entropy: Tensor | None = None  # float32 [B, T], of the old policy
     keep: Tensor | None = None  # bool [B, T]: whose policy loss counts; None means all
+    filler: Tensor | None = None  # bool [B]: of samples that do not count; None means of none
 
     def __len__(self) -> int:
         return len(self.sequences)

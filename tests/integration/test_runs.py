@@ -326,6 +326,25 @@ def test_what_only_a_start_can_show_ends_all_ranks(tmp_path):
     assert "Trainer" not in result.stderr  # no traceback through torchrft
 
 
+def test_a_reward_that_fails_on_one_rank_ends_all_with_a_sentence(tmp_path):
+    """NaN for one prompt in the second step: what was logged before stays."""
+    rewards = tmp_path / "rewards.py"
+    rewards.write_text(
+        "import os\nsteps = set()\n\ndef odd(response, prompt):\n    steps.add(prompt)\n"
+        "    bad = len(steps) > 4 and os.environ['RANK'] == '1'\n"
+        "    return float('nan') if bad else float(len(response))\n"
+    )
+    run = Run("", has_three_steps, {"functions": f"{rewards}:odd"}, ngpu=2)
+    result = launch(run.words(tmp_path / "run"), environment(2))
+    assert result.returncode == 1
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 2
+    assert all("a reward must be a finite number, got nan" in line for line in lines)
+    assert sum("rank 1 failed in phase 'reward'" in line for line in lines) == 1
+    assert "trainer.py" not in result.stderr  # no traceback through torchrft
+    assert records(tmp_path / "run")[0]["step"] == 1
+
+
 def test_config_file_and_a_relative_path_from_another_folder(tmp_path):
     config = tmp_path / "my.toml"
     config.write_text((ROOT / "train_configs" / "debug_model.toml").read_text())

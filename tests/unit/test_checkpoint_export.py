@@ -167,5 +167,5 @@ def test_export_of_a_model_sharded_over_two_ranks(tmp_path, tied):
 def test_a_write_failure_reaches_every_rank(tmp_path):
     first, second = run_ranks(_export_sharded, 2, str(tmp_path), True, True)
     assert "Error" in first
-    assert not first.startswith("RuntimeError: rank 0")
-    assert second.startswith("RuntimeError: rank 0 failed in phase 'write export'")
+    assert not first.startswith("RankError: rank 0")
+    assert second.startswith("RankError: rank 0 failed in phase 'write export'")

@@ -111,6 +111,18 @@ def test_a_state_of_another_order_is_refused(size, seed, message):
     assert loader.episode == 0
 
 
+def test_a_pass_ends_within_a_step_however_long():
+    """10 prompts: a step that draws three times 4 from position 8 passes 10 and 20."""
+    loader = PromptLoader(dataset(10), 4, seed=0)
+    ended = []
+    for draws in (1, 1, 3, 1):
+        began = loader.position
+        for _ in range(draws):
+            loader.next()
+        ended.append([loader.finished_episode(every, since=began) for every in (1, 2)])
+    assert ended == [[False, False], [False, False], [True, True], [False, False]]
+
+
 def test_episodes_and_steps():
     loader = PromptLoader(dataset(10), 4, seed=0)
     assert [loader.total_steps(episodes) for episodes in (1, 2, 3)] == [3, 5, 8]

@@ -9,6 +9,7 @@ import pytest
 from torchrft.config.job_config import RewardFunction
 from torchrft.rewards import build_scorer, register
 from torchrft.rewards.registry import REWARDS
+from torchrft.rewards.scorer import RewardError
 from torchrft.types import Completion, Prompt, Score
 
 
@@ -108,7 +109,7 @@ NO_REWARDS = [float("nan"), float("inf"), -float("inf"), np.float32("nan"), None
 def test_anything_else_names_source_row_and_value(value):
     register("f")(lambda: value)
     message = "reward function 'f', prompt row 7: a reward must be a finite number, got "
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(RewardError, match=message) as caught:
         scorer("f").score([prompt(), prompt(7)], [completion(prompt_index=1)])
     assert repr(value)[:80] in str(caught.value)
 
@@ -118,7 +119,10 @@ def test_an_exception_in_a_function_is_chained():
     def broken(metadata):
         return metadata["level"]
 
-    with pytest.raises(RuntimeError, match="'broken', prompt row 5: KeyError: 'level'") as caught:
+    with pytest.raises(
+        RewardError,
+        match=r"'broken', prompt row 5: KeyError: 'level' \(.*test_rewards\.py, line \d+\)",
+    ) as caught:
         scorer("broken").score([prompt(5)], [completion()])
     assert isinstance(caught.value.__cause__, KeyError)
 

@@ -119,10 +119,10 @@ def test_a_failure_on_one_rank_ends_every_rank():
     first, second = run_ranks(_failures, 2)
     assert first == [
         "OSError: disk full",
-        "RuntimeError: rank 1 failed in phase 'hash': OSError: disk full",
+        "RankError: rank 1 failed in phase 'hash': OSError: disk full",
     ]
     assert second == [
-        "RuntimeError: rank 0 failed in phase 'write': OSError: disk full",
+        "RankError: rank 0 failed in phase 'write': OSError: disk full",
         "OSError: disk full",
     ]
 

@@ -5,11 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import run_ranks
 from tiny_job import MODEL, argv, records, rollout, run, tiny_config, trainer, weights
 
 from torchrft.algorithms.presets import PRESETS
 from torchrft.config.manager import ConfigError, load
 from torchrft.models.loader import load_model
+from torchrft.tools.distributed import World
+from torchrft.trainer import Trainer
 
 SMALL_CLIPS = {"clip_range": 0.1, "clip_range_higher": 0.1}
 
@@ -35,6 +38,54 @@ def test_every_preset_trains(tmp_path, name):
         assert all(value is not None and math.isfinite(value) for value in line.values())
         assert line["grad_norm"] > 0
     assert not same(weights(job), start)
+
+
+ON_RANKS = {
+    **{name: {"advantage_estimator": name} for name in PRESETS},
+    "norms": {"reward_running_norm": True, "advantages_norm": True, "advantage_clip": 1.0},
+    "entropy": {"high_entropy_token_ratio": 0.3, "entropy_coef": 0.1},
+    "corrections": {"rollout_correction": "token_tis"},
+    "masks": {"rollout_correction": "seq_mask"},
+    "dynamic": {"dynamic_sampling": True, "n_samples_per_prompt": 2, "train_batch_size": 8},
+    "kl": {"kl_placement": "reward", "kl_controller": "adaptive"},
+    "padded": {"packing_samples": False},
+    "parts of groups": {"train_batch_size": 4, "micro_train_batch_size": 1},
+}
+
+
+def _first_steps(rank, folder, world_size):
+    """Two optimizer steps on one rollout of every algorithm, so that ratios leave 1."""
+    found = {}
+    for name, options in ON_RANKS.items():
+        common = {"train_batch_size": 8, "micro_train_batch_size": 2, "init_kl_coef": 0.01}
+        common |= {"ref_pretrain": f"{folder}/ref", "max_steps": 1, "lr_warmup_ratio": 0.0}
+        # Adam's first steps turn a rounding error of a tiny gradient into one of the learning rate.
+        common["actor_learning_rate"] = 1e-4
+        path = f"{folder}/{world_size}/{name}"
+        config = tiny_config(world_size, save_path=path, **(common | options))
+        job = Trainer(config, World(rank, world_size, rank, torch.device("cpu")))
+        with job.logger:
+            job._sync_weights()
+            metrics = job.train_step()
+        parameters = [p.full_tensor() if world_size > 1 else p for p in job.policy.parameters()]
+        metrics["sum of squares"] = sum(
+            float(p.detach().double().square().sum()) for p in parameters
+        )
+        found[name] = metrics
+    return found
+
+
+def test_every_algorithm_takes_the_same_step_on_1_2_and_4_ranks(tmp_path):
+    load_model(MODEL, "random", seed=7).save_pretrained(tmp_path / "ref")
+    alone = run_ranks(_first_steps, 1, str(tmp_path), 1)[0]
+    assert alone["parts of groups"]["update/optimizer_steps"] == 4
+    for world_size in (2, 4):
+        for found in run_ranks(_first_steps, world_size, str(tmp_path), world_size):
+            for name, metrics in found.items():
+                assert metrics.keys() == alone[name].keys()
+                for key, value in metrics.items():
+                    expected = pytest.approx(alone[name][key], rel=1e-6, abs=1e-6)
+                    assert value == expected, (world_size, name, key)
 
 
 @pytest.mark.parametrize(
@@ -296,6 +347,17 @@ def scaled(rewards: Rewards, scale: float = 1.0) -> Advantages:
     return rewards.spread(scale * centered)
 
 
+def faded(rewards: Rewards, *, gamma: float, weight: float) -> Advantages:
+    steps = rewards.mask.cumsum(-1) - 1
+    result = rewards.spread(weight * rewards.samples)
+    return Advantages(result.advantages * gamma**steps, result.returns)
+
+
+def valued(rewards: Rewards, values) -> Advantages:
+    advantages = (rewards.samples[:, None] - values.double()).where(rewards.mask, 0.0).float()
+    return Advantages(advantages, advantages + values)
+
+
 def plain(logprobs, old_logprobs, advantages, mask, power: int = 1):
     return -advantages * logprobs**power, {"policy/mine": advantages}
 """
@@ -325,9 +387,31 @@ def test_custom_algorithms(tmp_path):
     assert square["grad_norm"] != pytest.approx(base["grad_norm"], rel=1e-2)
 
 
+def test_a_users_estimator_takes_fields_of_the_job(tmp_path):
+    """gamma, and the critic with its options, by the function's parameters."""
+    own = tmp_path / "own.py"
+    own.write_text(OWN)
+    faded = {"advantage_estimator": f"{own}:faded", "advantage_options": "{ weight = 1.0 }"}
+    norms = [
+        step_of(tmp_path / str(gamma), **faded, gamma=gamma)["grad_norm"] for gamma in (1.0, 0.5)
+    ]
+    assert norms[0] != pytest.approx(norms[1], rel=1e-3)
+    valued = {"advantage_estimator": f"{own}:valued", "critic_learning_rate": 1e-3}
+    job = run(tmp_path / "v", **valued, value_clip=0.125, freezing_actor_steps=1)
+    assert job.critic.algorithm.value_clip == 0.125
+    steps = [line["update/optimizer_steps"] for line in records(tmp_path / "v")]
+    assert steps == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"gamma": 0.5}, "gamma has no effect: .*:scaled does not take it"),
+        ({"value_clip": 0.1}, "value_clip has no effect: .*:scaled needs no critic"),
+        (
+            {"advantage_estimator": ":faded"},
+            "faded: its option weight has no default and is not set",
+        ),
         ({"advantage_options": "{ scal = 2.0 }"}, 'scaled has no option "scal"'),
         ({"advantage_options": "{ scale = 'x' }"}, "scaled: option scale = 'x': input should be a"),
         (
@@ -342,6 +426,8 @@ def test_faults_of_custom_options_are_found_when_built(tmp_path, options, messag
     own = tmp_path / "own.py"
     own.write_text(OWN)
     base = {"advantage_estimator": f"{own}:scaled", "policy_loss": f"{own}:plain"}
+    if "advantage_estimator" in options:
+        options = {"advantage_estimator": f"{own}{options['advantage_estimator']}"}
     if message is None:
         with pytest.raises(ConfigError):
             tiny_config(**(base | options))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_job
 import torch
 import torch.distributed.checkpoint as dcp
 from tiny_job import ROOT, argv, prompt_file, records, run_process
@@ -147,7 +148,7 @@ def test_the_reference_run_is_worth_comparing_with(never_stopped):
         lines = records(never_stopped(kind).run)
         assert [line["step"] for line in lines if "eval/reward/mean" in line] == [1, 4, 7, 8]
         assert all(line["reward/std"] > 0 for line in lines)
-        trained = [line for line in lines if "grad_norm" in line]
+        trained = [line for line in lines if line["grad_norm"] is not None]
         assert len(trained) == (4 if kind == "pending" else 8)
         assert all(line["grad_norm"] > 0 for line in trained)
     assert never_stopped("plain").saved == [6, 8]
@@ -325,6 +326,10 @@ def test_a_run_goes_on_from_another_runs_checkpoint(never_stopped, tmp_path):
     mine = everything_in(job.run / "checkpoints" / "step-8")
     theirs = everything_in(never_stopped("pending").run / "checkpoints" / "step-8")
     assert same(mine, theirs)
+    # Once more into the same folder: the first go's log is not mixed with the second's.
+    assert job.start("--load_checkpoint", "--ckpt_path", str(source)) == 0, job.log.read_text()
+    assert [record["step"] for record in records(job.run)] == [7, 8]
+    assert [record["step"] for record in records(job.run / "previous-1")] == [7, 8]
     # An earlier one of the run itself: what came later is set aside, not mixed with.
     older = Job("pending", tmp_path / "older")
     shutil.copytree(never_stopped("pending").run, older.run)
@@ -333,6 +338,30 @@ def test_a_run_goes_on_from_another_runs_checkpoint(never_stopped, tmp_path):
     assert_same_end(older, never_stopped("pending"))
     aside = older.run / "previous-1" / "checkpoints"
     assert [path.name for path in aside.iterdir()] == ["step-8"]
+
+
+def test_waiting_samples_are_refused_by_other_batch_sizes(tmp_path):
+    assert len(tiny_job.run(tmp_path, max_steps=1, train_batch_size=32).pending) == 16
+    with (
+        pytest.raises(ValueError, match="made with train_batch_size = 32; this run has 64"),
+        tiny_job.trainer(tmp_path, train_batch_size=64, load_checkpoint=True),
+    ):
+        pass
+
+
+def test_options_changed_on_resume_hold(tmp_path):
+    """Learning rate, schedule, betas and weight decay are those of the run that resumes."""
+    common = {"max_steps": 4, "lr_warmup_ratio": 0.0, "lr_decay": "constant"}
+    tiny_job.run(tmp_path / "run", **{**common, "max_steps": 2})
+    changed = {"actor_learning_rate": 5e-4, "adam_betas": "0.8,0.9", "l2": 0.25}
+    job = tiny_job.run(tmp_path / "run", **common, **changed, load_checkpoint=True)
+    assert [line["lr"] for line in records(tmp_path / "run")] == [1e-3, 1e-3, 5e-4, 5e-4]
+    for group in job.update.stepper.optimizer.param_groups:
+        assert group["betas"] == (0.8, 0.9)
+        assert group["initial_lr"] == 5e-4
+    assert job.update.stepper.optimizer.param_groups[0]["weight_decay"] == 0.25
+    step = next(iter(job.update.stepper.optimizer.state.values()))["step"]
+    assert step == 4  # the moments went on
 
 
 def test_a_checkpoint_of_another_data_order_is_refused(never_stopped, tmp_path):

@@ -38,4 +38,9 @@ def options_of(
         except ValidationError as error:
             wrong = error.errors()[0]["msg"].lower()
             raise ValueError(f"{what}: option {name} = {value!r}: {wrong}") from error
-    return {name: value for name, value in settings.items() if name in known} | dict(own)
+    options = {name: value for name, value in settings.items() if name in known} | dict(own)
+    for name, parameter in known.items():
+        required = parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty
+        if required and name not in options:
+            raise ValueError(f"{what}: its option {name} has no default and is not set")
+    return options

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ def export_hf(
             converted = revert_weight_conversion(model, gathered)
             contents = {name: _own_storage(value) for name, value in converted.items()}
             save_file(contents, folder / file_name, metadata={"format": "pt"})
+            # safetensors makes a file for its owner alone; others may read what they may elsewhere.
+            (folder / file_name).chmod(stat.S_IMODE(folder.stat().st_mode) & 0o666)
         except Exception as error:
             failure = error
             continue

@@ -19,14 +19,8 @@ AVAILABLE_VALUES: dict[str, tuple[object, ...]] = {
     "images_key": (None,),
     "mixed_mm_data": (False,),
     "processor": (None,),
-    "sp_size": (1,),
-    "tp_size": (1,),
-    "dp_replicate": (1,),
-    "fsdp_cpu_offload": (False,),
     "adam_offload": (False,),
     "use_mp_opt": (False,),
-    "compile": (False,),
-    "gradient_checkpointing": (False,),
 }
 
 

@@ -110,6 +110,8 @@ class Training(Section):
     """torch.compile every decoder layer."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
+    checkpointing_mode: Literal["full", "selective"] = "full"
+    """What `gradient_checkpointing` recomputes: all of a layer, or not its dearest operations."""
     fused_linear_logprob: bool = False
     """Log-probs from hidden states without ever holding all logits."""
     chunk_size: PositiveInt = 4096

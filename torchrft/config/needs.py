@@ -51,8 +51,14 @@ def kl_adapts(config: JobConfig) -> bool:
     return algorithm.kl_controller == "adaptive" or policy_loss(config) == "cpgd"
 
 
+def _own_or(config: JobConfig, *estimators: str) -> bool:
+    """One of these estimators, or a user's own: loading that shows what it takes."""
+    name = config.algorithm.advantage_estimator
+    return name in estimators or ".py:" in name
+
+
 def _has_critic(config: JobConfig) -> bool:
-    return config.algorithm.advantage_estimator == "gae"
+    return _own_or(config, "gae")
 
 
 def _has_kl(config: JobConfig) -> bool:
@@ -62,6 +68,8 @@ def _has_kl(config: JobConfig) -> bool:
 def _clips(config: JobConfig) -> bool:
     return policy_loss(config) != "reinforce"
 
+
+CRITIC_FIELDS = ("critic_pretrain", "freezing_actor_steps", "value_clip")
 
 _CRITIC = 'advantage_estimator = "gae"'
 _ADAPTIVE = 'kl_controller = "adaptive" or the cpgd policy loss'
@@ -85,7 +93,7 @@ NEEDS: tuple[Need, ...] = (
     Need("lambd", _has_critic, _CRITIC),
     Need(
         "gamma",
-        lambda c: c.algorithm.advantage_estimator in ("reinforce", "reinforce_plus_plus", "gae"),
+        lambda c: _own_or(c, "reinforce", "reinforce_plus_plus", "gae"),
         _RETURNS,
     ),
     Need("cpgd_weight", lambda c: c.algorithm.advantage_estimator == "cpgd", _WEIGHTED),
@@ -112,12 +120,21 @@ NEEDS: tuple[Need, ...] = (
     ),
     Need("system_prompt", lambda c: c.data.apply_chat_template, "apply_chat_template = true"),
     Need(
-        "max_tokens_per_microbatch", lambda c: c.training.packing_samples, "packing_samples = true"
+        "max_tokens_per_microbatch",
+        lambda c: c.training.packing_samples,
+        "packing_samples = true",
+        False,
     ),
     Need(
         "chunk_size",
         lambda c: c.training.fused_linear_logprob,
         "fused_linear_logprob = true",
+        False,
+    ),
+    Need(
+        "checkpointing_mode",
+        lambda c: c.training.gradient_checkpointing,
+        "gradient_checkpointing = true",
         False,
     ),
     Need("lr_min_ratio", lambda c: c.optimizer.lr_decay != "constant", "an lr_decay that decays"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from torchrft.tools.distributed import DataRanks
 from torchrft.types import RolloutBatch, Sample
 
 
@@ -36,7 +39,8 @@ def make_batch(
         [torch.tensor(sample.completion.logprobs) for sample in samples], batch_first=True
     )
     mask: Tensor = torch.arange(logprobs.shape[1]) < lengths[:, None]
-    mask &= ~torch.tensor([sample.filler for sample in samples])[:, None]
+    filler = torch.tensor([sample.filler for sample in samples])
+    mask &= ~filler[:, None]
     if overlong_filtering:
         cut = [sample.completion.finish_reason == "length" for sample in samples]
         mask &= ~torch.tensor(cut)[:, None]
@@ -50,4 +54,29 @@ def make_batch(
         rewards=torch.tensor([sample.score.value for sample in samples]).to(device),
         group=torch.tensor([sample.group for sample in samples]).to(device),
         rollout_logprobs=logprobs.to(device),
+        filler=filler.to(device),
     )
+
+
+def gather_rows(
+    parts: Mapping[str, Tensor | None], ranks: DataRanks
+) -> tuple[dict[str, Any], slice]:
+    """All ranks' rows of [B] and [B, T] tensors, and which of them are this rank's.
+
+    T becomes the longest of all ranks; new columns are zeros. None stays None.
+    """
+    gathered: list[Any] = ranks.gather(
+        {k: None if v is None else v.cpu() for k, v in parts.items()}
+    )
+    out: dict[str, Any] = {}
+    for name, own in parts.items():
+        out[name] = own
+        if own is not None:
+            rows = [part[name] for part in gathered]
+            if own.dim() == 2:
+                width = max(row.shape[1] for row in rows)
+                rows = [F.pad(row, (0, width - row.shape[1])) for row in rows]
+            out[name] = torch.cat(rows).to(own.device)
+    sizes = [len(part["rewards"]) for part in gathered]
+    first = sum(sizes[: ranks.rank])
+    return out, slice(first, first + sizes[ranks.rank])

@@ -112,11 +112,10 @@ class PromptLoader:
         """Passes over the prompts finished so far, with the part of the current one."""
         return self._stream.position / self._stream.num_prompts
 
-    def finished_episode(self, every: int = 1) -> bool:
-        """Whether the step just taken ended the `every`-th, 2 * `every`-th, … pass."""
-        stream, length = self._stream, every * self._stream.num_prompts
-        before = stream.position - stream.prompts_per_step
-        return stream.position // length > before // length
+    def finished_episode(self, every: int, since: int) -> bool:
+        """Whether the `every`-th, 2 * `every`-th, … pass ended since position `since`."""
+        length = every * self._stream.num_prompts
+        return self._stream.position // length > since // length
 
     def total_steps(self, num_episodes: int) -> int:
         """Steps after which every prompt has been taken at least `num_episodes` times."""

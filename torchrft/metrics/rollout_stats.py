@@ -12,9 +12,11 @@ from torchrft.types import Sample
 def rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
     """Rewards, their parts and response lengths over `samples`, which must not be empty.
 
+    Fillers do not count, unless there is nothing else.
     `reward/std` is the population's; lengths are in tokens; `response/truncated_ratio` is the share
     of responses that the length limit cut off.
     """
+    samples = [sample for sample in samples if not sample.filler] or samples
     rewards = [sample.score.value for sample in samples]
     lengths = [len(sample.completion.token_ids) for sample in samples]
     truncated = [sample.completion.finish_reason == "length" for sample in samples]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,7 +15,7 @@ class PhaseTimer:
     """Adds up the seconds spent in named phases.
 
     On CUDA the device is waited for at both ends of a phase, so that work is counted where it was
-    started. Phases may nest; each counts its whole time.
+    started. Phases may nest; each counts its whole time. `expected` ones are reported always.
 
     >>> timer = PhaseTimer(torch.device("cpu"))
     >>> with timer.phase("rollout"):
@@ -24,9 +24,10 @@ class PhaseTimer:
     ['time/rollout']
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, expected: Iterable[str] = ()) -> None:
         self._device = device
-        self._seconds: dict[str, float] = {}
+        self._expected = tuple(expected)
+        self._seconds = dict.fromkeys(self._expected, 0.0)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -39,7 +40,7 @@ class PhaseTimer:
 
     def pop(self) -> dict[str, float]:
         """{"time/<phase>": seconds} since the last `pop`, which starts from zero again."""
-        seconds, self._seconds = self._seconds, {}
+        seconds, self._seconds = self._seconds, dict.fromkeys(self._expected, 0.0)
         return {f"time/{name}": value for name, value in seconds.items()}
 
     def _now(self) -> float:

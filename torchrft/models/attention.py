@@ -31,6 +31,7 @@ Layout = Callable[[int, Tensor, Tensor, Tensor, float, int | None], Tensor]
 _VARLEN_HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
+@torch.compiler.disable  # layouts are Python objects that differ from batch to batch
 def attention(
     module: nn.Module,
     query: Tensor,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 
 from torchrft.models.policy import Inputs
+from torchrft.models.split import ModelMesh, joined, part_of, shared
 
 
 class ValueModel(nn.Module):
@@ -22,6 +23,7 @@ class ValueModel(nn.Module):
         assert isinstance(weight, Tensor)
         self.head = nn.Linear(weight.shape[1], 1, bias=False, dtype=weight.dtype)
         nn.init.zeros_(self.head.weight)
+        self.mesh: ModelMesh | None = None  # set by torchrft.parallel.parallelize
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Values float32 [M]: entry m is that of the state in which response token m was chosen."""
@@ -31,5 +33,11 @@ class ValueModel(nn.Module):
             use_cache=False,
             layout=inputs.layout,
         ).last_hidden_state
-        hidden = hidden.flatten(0, 1)[inputs.targets]
-        return torch.nn.functional.linear(hidden, self.head.weight).squeeze(-1).float()
+        ranks = None if self.mesh is None else self.mesh.all
+        rows = part_of(inputs.targets.numel(), ranks)
+        hidden = shared(hidden, ranks).flatten(0, 1)[inputs.targets[rows]]
+        weight = self.head.weight
+        if isinstance(weight, DTensor):  # each tp rank's gradient is that of its rows
+            weight = weight.to_local(grad_placements=[Partial()])
+        values = (hidden @ weight[0]).float()
+        return joined(values, rows, inputs.targets.numel(), ranks)

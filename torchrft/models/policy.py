@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from torchrft.models.attention import Layout
 from torchrft.models.logprobs import fused_linear_logprob, linear_logprob
+from torchrft.models.split import ModelMesh, joined, local_vocabulary, part_of, shared
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -71,6 +72,7 @@ class PolicyModel(nn.Module):
         super().__init__()
         refuse_unsupported(model)
         self.model = model
+        self.mesh: ModelMesh | None = None  # set by torchrft.parallel.parallelize
         self.temperature = temperature
         self.fused = fused
         self.chunk_size = chunk_size
@@ -84,10 +86,17 @@ class PolicyModel(nn.Module):
             use_cache=False,
             layout=inputs.layout,
         ).last_hidden_state
-        hidden = hidden.flatten(0, 1)[inputs.targets]
-        weight = self.model.get_output_embeddings().weight
+        # Over `sp` ranks each takes a part of the tokens, over `tp` ranks a part of the vocabulary.
+        sp, ranks = (None, None) if self.mesh is None else (self.mesh.sp, self.mesh.all)
+        rows = part_of(inputs.targets.numel(), sp)
+        hidden = shared(hidden, ranks).flatten(0, 1)[inputs.targets[rows]]
+        weight, vocabulary = local_vocabulary(self.model.get_output_embeddings().weight)
+        labels = inputs.labels[rows]
         if self.fused:
-            return fused_linear_logprob(
-                hidden, weight, inputs.labels, self.temperature, self.chunk_size
+            values = fused_linear_logprob(
+                hidden, weight, labels, self.temperature, self.chunk_size, vocabulary
             )
-        return linear_logprob(hidden, weight, inputs.labels, self.temperature)
+        else:
+            values = linear_logprob(hidden, weight, labels, self.temperature, vocabulary)
+        logprobs, entropy = (joined(v, rows, inputs.targets.numel(), sp) for v in values)
+        return logprobs, entropy

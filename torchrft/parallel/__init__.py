@@ -6,8 +6,12 @@ import torch
 from torch import nn
 
 from torchrft.config.job_config import Parallel
+from torchrft.parallel.activation_checkpoint import apply_activation_checkpointing
+from torchrft.parallel.compile import apply_compile
 from torchrft.parallel.fsdp import apply_fsdp, set_gradient_sync
 from torchrft.parallel.mesh import ParallelDims
+from torchrft.parallel.sequence_parallel import apply_sequence_parallel
+from torchrft.parallel.tensor_parallel import apply_tensor_parallel
 from torchrft.parallel.zero import sharding
 
 __all__ = ["ParallelDims", "parallelize", "set_gradient_sync"]
@@ -18,13 +22,35 @@ def parallelize(
     dims: ParallelDims,
     config: Parallel,
     dtype: torch.dtype = torch.float32,
+    *,
+    gradient_checkpointing: str | None = None,
+    compile: bool = False,
 ) -> nn.Module:
     """Spreads `model` over the ranks of `dims`, in place, and returns it.
 
-    Parameters keep their dtype (float32 master weights) and compute in `dtype`. One rank that
-    computes in the parameters' own dtype has nothing to shard or to cast: the model stays as it is.
+    `model` is a transformers model or a module that holds one. In this order: tensor and sequence
+    parallelism, activation checkpointing ("full" or "selective"), torch.compile, FSDP2. Parameters
+    keep their dtype (float32 master weights) and compute in `dtype`. One rank that computes in the
+    parameters' own dtype has nothing to shard or to cast: the model stays as it is.
+
+    A model whose forward takes part in the split (`PolicyModel`, `ValueModel`) has an attribute
+    `mesh`, which is set to the `ModelMesh` of the ranks that see the same samples.
     """
     parameter = next(model.parameters())
-    if dims.world_size > 1 or parameter.dtype != dtype:
-        apply_fsdp(model, dims.mesh(parameter.device.type), sharding(config), dtype)
+    device = parameter.device.type
+    if dims.model_ranks > 1:
+        ranks = dims.model_mesh(device)
+        if dims.tp > 1:
+            apply_tensor_parallel(model, dims.sharding_mesh(device)["tp"])
+        apply_sequence_parallel(model, ranks)
+        if hasattr(model, "mesh"):
+            setattr(model, "mesh", ranks)  # noqa: B010
+    if gradient_checkpointing is not None:
+        apply_activation_checkpointing(model, selective=gradient_checkpointing == "selective")
+    if compile:
+        apply_compile(model)
+    if dims.world_size > 1 or parameter.dtype != dtype or config.fsdp_cpu_offload:
+        names = ("dp_replicate", "fsdp") if dims.dp_replicate > 1 else "fsdp"
+        mesh = dims.sharding_mesh(device)[names]
+        apply_fsdp(model, mesh, sharding(config), dtype, config.fsdp_cpu_offload)
     return model

@@ -5,25 +5,33 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 
+from torchrft.parallel.modules import decoder_layers
 from torchrft.parallel.zero import Sharding
 
 
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks, as transformers names them in `_no_split_modules`."""
-    names: set[str] = set()
-    for module in model.modules():
-        names.update(getattr(module, "_no_split_modules", None) or ())
-    return [module for module in model.modules() if type(module).__name__ in names]
-
-
-def apply_fsdp(model: nn.Module, mesh: DeviceMesh, sharding: Sharding, dtype: torch.dtype) -> None:
+def apply_fsdp(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    sharding: Sharding,
+    dtype: torch.dtype,
+    cpu_offload: bool = False,
+) -> None:
     """Shards every decoder layer, then what is left, in place.
 
-    Parameters keep their dtype and are cast to `dtype` for computing; gradients are reduced in
-    float32.
+    `mesh` has one dimension, or two: replicas of shards (HSDP). Parameters keep their dtype and are
+    cast to `dtype` for computing; gradients are reduced in float32. With `cpu_offload` parameters,
+    gradients and optimizer state live in (pinned) host memory.
     """
+    pinned = mesh.device_type == "cuda"
+    offload = CPUOffloadPolicy(pin_memory=pinned) if cpu_offload else OffloadPolicy()
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for module in (*decoder_layers(model), model):
         fully_shard(
@@ -31,6 +39,7 @@ def apply_fsdp(model: nn.Module, mesh: DeviceMesh, sharding: Sharding, dtype: to
             mesh=mesh,
             mp_policy=policy,
             reshard_after_forward=sharding.reshard_after_forward,
+            offload_policy=offload,
         )
 
 

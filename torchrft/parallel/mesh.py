@@ -3,42 +3,88 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from torchrft.config.job_config import Parallel
+from torchrft.models.split import ModelMesh
+from torchrft.tools.distributed import DataRanks
 
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """The sizes of the mesh. Today there is one dimension, data parallelism with sharding."""
+    """The sizes of the mesh, outermost first. Their product is the number of ranks.
 
-    dp_shard: int
+    `dp_replicate` replicas are each sharded over `dp_shard` x `sp` ranks (FSDP2, HSDP); `sp` ranks
+    share a sequence and `tp` ranks a layer, so that `sp` x `tp` ranks see the same samples.
+
+    >>> ParallelDims(dp_shard=2, tp=2).world_size
+    4
+    """
+
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    sp: int = 1
+    tp: int = 1
 
     @classmethod
     def of(cls, config: Parallel, world_size: int) -> ParallelDims:
-        """The layout of `world_size` ranks.
+        """The layout of `world_size` ranks; dp_shard = -1 takes what the others leave.
 
         Raises ValueError, with the equation, for a layout that does not fill the ranks.
         """
-        other = config.tp_size * config.sp_size * config.dp_replicate
-        dp_shard = world_size // other if config.dp_shard == -1 else config.dp_shard
-        if dp_shard * other != world_size or other != 1:
+        others = config.dp_replicate * config.sp_size * config.tp_size
+        dp_shard = world_size // others if config.dp_shard == -1 else config.dp_shard
+        dims = cls(config.dp_replicate, dp_shard, config.sp_size, config.tp_size)
+        if dims.world_size != world_size:
             raise ValueError(
-                f"dp_shard {dp_shard} x other dimensions {other} must be world_size {world_size}, "
-                "and only dp_shard is available yet"
+                f"dp_replicate x dp_shard x sp_size x tp_size = {dims.dp_replicate} x "
+                f"{dims.dp_shard} x {dims.sp} x {dims.tp} = {dims.world_size} must be world_size = "
+                f"{world_size}"
             )
-        return cls(dp_shard)
+        return dims
 
     @property
     def world_size(self) -> int:
-        return self.dp_shard
+        return self.dp * self.model_ranks
 
     @property
     def dp(self) -> int:
-        """Ranks that see different samples."""
-        return self.dp_shard
+        """Parts that see different samples."""
+        return self.dp_replicate * self.dp_shard
 
-    def mesh(self, device_type: str) -> DeviceMesh:
-        """The mesh; needs an initialized process group."""
-        return init_device_mesh(device_type, (self.dp_shard,), mesh_dim_names=("dp_shard",))
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that see the same samples."""
+        return self.sp * self.tp
+
+    def sharding_mesh(self, device_type: str) -> DeviceMesh:
+        """Dimensions (dp_replicate, fsdp, tp), where fsdp = dp_shard x sp. Collective."""
+        shape = (self.dp_replicate, self.dp_shard * self.sp, self.tp)
+        return _mesh(device_type, shape, ("dp_replicate", "fsdp", "tp"), dist.group.WORLD)
+
+    def model_mesh(self, device_type: str) -> ModelMesh:
+        """The ranks that see the same samples as this one. Collective."""
+        world = dist.group.WORLD
+        split = _mesh(device_type, (self.dp, self.sp, self.tp), ("dp", "sp", "tp"), world)
+        joint = _mesh(device_type, (self.dp, self.model_ranks), ("dp", "model"), world)
+        return ModelMesh(split["sp"], joint["model"])
+
+    def data_ranks(self, device_type: str) -> DataRanks:
+        """This rank's place among those with other samples. Collective."""
+        if self.model_ranks == 1:
+            rank = dist.get_rank() if dist.is_initialized() else 0
+            return DataRanks(rank, self.dp, None)
+        shape = (self.dp, self.model_ranks)
+        mesh = _mesh(device_type, shape, ("dp", "model"), dist.group.WORLD)
+        return DataRanks(mesh.get_local_rank("dp"), self.dp, mesh.get_group("dp"))
+
+
+@lru_cache(maxsize=8)
+def _mesh(
+    device_type: str, shape: tuple[int, ...], names: tuple[str, ...], world: object
+) -> DeviceMesh:
+    # One mesh for all models of a process group (`world` is only a key): each makes new groups.
+    return init_device_mesh(device_type, shape, mesh_dim_names=names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -13,6 +14,10 @@ import numpy as np
 from torchrft.config.job_config import RewardFunction
 from torchrft.rewards.registry import REWARDS, RewardCallable, arguments_of
 from torchrft.types import Completion, Prompt, Score
+
+
+class RewardError(RuntimeError):
+    """A reward function raised, or returned what is no finite number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +43,13 @@ class RewardSource:
         try:
             value = self.function(**{name: available[name] for name in self.arguments})
         except Exception as error:
-            raise RuntimeError(f"{where}: {type(error).__name__}: {error}") from error
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            raise RewardError(
+                f"{where}: {type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
+            ) from error
         number = _as_float(value)
         if not math.isfinite(number):
-            raise ValueError(f"{where}: a reward must be a finite number, got {value!r:.80}")
+            raise RewardError(f"{where}: a reward must be a finite number, got {value!r:.80}")
         return number
 
 
@@ -54,8 +62,8 @@ class Scorer:
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Score]:
         """One score per completion, in their order; `parts` are the unweighted rewards by name.
 
-        Raises ValueError for a reward that is no finite number and RuntimeError for an exception in
-        a reward function; both name the function and the prompt's row.
+        Raises RewardError for a reward that is no finite number and for an exception in a reward
+        function, naming the function and the prompt's row.
         """
         scores = []
         for completion in completions:

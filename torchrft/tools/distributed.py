@@ -22,6 +22,10 @@ T = TypeVar("T")
 _started_here = False
 
 
+class RankError(RuntimeError):
+    """Another rank failed, and said why."""
+
+
 @dataclass(frozen=True, slots=True)
 class World:
     """This process among all processes of the job.
@@ -38,6 +42,46 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+
+@dataclass(frozen=True)
+class DataRanks:
+    """This rank's place among those that see other samples: `rank` of `size`.
+
+    Ranks that share samples (tensor and sequence parallelism) have the same place. `group` None
+    means all ranks.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    @classmethod
+    def all(cls) -> DataRanks:
+        """Every rank has samples of its own."""
+        return cls(get_rank(), get_world_size())
+
+    def sum(self, values: Mapping[str, float], phase: str) -> dict[str, float]:
+        """Sums over `size` ranks, in float64. All must pass the same keys."""
+        return _all_reduce(values, dist.ReduceOp.SUM, phase, self.group)
+
+    def sum_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over the ranks, in float64, on the tensor's device."""
+        if self.size == 1:
+            return tensor
+        total = tensor.detach().to("cpu", torch.float64)
+        with _waiting("sum over ranks"):
+            dist.all_reduce(total, group=self.group)
+        return total.to(tensor.device)
+
+    def gather(self, value: T, phase: str = "gather") -> list[T]:
+        """The `value` of each of the ranks, in their order. Values must be picklable."""
+        if self.size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.size
+        with _waiting(phase):
+            dist.all_gather_object(gathered, value, group=self.group)
+        return gathered
 
 
 def setup(timeout_seconds: float = 1800.0) -> World:
@@ -108,7 +152,10 @@ def _waiting(phase: str) -> Iterator[None]:
 
 
 def _all_reduce(
-    values: Mapping[str, float], op: dist.ReduceOp.RedOpType, phase: str
+    values: Mapping[str, float],
+    op: dist.ReduceOp.RedOpType,
+    phase: str,
+    group: dist.ProcessGroup | None = None,
 ) -> dict[str, float]:
     if get_world_size() == 1:
         return dict(values)
@@ -116,7 +163,7 @@ def _all_reduce(
     names = sorted(values)
     packed = torch.tensor([float(values[name]) for name in names], dtype=torch.float64)
     with _waiting(phase):
-        dist.all_reduce(packed, op)
+        dist.all_reduce(packed, op, group=group)
     reduced = dict(zip(names, packed.tolist(), strict=True))
     return {name: reduced[name] for name in values}
 
@@ -129,16 +176,6 @@ def all_reduce_sum(values: Mapping[str, float], phase: str = "all_reduce_sum") -
 def all_reduce_max(values: Mapping[str, float], phase: str = "all_reduce_max") -> dict[str, float]:
     """Maxima over ranks, in one float64 collective. All ranks must pass the same keys."""
     return _all_reduce(values, dist.ReduceOp.MAX, phase)
-
-
-def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor over ranks, in float64, on the tensor's device."""
-    if get_world_size() == 1:
-        return tensor
-    total = tensor.detach().to("cpu", torch.float64)
-    with _waiting("sum over ranks"):
-        dist.all_reduce(total)
-    return total.to(tensor.device)
 
 
 def any_rank(flag: bool, phase: str = "any_rank") -> bool:
@@ -177,7 +214,7 @@ def on_main(function: Callable[[], T], phase: str) -> T:
     """Run `function` on rank 0 alone and return its result on every rank.
 
     Raises:
-        Exception: on rank 0 what `function` raised, on the others RuntimeError with its text; so a
+        Exception: on rank 0 what `function` raised, on the others RankError with its text; so a
             full disk on rank 0 ends the job instead of leaving the others waiting.
     """
     if get_world_size() == 1:
@@ -194,7 +231,7 @@ def on_main(function: Callable[[], T], phase: str) -> T:
     if raised is not None:
         raise raised
     if kind == "error":
-        raise RuntimeError(f"rank 0 failed in phase {phase!r}: {value}")
+        raise RankError(f"rank 0 failed in phase {phase!r}: {value}")
     return value
 
 
@@ -202,7 +239,7 @@ def on_all(function: Callable[[], T], phase: str) -> list[T]:
     """Run `function` on every rank and return all results, in rank order, on every rank.
 
     Raises:
-        Exception: what `function` raised here, or RuntimeError naming the rank where it failed.
+        Exception: what `function` raised here, or RankError naming the rank where it failed.
     """
     if get_world_size() == 1:
         return [function()]
@@ -218,5 +255,5 @@ def on_all(function: Callable[[], T], phase: str) -> list[T]:
         raise raised
     for rank, (failure, _) in enumerate(outcomes):
         if failure is not None:
-            raise RuntimeError(f"rank {rank} failed in phase {phase!r}: {failure}")
+            raise RankError(f"rank {rank} failed in phase {phase!r}: {failure}")
     return [value for _, value in outcomes]

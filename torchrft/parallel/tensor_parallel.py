@@ -1,0 +1,130 @@
+"""Tensor parallelism with sequence-parallel norms, by DTensor (arXiv:1909.08053, 2205.05198).
+
+Between the sharded blocks of a layer each rank holds a part of the sequence, so norms and residuals
+are computed once and not on every rank. The plan comes from the model itself: transformers lists
+the projections in `base_model_tp_plan`, all else follows from the shape of a decoder layer.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+from transformers import PreTrainedModel
+
+from torchrft.parallel.modules import decoder_layers, decoder_of
+
+_SEQUENCE = Shard(1)
+# It recommends flat meshes for what only happens once a step, or when weights are gathered.
+logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+
+
+def _style(name: str) -> ParallelStyle | None:
+    """The DTensor style that transformers calls `name`."""
+    styles: dict[str, ParallelStyle] = {
+        "colwise": ColwiseParallel(),
+        "rowwise": RowwiseParallel(output_layouts=_SEQUENCE),
+        # Norms of single heads: each rank has its own heads, and a part of the gradient.
+        "replicated_with_grad_allreduce": SequenceParallel(sequence_dim=2, use_local_output=True),
+    }
+    return styles.get(name)
+
+
+def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Shards the model over `mesh` (one dimension), in place. Tied embeddings stay tied.
+
+    Afterwards every parameter is a DTensor. The decoder takes inputs of a length that the ranks
+    divide and returns each rank's part of the sequence; see `sequence_parallel`.
+    Raises ValueError for a model without a plan, or whose heads the ranks do not divide.
+    """
+    decoder = decoder_of(model)
+    plan = getattr(decoder.config, "base_model_tp_plan", None) or {}
+    _check(decoder, plan, mesh.size())
+    inner = {pattern.split(".")[2] for pattern in plan if pattern.startswith("layers.*.")}
+    styles = {pattern: style for pattern, name in plan.items() if (style := _style(name))}
+    parallelize_module(decoder, mesh, styles)
+    for layer in decoder_layers(decoder):
+        parallelize_module(layer, mesh, _layer_plan(layer, inner))
+    embedding, head = decoder.get_input_embeddings(), _head_of(model)
+    tied = head is not None and head.weight is embedding.weight
+    tops: dict[str, ParallelStyle] = {
+        name: SequenceParallel(use_local_output=True)
+        for name, child in decoder.named_children()
+        if "Norm" in type(child).__name__
+    }
+    parallelize_module(decoder, mesh, tops)
+    row = RowwiseParallel(input_layouts=Replicate(), output_layouts=_SEQUENCE)
+    parallelize_module(embedding, mesh, row)
+    if head is not None:
+        weight = embedding.weight
+        if not tied:
+            weight = nn.Parameter(
+                distribute_tensor(head.weight.detach(), mesh, [Shard(0)]),
+                requires_grad=head.weight.requires_grad,
+            )
+        head.register_parameter("weight", weight)
+    _replicate_the_rest(model, mesh)
+
+
+def _check(decoder: PreTrainedModel, plan: dict[str, str], size: int) -> None:
+    kind = type(decoder).__name__
+    unknown = sorted({name for name in plan.values() if _style(name) is None})
+    if not plan or unknown:
+        what = f"has {', '.join(unknown)} in its" if unknown else "has no"
+        raise ValueError(
+            f"tp_size = {size}: {kind} {what} base_model_tp_plan, which torchrft cannot shard; "
+            "use tp_size = 1 with fsdp or zero_stage = 3"
+        )
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(decoder.config, name, None)
+        if heads is not None and heads % size:
+            raise ValueError(
+                f"tp_size = {size} must divide {name} = {heads} of {kind}: {heads} % {size} = "
+                f"{heads % size}; use a divisor of {heads}"
+            )
+
+
+def _layer_plan(layer: nn.Module, inner: set[str]) -> dict[str, ParallelStyle]:
+    """Norms on parts of the sequence; attention and MLP get the whole of it."""
+    plan: dict[str, ParallelStyle] = {}
+    for name, child in layer.named_children():
+        if name not in inner and "Norm" in type(child).__name__:
+            plan[name] = SequenceParallel(use_local_output=True)
+        elif name in inner and "attn" in name:
+            plan[name] = PrepareModuleInput(
+                input_kwarg_layouts={"hidden_states": _SEQUENCE},
+                desired_input_kwarg_layouts={"hidden_states": Replicate()},
+            )
+        elif name in inner:
+            plan[name] = PrepareModuleInput(
+                input_layouts=(_SEQUENCE,), desired_input_layouts=(Replicate(),)
+            )
+    return plan
+
+
+def _head_of(model: nn.Module) -> Any:
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            return module.get_output_embeddings()
+    return None
+
+
+def _replicate_the_rest(model: nn.Module, mesh: DeviceMesh) -> None:
+    """All parameters on one mesh, which clipping by their joint norm needs."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not isinstance(parameter, DTensor):
+                whole = distribute_tensor(parameter.detach(), mesh, [Replicate()])
+                new = nn.Parameter(whole, requires_grad=parameter.requires_grad)
+                module.register_parameter(name, new)
