@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torchrft.algorithms.aggregation import Denominators
 from torchrft.config.job_config import Rollout, Training
 from torchrft.data.packing import MicroBatch, build, plan
+from torchrft.optim.offload import StateOffload
 from torchrft.optim.optimizer import clip_gradients
 from torchrft.parallel import set_gradient_sync
 from torchrft.tools.distributed import DataRanks, all_reduce_max, get_world_size
@@ -28,7 +29,8 @@ class OptimizerStep:
 
     `max_len` bounds a sample's tokens. `reduce_every_micro_batch` is False for ZeRO stage 1, where
     gradients stay local until the last micro-batch of an optimizer step. `ranks` have samples of
-    their own (by default all), `tp` ranks share each parameter.
+    their own (by default all), `tp` ranks share each parameter. With `adam_offload` the optimizer's
+    state is on the host between `rest` and `prepare`.
     """
 
     def __init__(
@@ -43,16 +45,20 @@ class OptimizerStep:
         reduce_every_micro_batch: bool,
         ranks: DataRanks | None = None,
         tp: int = 1,
+        adam_offload: bool = False,
     ) -> None:
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.training, self.rollout = training, rollout
         self.max_norm, self.max_len = max_norm, max_len
         self.reduce_every_micro_batch = reduce_every_micro_batch
+        self.offload = StateOffload(optimizer) if adam_offload else None
         self.ranks = ranks or DataRanks.all()
         self.gradient_ranks = get_world_size() // tp  # that FSDP2 averages gradients over
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, optimizer state and schedule, sharded as they are."""
+        if self.offload is not None:
+            self.offload.wait()
         model, optimizer = get_state_dict(self.model, self.optimizer)
         schedule = self.scheduler.state_dict()
         return {"model": model, "optimizer": optimizer, "scheduler": schedule}
@@ -82,6 +88,16 @@ class OptimizerStep:
         self.scheduler._last_lr = rates
         for group, saved, rate in zip(self.optimizer.param_groups, options, rates, strict=True):
             group.update(saved, lr=rate)
+
+    def rest(self) -> None:
+        """No step is due soon: the optimizer's state may leave the device."""
+        if self.offload is not None:
+            self.offload.offload()
+
+    def prepare(self) -> None:
+        """A step is due soon."""
+        if self.offload is not None:
+            self.offload.prefetch()
 
     def rows(self, samples: int) -> list[list[int]]:
         """This rank's samples of each optimizer step of one pass over a rollout."""
@@ -127,6 +143,8 @@ class OptimizerStep:
         norm = float(clip_gradients(self.model, self.max_norm))
         usable = usable and _finite(norm) and _finite(metrics["loss"])
         if usable:
+            if self.offload is not None:
+                self.offload.wait()
             self.optimizer.step()
         with warnings.catch_warnings():
             # torch misses a call of optimizer.step when the very first step is skipped.

@@ -110,7 +110,9 @@ class Trainer:
             init = model.init if model.ref_pretrain is None else "pretrained"
             reference = self._policy(model.ref_pretrain or model.pretrain, init, self.dtype)
             reference.requires_grad_(False)
-        self.policy = self._policy(model.pretrain, model.init, torch.float32)
+        # With use_mp_opt the float32 master weights are the optimizer's.
+        self.master = torch.bfloat16 if config.optimizer.use_mp_opt else torch.float32
+        self.policy = self._policy(model.pretrain, model.init, self.master)
         actor = self._stepper(self.policy, config.optimizer.actor_learning_rate)
         self.update = PolicyUpdate(actor, reference, config.algorithm, budget)
         self.estimator = advantages.ESTIMATORS.get(self.update.preset.estimator)
@@ -126,7 +128,7 @@ class Trainer:
         self.critic: CriticUpdate | None = None
         if advantages.needs_values(self.update.preset.estimator):
             init = model.init if model.critic_pretrain is None else "pretrained"
-            loaded = self._load(model.critic_pretrain or model.pretrain, init, torch.float32)
+            loaded = self._load(model.critic_pretrain or model.pretrain, init, self.master)
             critic = ValueModel(loaded).to(self.world.device)
             self._parallelize(critic)
             stepper = self._stepper(critic, config.optimizer.critic_learning_rate)
@@ -175,7 +177,9 @@ class Trainer:
         samples = config.rollout.rollout_batch_size * config.rollout.n_samples_per_prompt
         optimizer_steps = self.schedule_steps * samples * training.max_epochs
         total = max(1, -(-optimizer_steps // training.train_batch_size))
-        optimizer = build_optimizer(model, config.optimizer, learning_rate)
+        optimizer = build_optimizer(
+            model, config.optimizer, learning_rate, config.optimizer.use_mp_opt
+        )
         return OptimizerStep(
             model,
             optimizer,
@@ -187,6 +191,7 @@ class Trainer:
             reduce_every_micro_batch=sharding(config.parallel).reduce_every_micro_batch,
             ranks=self.ranks,
             tp=self.dims.tp,
+            adam_offload=config.optimizer.adam_offload,
         )
 
     def _build_rollout(self) -> None:
@@ -271,6 +276,8 @@ class Trainer:
         self.pending += self.collector.share(samples)
         self.pending_rollouts += 1
         if self._batch_is_full():
+            for stepper in self._steppers():
+                stepper.prepare()
             batch = make_batch(
                 self.pending, self.world.device, self.config.algorithm.overlong_filtering
             )
@@ -286,12 +293,18 @@ class Trainer:
                     metrics |= self.critic.run(batch)
                 frozen = self.step < self.config.training.freezing_actor_steps
                 metrics |= self.update.run(batch, frozen)
+                for stepper in self._steppers():
+                    stepper.rest()
         else:
             metrics |= self.update.waiting()
         self.step += 1
         with self.timer.phase("weight_sync"):
             self._sync_weights()
         return metrics
+
+    def _steppers(self) -> list[OptimizerStep]:
+        critic = [] if self.critic is None else [self.critic.stepper]
+        return [self.update.stepper, *critic]
 
     def _measured_step(self) -> dict[str, float]:
         """A step with what surrounds it: evaluation, times, throughput and memory."""

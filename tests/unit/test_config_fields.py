@@ -53,8 +53,9 @@ FIELD_PROOF: dict[str, str] = {
     "seed": UNIT + "data_loader.py::test_order_is_fixed_by_the_seed_for_good",
     "deterministic": UNIT + "trainer.py::test_deterministic_sets_torchs_switch",
     "bf16": UNIT + "parallel_fsdp.py::test_bf16_computes_in_bfloat16",
-    "compile": LATER,
-    "gradient_checkpointing": LATER,
+    "compile": UNIT + "parallel_compile.py::test_twenty_ragged_steps_compile_once",
+    "gradient_checkpointing": UNIT + "parallel_memory.py::test_checkpointing_keeps_less",
+    "checkpointing_mode": UNIT + "parallel_memory.py::test_checkpointing_keeps_less",
     "fused_linear_logprob": UNIT + "models_policy.py::test_fused_log_probs_are_the_same",
     "chunk_size": UNIT + "models_logprobs.py::test_chunk_size_bounds_the_logits",
     # optimizer
@@ -66,8 +67,8 @@ FIELD_PROOF: dict[str, str] = {
     "max_norm": UNIT + "optim.py::test_clip_by_max_norm",
     "l2": UNIT + "optim.py::test_weight_decay_on_matrices_only",
     "adam_betas": UNIT + "optim.py::test_adam_betas",
-    "adam_offload": LATER,
-    "use_mp_opt": LATER,
+    "adam_offload": UNIT + "optim_offload.py::test_a_run_with_offload_is_the_same",
+    "use_mp_opt": UNIT + "optim_offload.py::test_master_weights_keep_what_bf16_would_lose",
     # rollout
     "engine_type": LATER,
     "rollout_batch_size": UNIT + "trainer.py::test_rollout_has_the_configured_size",
@@ -136,10 +137,10 @@ FIELD_PROOF: dict[str, str] = {
     # parallel
     "zero_stage": UNIT + "parallel_zero.py::test_stages_shard_differently_and_train_alike",
     "fsdp": UNIT + "parallel_zero.py::test_fsdp_shards_fully",
-    "fsdp_cpu_offload": LATER,
-    "sp_size": LATER,
-    "tp_size": LATER,
-    "dp_replicate": LATER,
+    "fsdp_cpu_offload": UNIT + "parallel_memory.py::test_cpu_offload_keeps_shards_on_the_host",
+    "sp_size": UNIT + "parallel_layouts.py::test_every_layout_takes_the_same_steps",
+    "tp_size": UNIT + "parallel_layouts.py::test_every_layout_takes_the_same_steps",
+    "dp_replicate": UNIT + "parallel_memory.py::test_replicas_are_sharded_within",
     "dp_shard": UNIT + "config_validation.py::test_errors",
     "collective_timeout": UNIT
     + "tools_distributed.py::test_a_wait_has_a_deadline_and_names_phase_and_rank",

@@ -250,6 +250,11 @@ NEED_CASES = {
     "system_prompt": ("s", {"apply_chat_template": True}, {}),
     "max_tokens_per_microbatch": (8192, {"packing_samples": True}, {}),
     "chunk_size": (4096, {"fused_linear_logprob": True}, {}),
+    "checkpointing_mode": (
+        "selective",
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": False},
+    ),
     "lr_min_ratio": (0.1, {"lr_decay": "linear"}, {"lr_decay": "constant"}),
     "engine_mem_util": (0.5, {"engine_type": "vllm"}, {"engine_type": "native"}),
     "use_mp_opt": (True, {"bf16": True}, {"bf16": False}),
@@ -319,10 +324,10 @@ def test_tables_of_what_is_not_available_name_real_fields_and_their_defaults():
 
 def test_unavailable_names_the_remedy():
     assert unavailable(make(engine_type="native")) == []
-    assert unavailable(make(engine_type="sglang", tp_size=2, images_key="image")) == [
+    assert unavailable(make(engine_type="sglang", engine_tp_size=2, images_key="image")) == [
         '[rollout] engine_type = "sglang" is not available yet in this version; use "native"',
+        "[rollout] engine_tp_size = 2 is not available yet in this version; use 1",
         '[data] images_key = "image" is not available yet in this version; leave it out',
-        "[parallel] tp_size = 2 is not available yet in this version; use 1",
     ]
 
 

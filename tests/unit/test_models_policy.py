@@ -86,7 +86,7 @@ def test_fused_log_probs_are_the_same(packed, monkeypatch):
     fused_linear_logprob = policy.fused_linear_logprob
 
     def spy(*args):
-        chunks.append(args[-1])
+        chunks.append(args[4])
         return fused_linear_logprob(*args)
 
     monkeypatch.setattr(policy, "fused_linear_logprob", spy)

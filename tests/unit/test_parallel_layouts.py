@@ -1,9 +1,13 @@
 """Every layout of four ranks against one process: three steps of GRPO, to 1e-5."""
 
+from functools import partial
+
 import pytest
 import torch
 from helpers import run_ranks
 from tiny_policy import full_weights, make_samples, make_update, with_advantages
+
+from torchrft import parallel
 
 PACKED = {"packing_samples": True, "max_tokens_per_microbatch": 30, "max_len": 20}
 PADDED = {"packing_samples": False, "micro_train_batch_size": 2}
@@ -36,7 +40,7 @@ LAYOUTS = {
 COMPILED = {
     "compile dp4": {"compile": True},
     "compile tp2 sp2": {"compile": True, "gradient_checkpointing": True} | TP | SP,
-}
+}  # with inductor: test_parallel_compile.py
 FAMILIES = {
     "llama": {"family": "llama"},
     "qwen2": {"family": "qwen2", "tie_word_embeddings": True},
@@ -86,6 +90,17 @@ def test_every_layout_takes_the_same_steps(name):
     for ranks in run_ranks(all_layouts, 4, family, LAYOUTS, timeout=400):
         for layout, found in ranks.items():
             assert_equal(found, alone, layout)
+
+
+def compiled_layouts(rank, family):
+    parallel.apply_compile = partial(parallel.apply_compile, backend="aot_eager")
+    return all_layouts(rank, family, COMPILED)
+
+
+def test_compiled_layers_take_the_same_steps():
+    alone = three_steps(0, 1, FAMILIES["qwen2"], {})
+    for layout, found in run_ranks(compiled_layouts, 4, FAMILIES["qwen2"], timeout=300)[0].items():
+        assert_equal(found, alone, layout)
 
 
 def more_families(rank):

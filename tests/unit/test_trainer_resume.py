@@ -153,7 +153,13 @@ def test_the_reference_run_is_worth_comparing_with(never_stopped):
         assert all(line["grad_norm"] > 0 for line in trained)
     assert never_stopped("plain").saved == [6, 8]
     waiting = everything_in(never_stopped("pending").run / "checkpoints" / "step-8")
-    assert waiting["progress"] == {"step": 8, "pending": [], "pending_rollouts": 0}
+    batches = {"rollout_batch_size": 4, "n_samples_per_prompt": 4, "train_batch_size": 32}
+    assert waiting["progress"] == {
+        "step": 8,
+        "pending": [],
+        "pending_rollouts": 0,
+        "batches": batches,
+    }
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,6 @@ AVAILABLE_VALUES: dict[str, tuple[object, ...]] = {
     "images_key": (None,),
     "mixed_mm_data": (False,),
     "processor": (None,),
-    "adam_offload": (False,),
-    "use_mp_opt": (False,),
 }
 
 

@@ -196,6 +196,12 @@ def _combinations(config: JobConfig, world_size: int) -> Iterator[Finding]:
             True,
             f"{label(config, 'zero_stage')} and fsdp = true exclude each other; leave one out",
         )
+    if config.parallel.fsdp_cpu_offload and config.optimizer.adam_offload:
+        yield Finding(
+            True,
+            f"{label(config, 'adam_offload')} moves what fsdp_cpu_offload = true keeps in host "
+            "memory anyway; leave one out",
+        )
     if algorithm.kl_controller == "adaptive" and not algorithm.init_kl_coef:
         yield Finding(
             True,

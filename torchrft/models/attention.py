@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
+from torchrft.parallel.sequence_parallel import Split
+
 NAME = "torchrft"
 Layout = Callable[[int, Tensor, Tensor, Tensor, float, int | None], Tensor]
 
@@ -42,9 +44,12 @@ def attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     layout: Layout | None = None,
+    split: Split | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The function transformers calls in every attention layer; returns ([B, T, H, D], None).
+
+    With `split` (sequence parallelism) it gets a part of the sequence, and returns that part.
 
     Raises ValueError for what would silently change the result: an attention mask, dropout,
     attention sinks or soft-capped scores.
@@ -57,7 +62,10 @@ def attention(
         raise ValueError(f"{type(module).__name__} uses {what}, which torchrft does not support")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     layer: int = module.layer_idx  # type: ignore[assignment]
-    return (layout or padded)(layer, query, key, value, scale, sliding_window), None
+    if split is not None:
+        query, key, value = split.whole(query, key, value)
+    out = (layout or padded)(layer, query, key, value, scale, sliding_window)
+    return out if split is None else split.part(out), None
 
 
 AttentionInterface.register(NAME, attention)

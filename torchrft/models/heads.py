@@ -7,7 +7,8 @@ from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 
 from torchrft.models.policy import Inputs
-from torchrft.models.split import ModelMesh, joined, part_of, shared
+from torchrft.models.split import joined, part_of, shared
+from torchrft.parallel.mesh import ModelMesh
 
 
 class ValueModel(nn.Module):

@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from torchrft.models.attention import Layout
 from torchrft.models.logprobs import fused_linear_logprob, linear_logprob
-from torchrft.models.split import ModelMesh, joined, local_vocabulary, part_of, shared
+from torchrft.models.split import joined, local_vocabulary, part_of, shared
+from torchrft.parallel.mesh import ModelMesh
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from torchrft.models.logprobs import Vocabulary
-
-
-@dataclass(frozen=True)
-class ModelMesh:
-    """The ranks that see the same samples, in meshes of one dimension: those that share a
-    sequence, and with the tensor-parallel ones, all of them."""
-
-    sp: DeviceMesh
-    all: DeviceMesh
 
 
 def shared(tensor: Tensor, mesh: DeviceMesh | None) -> Tensor:

@@ -2,35 +2,81 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
 
 from torchrft.config.job_config import Optimizer
 
 
-def build_optimizer(model: nn.Module, config: Optimizer, lr: float) -> torch.optim.AdamW:
+def build_optimizer(
+    model: nn.Module, config: Optimizer, lr: float, master_weights: bool = False
+) -> torch.optim.AdamW:
     """AdamW (arXiv:1711.05101) with weight decay `l2` on matrices only, not on biases and norms.
 
-    Frozen parameters are left out.
+    Frozen parameters are left out. With `master_weights` the optimizer holds float32 copies of
+    parameters of a lower precision, trains those and rounds them back.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.l2},
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(
+    kind = MasterAdamW if master_weights else torch.optim.AdamW
+    optimizer = kind(
         [group for group in groups if group["params"]], lr=lr, betas=config.adam_betas, fused=True
     )
+    dtype = torch.float32 if master_weights else None
     for parameter in trained:
         # AdamW would make the same at its first step. Made here, a checkpoint before that step has
         # it too, and torch.distributed.checkpoint need not take a trial step to get it.
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
+            "exp_avg": torch.zeros_like(parameter, dtype=dtype),
+            "exp_avg_sq": torch.zeros_like(parameter, dtype=dtype),
         }
+        if master_weights:
+            optimizer.state[parameter]["master"] = parameter.detach().float().clone()
     return optimizer
+
+
+class MasterAdamW(torch.optim.AdamW):
+    """AdamW whose state holds a float32 "master" of each parameter."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            trained = [p for p in group["params"] if p.grad is not None]
+            states = [self.state[p] for p in trained]
+            adamw(
+                [state["master"] for state in states],
+                [p.grad.float() for p in trained],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [state["step"] for state in states],
+                fused=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+            for parameter, state in zip(trained, states, strict=True):
+                parameter.copy_(state["master"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As AdamW's, which would round the state to the parameters' dtype."""
+        super().load_state_dict(state_dict)
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            for index, parameter in zip(saved["params"], group["params"], strict=True):
+                self.state[parameter] = dict(state_dict["state"][index])
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:

@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import torch
+import torch.nn.attention.varlen  # defines its operator
 from torch import nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,

@@ -7,11 +7,11 @@ from torch import nn
 from torchrft.parallel.modules import decoder_layers
 
 
-def apply_compile(model: nn.Module) -> None:
+def apply_compile(model: nn.Module, backend: str = "inductor") -> None:
     """Compiles every decoder layer for any sequence length; equal layers share the code.
 
     Attention stays outside of the graph (its layout differs from batch to batch), so that a layer
     becomes two graphs, both with a dynamic length.
     """
     for layer in decoder_layers(model):
-        layer.compile(dynamic=True)
+        layer.compile(dynamic=True, backend=backend)

@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from torchrft.config.job_config import Parallel
-from torchrft.models.split import ModelMesh
 from torchrft.tools.distributed import DataRanks
 
 
@@ -80,6 +79,15 @@ class ParallelDims:
         shape = (self.dp, self.model_ranks)
         mesh = _mesh(device_type, shape, ("dp", "model"), dist.group.WORLD)
         return DataRanks(mesh.get_local_rank("dp"), self.dp, mesh.get_group("dp"))
+
+
+@dataclass(frozen=True)
+class ModelMesh:
+    """The ranks that see the same samples, in meshes of one dimension: those that share a
+    sequence, and with the tensor-parallel ones, all of them."""
+
+    sp: DeviceMesh
+    all: DeviceMesh
 
 
 @lru_cache(maxsize=8)

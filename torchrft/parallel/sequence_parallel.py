@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from torchrft.models.attention import Layout, padded
-from torchrft.models.split import ModelMesh
+from torchrft.parallel.mesh import ModelMesh
 from torchrft.parallel.modules import decoder_of
 
 
@@ -54,8 +53,8 @@ class _Hooks:
         pad = -self.length % self.mesh.all.size()
         parts, part = self.mesh.sp.size(), self.mesh.sp.get_local_rank()
         ids, positions = (F.pad(x, (0, pad)).chunk(parts, dim=1)[part] for x in (ids, positions))
-        layout = Split(kwargs.get("layout") or padded, self.mesh.sp, self.length, pad)
-        return args, {**kwargs, "input_ids": ids, "position_ids": positions, "layout": layout}
+        split = Split(self.mesh.sp, self.length, pad)
+        return args, {**kwargs, "input_ids": ids, "position_ids": positions, "split": split}
 
     def after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -70,22 +69,15 @@ class _Hooks:
 
 @dataclass(frozen=True)
 class Split:
-    """An attention layout on sequences of `length` that are split over `mesh`, padded by `pad`."""
+    """How attention gets whole sequences, and gives its part back: sequences of `length`, padded by
+    `pad`, are split over `mesh`."""
 
-    layout: Layout
     mesh: DeviceMesh
     length: int
     pad: int
 
-    def __call__(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: float,
-        window: int | None,
-    ) -> Tensor:
+    def whole(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, H, part, D] of this rank's part of the sequence as [B, H / ranks, length, D]."""
         # Fewer key heads than ranks: repeated until every rank has one. Query head h still finds
         # its own, at h // (queries per key).
         times = self.mesh.size() // math.gcd(self.mesh.size(), key.shape[1])
@@ -93,7 +85,10 @@ class Split:
         query, key, value = (
             self._move(x, Shard(2), Shard(1))[:, :, : self.length] for x in (query, key, value)
         )
-        out = self.layout(layer, query, key, value, scale, window)
+        return query, key, value
+
+    def part(self, out: Tensor) -> Tensor:
+        """[B, length, H / ranks, D] as [B, part, H, D]."""
         return self._move(F.pad(out, (0, 0, 0, 0, 0, self.pad)), Shard(2), Shard(1))
 
     def _move(self, x: Tensor, source: Shard, target: Shard) -> Tensor:

@@ -1,0 +1,113 @@
+"""What is kept, recomputed and sharded."""
+
+import pytest
+import tiny
+import torch
+from helpers import run_ranks
+from torch.distributed.tensor import Replicate, Shard
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchrft.config.job_config import Parallel
+from torchrft.data.packing import build
+from torchrft.models.policy import PolicyModel
+from torchrft.parallel import ParallelDims, parallelize
+
+MATMULS = ("aten.mm.default", "aten.addmm.default")
+
+
+class CountMatmuls(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count += str(op) in MATMULS
+        return op(*args, **(kwargs or {}))
+
+
+def matmuls_of_backward(mode):
+    model = PolicyModel(tiny.model("llama"))
+    parallelize(model, ParallelDims(), Parallel(), gradient_checkpointing=mode)
+    batch = tiny.batch([(3, [2, 4]), (5, [1])])
+    logprobs, _ = model(build(batch, [0, 1, 2], True, batch.mask.shape[1]))
+    with CountMatmuls() as counter:
+        logprobs.sum().backward()
+    return counter.count
+
+
+def test_checkpointing_keeps_less():
+    """A layer has 7 matmuls; of the 14 all are computed again, or every other one is kept.
+
+    The last ones of a layer need not be: nothing in the backward pass uses their result.
+    """
+    plain, full, selective = map(matmuls_of_backward, (None, "full", "selective"))
+    assert plain == 2 * (14 + 1)  # a gradient each of weight and input, and the head
+    assert full - plain in (12, 14)
+    assert 4 <= selective - plain <= 8
+
+
+def hsdp(rank):
+    model = PolicyModel(tiny.model("llama"))
+    dims = ParallelDims(dp_replicate=2, dp_shard=2)
+    parallelize(model, dims, Parallel(dp_replicate=2))
+    whole = tiny.model("llama")
+    local = sum(p.to_local().numel() for p in model.parameters())
+    return (
+        {tuple(p.placements) for p in model.parameters()},
+        local / sum(p.numel() for p in whole.parameters()),
+    )
+
+
+def test_replicas_are_sharded_within():
+    for placements, share in run_ranks(hsdp, 4):
+        assert placements == {(Replicate(), Shard(0))}
+        assert share == pytest.approx(0.5)
+
+
+def offloaded(rank):
+    model = PolicyModel(tiny.model("llama"))
+    config = Parallel(fsdp=True, fsdp_cpu_offload=True)
+    parallelize(model, ParallelDims(dp_shard=2), config)
+    groups = [
+        module._get_fsdp_state()._fsdp_param_group
+        for module in model.modules()
+        if hasattr(module, "_get_fsdp_state")
+    ]
+    return [
+        all(parameter.offload_to_cpu for parameter in group.fsdp_params)
+        for group in groups
+        if group is not None
+    ]
+
+
+def test_cpu_offload_keeps_shards_on_the_host():
+    """On a CPU only FSDP2's own switch shows it; tests/gpu has the devices."""
+    assert run_ranks(offloaded, 2) == [[True] * 3] * 2
+
+
+@pytest.mark.parametrize(
+    ("family", "tp", "message"),
+    [
+        ({"family": "llama"}, 4, "tp_size = 4 must divide num_key_value_heads = 2 of LlamaModel"),
+        ({"family": "gpt2"}, 2, "GPT2Model has no base_model_tp_plan"),
+    ],
+)
+def test_models_that_tensor_parallelism_refuses(family, tp, message):
+    for text in run_ranks(refusal, tp, family):
+        assert message in text
+
+
+def refusal(rank, family):
+    world_size = torch.distributed.get_world_size()
+    model = tiny.model(**family) if family["family"] != "gpt2" else gpt2()
+    try:
+        parallelize(model, ParallelDims(tp=world_size), Parallel(tp_size=world_size))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=8))
