@@ -84,14 +84,20 @@ def fused_linear_logprob(
 
 
 def _statistics(
-    logits: Tensor, labels: Tensor, vocabulary: Vocabulary | None
+    logits: Tensor, labels: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logprobs, logsumexp and entropy, float32 [N] each, of logits [N, V] or a part of them."""
-    if vocabulary is None:
-        lse = logits.logsumexp(-1)
-        logprobs = logits.gather(-1, labels[:, None]).squeeze(-1) - lse
-        probs = (logits - lse[:, None]).exp_()
-        return logprobs, lse, lse - (probs * logits).sum(-1)
+    """logprobs, logsumexp and entropy, float32 [N] each, of unscaled logits [N, V]."""
+    logits = logits.float() / temperature
+    lse = logits.logsumexp(-1)
+    logprobs = logits.gather(-1, labels[:, None]).squeeze(-1) - lse
+    return logprobs, lse, lse - ((logits - lse[:, None]).exp() * logits).sum(-1)
+
+
+def _split_statistics(
+    logits: Tensor, labels: Tensor, temperature: float, vocabulary: Vocabulary
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of logits whose vocabulary is split over ranks."""
+    logits = logits.float() / temperature
     largest = logits.amax(-1)
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=vocabulary.group)
     weights = (logits - largest[:, None]).exp_()
@@ -108,21 +114,27 @@ def _logit_gradient(
     logits: Tensor,
     lse: Tensor,
     entropy: Tensor,
-    labels: Tensor,
+    place: Tensor,
+    grad_label: Tensor,
     grad_logprobs: Tensor,
     grad_entropy: Tensor,
-    vocabulary: Vocabulary | None,
+    temperature: float,
 ) -> Tensor:
-    """The gradient of logits [N, V], which are overwritten by it."""
-    log_p = logits.sub_(lse[:, None])
-    probs = log_p.exp()
-    # d logprob / dz = onehot - p;  d entropy / dz = -p (log p + entropy)
-    grad = log_p.add_(entropy[:, None]).mul_(grad_entropy[:, None])
-    grad = grad.add_(grad_logprobs[:, None]).mul_(probs).neg_()
-    if vocabulary is not None:
-        labels, here = _place(labels, vocabulary, logits.shape[1])
-        grad_logprobs = grad_logprobs.where(here, 0.0)
-    return grad.scatter_add_(-1, labels[:, None], grad_logprobs[:, None])
+    """The gradient of unscaled logits [N, V], in their dtype.
+
+    d logprob / dz = onehot - p;  d entropy / dz = -p (log p + entropy). `grad_label` is what the
+    onehot at `place` is multiplied with: 0 where the label is another rank's.
+    """
+    log_p = logits.float() / temperature - lse[:, None]
+    inner = (log_p + entropy[:, None]) * grad_entropy[:, None] + grad_logprobs[:, None]
+    onehot = torch.arange(logits.shape[1], device=logits.device) == place[:, None]
+    grad = torch.where(onehot, grad_label[:, None], 0.0) - log_p.exp() * inner
+    return (grad / temperature).to(logits.dtype)
+
+
+# One kernel instead of a dozen, each of which would read and write all logits.
+_statistics_on_gpu = torch.compile(_statistics, dynamic=True)
+_logit_gradient_on_gpu = torch.compile(_logit_gradient, dynamic=True)
 
 
 def _place(labels: Tensor, vocabulary: Vocabulary, size: int) -> tuple[Tensor, Tensor]:
@@ -139,19 +151,17 @@ class _SplitLogprob(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, labels: Tensor, vocabulary: Vocabulary
     ) -> tuple[Tensor, Tensor]:
-        logprobs, lse, entropy = _statistics(logits, labels, vocabulary)
-        ctx.save_for_backward(logits, labels, lse, entropy)
-        ctx.vocabulary = vocabulary
+        logprobs, lse, entropy = _split_statistics(logits, labels, 1.0, vocabulary)
+        place, here = _place(labels, vocabulary, logits.shape[1])
+        ctx.save_for_backward(logits, place, here, lse, entropy)
         return logprobs, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        logits, labels, lse, entropy = ctx.saved_tensors
-        of_logprobs, of_entropy = grads
-        grad = _logit_gradient(
-            logits.clone(), lse, entropy, labels, of_logprobs, of_entropy, ctx.vocabulary
-        )
+        logits, place, here, lse, entropy = ctx.saved_tensors
+        grad_label = grads[0].where(here, 0.0)
+        grad = _logit_gradient(logits, lse, entropy, place, grad_label, grads[0], grads[1], 1.0)
         return grad, None, None
 
 
@@ -168,40 +178,60 @@ class _FusedLinearLogprob(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         rows = hidden.shape[0]
         logprobs, entropy, lse = (hidden.new_empty(rows, dtype=torch.float32) for _ in range(3))
+        statistics = _statistics_on_gpu if hidden.is_cuda else _statistics
         for start in range(0, rows, chunk):
             part = slice(start, start + chunk)
-            logits = (hidden[part] @ weight.t()).float().div_(temperature)
-            logprobs[part], lse[part], entropy[part] = _statistics(logits, labels[part], vocabulary)
-        ctx.save_for_backward(hidden, weight, labels, lse, entropy)
-        ctx.temperature, ctx.chunk, ctx.vocabulary = temperature, chunk, vocabulary
+            logits = hidden[part] @ weight.t()
+            if vocabulary is None:
+                found = statistics(logits, labels[part], temperature)
+            else:
+                found = _split_statistics(logits, labels[part], temperature, vocabulary)
+            logprobs[part], lse[part], entropy[part] = found
+        place, here = labels, torch.ones_like(labels, dtype=torch.bool)
+        if vocabulary is not None:
+            place, here = _place(labels, vocabulary, weight.shape[0])
+        ctx.save_for_backward(hidden, weight, place, here, lse, entropy)
+        ctx.temperature, ctx.chunk = temperature, chunk
         return logprobs, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_logprobs, grad_entropy = grads
-        hidden, weight, labels, lse, entropy = ctx.saved_tensors
+        hidden, weight, place, here, lse, entropy = ctx.saved_tensors
+        grad_label = grad_logprobs.where(here, 0.0)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         # Summed in float32: with bf16 weights the chunks' sums would lose digits otherwise.
         grad_weight = (
             torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         )
+        gradient = _logit_gradient_on_gpu if hidden.is_cuda else _logit_gradient
         for start in range(0, hidden.shape[0], ctx.chunk):
             part = slice(start, start + ctx.chunk)
-            grad = _logit_gradient(
-                (hidden[part] @ weight.t()).float().div_(ctx.temperature),
+            logits = hidden[part] @ weight.t()
+            grad = gradient(
+                logits,
                 lse[part],
                 entropy[part],
-                labels[part],
+                place[part],
+                grad_label[part],
                 grad_logprobs[part],
                 grad_entropy[part],
-                ctx.vocabulary,
+                ctx.temperature,
             )
-            grad = grad.div_(ctx.temperature).to(hidden.dtype)
+            del logits
             if grad_hidden is not None:
                 grad_hidden[part] = grad @ weight
             if grad_weight is not None:
-                grad_weight += grad.t() @ hidden[part]
+                _add_product(grad_weight, grad.t(), hidden[part])
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, None, None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b in float32; on CUDA the product is never rounded to the factors' dtype."""
+    if a.is_cuda and a.dtype != total.dtype:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += a @ b
