@@ -147,8 +147,9 @@ class OptimizerStep:
                 self.offload.wait()
             self.optimizer.step()
         with warnings.catch_warnings():
-            # torch misses a call of optimizer.step when the very first step is skipped.
-            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            # When the very first step is skipped, torch misses the call of optimizer.step.
+            warnings.filterwarnings("ignore", module="torch.optim.lr_scheduler")
+            warnings.filterwarnings("ignore", message=".*`lr_scheduler.step")
             self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {**metrics, "grad_norm": norm, "lr": lr, "skipped": float(not usable)}
