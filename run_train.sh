@@ -2,7 +2,8 @@
 # Train the job of a TOML file: [NGPU=2] [CONFIG_FILE=my.toml] ./run_train.sh [--any.option value]
 #
 # NGPU       processes on this machine, one per GPU (default 1)
-# NNODES     machines (default 1); with more, set RDZV_ENDPOINT=host:port, the same on all of them
+# NNODES     machines (default 1); with more, set RDZV_ENDPOINT=host:port, the same on all of them,
+#            and RDZV_ID where several jobs share that endpoint; scripts/slurm.sbatch does both
 # CONFIG_FILE  the job (default train_configs/debug_model.toml), relative to here or to the
 #            repository; paths in it and in flags are relative to the same place
 # LOG_RANK   ranks whose output is shown, e.g. 0,1 (default: all; only rank 0 reports progress)
@@ -18,7 +19,11 @@ job=(--config_file "$CONFIG_FILE" "$@")
 # A wrong config is refused here, in one process, before any other starts.
 WORLD_SIZE=$((NGPU * NNODES)) python -m torchrft.config "${job[@]}" || { code=$?; [ "$code" = 10 ] && exit 0; exit "$code"; }
 
+if [ "$NNODES" -gt 1 ] && [ -z "${RDZV_ENDPOINT:-}" ]; then
+    echo "error: NNODES=$NNODES needs RDZV_ENDPOINT=host:port, the same on all machines" >&2
+    exit 2
+fi
 exec torchrun --nnodes "$NNODES" --nproc_per_node "$NGPU" \
-    --rdzv_backend c10d --rdzv_endpoint "${RDZV_ENDPOINT:-localhost:0}" \
+    --rdzv_backend c10d --rdzv_endpoint "${RDZV_ENDPOINT:-localhost:0}" --rdzv_id "${RDZV_ID:-torchrft}" \
     ${LOG_RANK:+--local-ranks-filter "$LOG_RANK" --tee 3} \
     -m torchrft.train "${job[@]}"

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from torchrft.algorithms import advantages
 from torchrft.algorithms.options import options_of
@@ -34,6 +37,7 @@ from torchrft.metrics.timing import PhaseTimer, peak_memory_gib
 from torchrft.models.heads import ValueModel
 from torchrft.models.loader import load_model, load_tokenizer
 from torchrft.models.policy import PolicyModel
+from torchrft.models.sharded import ShardedWeights
 from torchrft.optim.lr_scheduler import build_scheduler
 from torchrft.optim.optimizer import build_optimizer
 from torchrft.optimizer_step import OptimizerStep
@@ -50,6 +54,8 @@ from torchrft.tools.logging import logger
 from torchrft.tools.seeds import rng_state, seed_everything, set_rng_state
 from torchrft.tools.signals import StopSignal
 from torchrft.types import Prompt, RolloutBatch, Sample
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class Trainer:
@@ -128,9 +134,8 @@ class Trainer:
         self.critic: CriticUpdate | None = None
         if advantages.needs_values(self.update.preset.estimator):
             init = model.init if model.critic_pretrain is None else "pretrained"
-            loaded = self._load(model.critic_pretrain or model.pretrain, init, self.master)
-            critic = ValueModel(loaded).to(self.world.device)
-            self._parallelize(critic)
+            source = model.critic_pretrain or model.pretrain
+            critic = self._model(ValueModel, source, init, self.master)
             stepper = self._stepper(critic, config.optimizer.critic_learning_rate)
             aggregation = self.update.preset.loss_aggregation
             self.critic = CriticUpdate(stepper, config.algorithm, aggregation, budget)
@@ -142,24 +147,22 @@ class Trainer:
                     f"critic; leave it out, or give the function a parameter values"
                 )
 
-    def _load(self, source: str, init: str, dtype: torch.dtype) -> Any:
-        model: Any = load_model(source, init, dtype, self.config.training.seed)
+    def _model(
+        self, wrap: Callable[[PreTrainedModel], M], source: str, init: str, dtype: torch.dtype
+    ) -> M:
+        """The model of `source` inside `wrap`, spread over the ranks."""
+        training, device = self.config.training, self.world.device
+        several = self.world.world_size > 1 and init != "random"
+        sharded = ShardedWeights.of(source) if several else None
+        if sharded is None:
+            loaded: Any = load_model(source, init, dtype, training.seed)
+            loaded = loaded.to(device)
+        else:
+            loaded = sharded.model(dtype)
         # No dropout: log-probs must be those of the policy that sampled.
-        return model.to(self.world.device).eval()
-
-    def _policy(self, source: str, init: str, dtype: torch.dtype) -> PolicyModel:
-        config = self.config
-        policy = PolicyModel(
-            self._load(source, init, dtype),
-            config.rollout.temperature,
-            config.training.fused_linear_logprob,
-            config.training.chunk_size,
-        )
-        self._parallelize(policy)
-        return policy
-
-    def _parallelize(self, model: nn.Module) -> None:
-        training = self.config.training
+        model = wrap(loaded.eval())
+        if sharded is None:
+            model.to(device)
         parallelize(
             model,
             self.dims,
@@ -170,6 +173,19 @@ class Trainer:
             ),
             compile=training.compile,
         )
+        if sharded is not None:
+            sharded.fill(model, device)
+        return model
+
+    def _policy(self, source: str, init: str, dtype: torch.dtype) -> PolicyModel:
+        config = self.config
+        wrap = partial(
+            PolicyModel,
+            temperature=config.rollout.temperature,
+            fused=config.training.fused_linear_logprob,
+            chunk_size=config.training.chunk_size,
+        )
+        return self._model(wrap, source, init, dtype)
 
     def _stepper(self, model: nn.Module, learning_rate: float) -> OptimizerStep:
         """Optimizer and schedule of a model, over the whole run."""

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -324,6 +325,38 @@ def test_what_only_a_start_can_show_ends_all_ranks(tmp_path):
     assert result.returncode != 0
     assert re.search(r"error: prompt_data: .*none\.jsonl", result.stderr)
     assert "Trainer" not in result.stderr  # no traceback through torchrft
+
+
+def test_two_hosts_are_two_agents(tmp_path):
+    """run_train.sh once per host, joined by RDZV_ENDPOINT, trains as two processes of one do."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    small = Run("", has_three_steps, {"max_steps": "2"}, ngpu=1)
+    hosts = environment(1) | {"NNODES": "2", "RDZV_ENDPOINT": f"localhost:{port}"}
+    processes = [
+        subprocess.Popen(
+            [str(ROOT / "run_train.sh"), *small.words(tmp_path / "hosts")],
+            env=hosts,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    errors = [process.communicate(timeout=150)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    one = Run("", has_three_steps, {"max_steps": "2"}, ngpu=2)
+    assert launch(one.words(tmp_path / "one"), environment(2)).returncode == 0
+    for mine, theirs in zip(records(tmp_path / "hosts"), records(tmp_path / "one"), strict=True):
+        for name in ("policy/loss", "grad_norm", "reward/mean"):
+            assert mine[name] == theirs[name]
+
+
+def test_several_hosts_need_an_endpoint():
+    result = launch(["--save_path", "nowhere"], environment(2) | {"NNODES": "2"})
+    assert result.returncode == 2
+    assert "NNODES=2 needs RDZV_ENDPOINT=host:port" in result.stderr
 
 
 def test_a_reward_that_fails_on_one_rank_ends_all_with_a_sentence(tmp_path):

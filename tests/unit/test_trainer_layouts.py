@@ -3,8 +3,9 @@
 import pytest
 import torch
 from helpers import run_ranks
-from tiny_job import records, rollout, tiny_config
+from tiny_job import MODEL, records, rollout, tiny_config
 
+from torchrft.models.loader import load_model, load_tokenizer
 from torchrft.tools.distributed import World
 from torchrft.trainer import Trainer
 
@@ -64,3 +65,14 @@ def test_a_critic_under_tensor_and_sequence_parallelism(tmp_path):
         for name in ("critic/loss", "critic/grad_norm", "critic/value_mean"):
             assert mine[name] == pytest.approx(theirs[name], rel=2e-5, abs=1e-6), name
     assert expected[1]["critic/grad_norm"] > 0
+
+
+def test_pretrained_weights_go_straight_into_shards(tmp_path):
+    """Policy, reference and critic from files, as one process that loads them whole."""
+    load_tokenizer(MODEL).save_pretrained(tmp_path / "model")
+    load_model(MODEL, "random", seed=5).save_pretrained(tmp_path / "model")
+    options = {"pretrain": str(tmp_path / "model"), "init": "pretrained", "max_steps": 2}
+    options |= {"advantage_estimator": "gae", "critic_learning_rate": 1e-3}
+    run_ranks(train, 4, str(tmp_path / "a"), 4, options | {"tp_size": 2})
+    run_ranks(train, 1, str(tmp_path / "b"), 1, options)
+    assert_same_lines(records(tmp_path / "a"), records(tmp_path / "b"))

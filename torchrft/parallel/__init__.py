@@ -31,13 +31,16 @@ def parallelize(
     `model` is a transformers model or a module that holds one. In this order: tensor and sequence
     parallelism, activation checkpointing ("full" or "selective"), torch.compile, FSDP2. Parameters
     keep their dtype (float32 master weights) and compute in `dtype`. One rank that computes in the
-    parameters' own dtype has nothing to shard or to cast: the model stays as it is.
+    parameters' own dtype has nothing to shard or to cast: the model stays as it is. The model may
+    be on the meta device; `torchrft.models.sharded` then fills its shards.
 
     A model whose forward takes part in the split (`PolicyModel`, `ValueModel`) has an attribute
     `mesh`, which is set to the `ModelMesh` of the ranks that see the same samples.
     """
     parameter = next(model.parameters())
     device = parameter.device.type
+    if device == "meta":  # the weights come later, to where this job computes
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if dims.model_ranks > 1:
         ranks = dims.model_mesh(device)
         if dims.tp > 1:

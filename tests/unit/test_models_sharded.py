@@ -1,0 +1,126 @@
+"""Weights read from files straight into shards."""
+
+import threading
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from helpers import run_ranks
+from safetensors.torch import load_file, save_file
+
+from torchrft.config.job_config import Parallel
+from torchrft.models.heads import ValueModel
+from torchrft.models.loader import load_model
+from torchrft.models.policy import PolicyModel
+from torchrft.models.sharded import ShardedWeights
+from torchrft.parallel import ParallelDims, parallelize
+
+LAYOUTS = {
+    "dp4": ParallelDims(dp_shard=4),
+    "dp2 tp2": ParallelDims(dp_shard=2, tp=2),
+    "hsdp": ParallelDims(dp_replicate=2, dp_shard=2),
+    "tp2 sp2": ParallelDims(sp=2, tp=2),
+}
+
+
+def filled(folder, wrap, dims):
+    weights = ShardedWeights.of(folder)
+    assert weights is not None
+    model = wrap(weights.model(torch.float32).eval())
+    assert any(p.is_meta for p in model.parameters())
+    config = Parallel(tp_size=dims.tp, sp_size=dims.sp, dp_replicate=dims.dp_replicate)
+    parallelize(model, dims, config)
+    weights.fill(model, torch.device("cpu"))
+    return model
+
+
+def whole_weights(rank, folder):
+    found = {}
+    for name, dims in LAYOUTS.items():
+        model = filled(folder, PolicyModel, dims)
+        parts = model.model.get_output_embeddings(), model.model.get_input_embeddings()
+        values = {key: p.full_tensor().detach() for key, p in model.named_parameters()}
+        found[name] = parts[0].weight is parts[1].weight, values
+    return found
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_layout_gets_the_weights_of_the_files(tmp_path, tied):
+    model = tiny.model("qwen3", tie_word_embeddings=tied, vocab_size=57)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    expected = dict(PolicyModel(load_model(str(tmp_path))).named_parameters())
+    for is_tied, found in run_ranks(whole_weights, 4, str(tmp_path))[0].values():
+        assert is_tied == tied
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+def critic_weights(rank, folder):
+    model = filled(folder, ValueModel, ParallelDims(dp_shard=2, tp=2))
+    values = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
+    assert not values.pop("head.weight").any()
+    return values
+
+
+def test_a_critic_gets_the_decoder(tmp_path):
+    tiny.model("llama").save_pretrained(tmp_path)
+    expected = dict(ValueModel(load_model(str(tmp_path))).named_parameters())
+    found = run_ranks(critic_weights, 4, str(tmp_path))[0]
+    assert found.keys() == expected.keys() - {"head.weight"}
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+def test_files_with_other_names_or_none_are_left_to_the_loader(tmp_path, caplog):
+    caplog.set_level("INFO", logger="torchrft")
+    assert ShardedWeights.of(str(tmp_path)) is None
+    tiny.model("llama").save_pretrained(tmp_path)
+    path = next(tmp_path.glob("*.safetensors"))
+    save_file({f"other.{name}": value for name, value in load_file(path).items()}, path)
+    assert ShardedWeights.of(str(tmp_path)) is None
+    assert "every rank loads the whole model" in caplog.text
+
+
+def anonymous_bytes():
+    """Memory of this process that is not a mapped file."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def peak_growth(rank, folder, sharded):
+    """The most memory that loading took, and the bytes of this rank's shards."""
+    filled(f"{folder}/small", PolicyModel, ParallelDims(dp_shard=4))  # imports, groups
+    before, peak, done = anonymous_bytes(), 0, threading.Event()
+
+    def watch():
+        nonlocal peak
+        while not done.wait(0.0005):
+            peak = max(peak, anonymous_bytes())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    if sharded:
+        model = filled(f"{folder}/large", PolicyModel, ParallelDims(dp_shard=4))
+    else:
+        model = PolicyModel(load_model(f"{folder}/large"))
+        parallelize(model, ParallelDims(dp_shard=4), Parallel())
+    done.set()
+    thread.join()
+    return peak - before, sum(p.to_local().nbytes for p in model.parameters())
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_no_rank_ever_holds_the_whole_model(tmp_path):
+    tiny.model("llama").save_pretrained(tmp_path / "small")
+    large = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "head_dim": 128}
+    model = tiny.model("llama", **large)
+    whole = sum(p.nbytes for p in model.parameters())
+    assert whole > 80e6
+    # In bfloat16, so that float32 weights need memory: equal ones would be views of the file.
+    model.bfloat16().save_pretrained(tmp_path / "large")
+    for growth, share in run_ranks(peak_growth, 4, str(tmp_path), True):
+        assert share == pytest.approx(whole / 4, rel=0.01)
+        assert growth < 0.5 * whole
+    for growth, _ in run_ranks(peak_growth, 4, str(tmp_path), False):
+        assert growth > 0.9 * whole  # so the measurement would show it

@@ -1,0 +1,117 @@
+"""Pretrained weights read straight into shards: no rank ever holds the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from torchrft.models.loader import load_config
+from torchrft.tools.logging import logger
+
+
+class ShardedWeights:
+    """The safetensors files of `source` for a model that is parallelized before it has weights.
+
+    >>> weights = ShardedWeights.of("Qwen/Qwen2.5-7B")                     # doctest: +SKIP
+    >>> model = PolicyModel(weights.model(torch.float32))                  # doctest: +SKIP
+    >>> weights.fill(parallelize(model, dims, config), torch.device("cuda", 0))  # doctest: +SKIP
+    """
+
+    def __init__(self, source: str, folder: Path, names: set[str]) -> None:
+        self.source, self.folder, self.names = source, folder, names
+        self.owners: list[tuple[str, nn.Module]] = []
+
+    @classmethod
+    def of(cls, source: str) -> ShardedWeights | None:
+        """None where the files are no safetensors, or name the weights otherwise than the model."""
+        try:
+            folder = Path(source)
+            if not folder.is_dir():
+                folder = Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"]))
+            names: set[str] = set()
+            for path in folder.glob("*.safetensors"):
+                with safe_open(path, framework="pt") as file:
+                    names.update(file.keys())
+        except (OSError, ValueError, SafetensorError):
+            return None  # the loader of whole models says what is wrong
+        if not names:
+            return None
+        weights = cls(source, folder, names)
+        missing = [aliases for aliases in weights._aliases(torch.float32) if not aliases & names]
+        if missing:
+            name = min(missing[0])
+            logger.info("%s: no file has %s; every rank loads the whole model", source, name)
+            return None
+        return weights
+
+    def model(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The model, its parameters on the meta device and its buffers real."""
+        with _parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(load_config(self.source), dtype=dtype)
+        self.owners = [*model.named_modules()]
+        return model
+
+    def fill(self, root: nn.Module, device: torch.device) -> None:
+        """Gives every parameter of `model` that is in `root` its memory on `device`, and its part
+        of the weights. All ranks call it.
+
+        Raises ValueError for weights of another shape.
+        """
+        inside = {id(module) for module in root.modules()}
+        made: dict[int, nn.Parameter] = {}
+        state: dict[str, Tensor] = {}
+        for prefix, module in self.owners:
+            if id(module) not in inside:
+                continue
+            for key, parameter in list(module.named_parameters(recurse=False)):
+                if id(parameter) not in made:
+                    made[id(parameter)] = nn.Parameter(
+                        torch.empty_like(parameter, device=device),
+                        requires_grad=parameter.requires_grad,
+                    )
+                new = made[id(parameter)]
+                module.register_parameter(key, new)
+                name = f"{prefix}.{key}" if prefix else key
+                if name in self.names and not any(new is held for held in state.values()):
+                    state[name] = new.data
+        try:
+            dcp.load(state, storage_reader=HuggingFaceStorageReader(str(self.folder)))
+        except dcp.api.CheckpointException as error:
+            first = str(next(iter(error.failures.values()))[0]).splitlines()[0]
+            raise ValueError(
+                f'the weights in pretrain = "{self.source}" do not load: {first}'
+            ) from error
+
+    def _aliases(self, dtype: torch.dtype) -> list[set[str]]:
+        """The names of each parameter; tied ones have several."""
+        names: dict[int, set[str]] = {}
+        for name, parameter in self.model(dtype).named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), set()).add(name)
+        return list(names.values())
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters go to the meta device as they are made; buffers, which files lack, are real."""
+    original = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, parameter: Any) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        original(module, name, parameter)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
