@@ -31,6 +31,12 @@ def main(argv: list[str] | None = None) -> int:
         except (RewardError, distributed.RankError, TimeoutError, ConnectionError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
+        except RuntimeError as error:
+            if not distributed.comes_from_a_collective(error):
+                raise
+            phase = trainer.timer.failed or "training"
+            print(f"error: {distributed.peer_error(error, phase)}", file=sys.stderr)
+            return 1
         return 0 if signum is None else 128 + signum
     finally:
         distributed.teardown()

@@ -359,6 +359,21 @@ def test_several_hosts_need_an_endpoint():
     assert "NNODES=2 needs RDZV_ENDPOINT=host:port" in result.stderr
 
 
+def test_a_rank_that_dies_ends_the_job(tmp_path):
+    """In the backward pass of FSDP2, where no helper of ours waits: rank and phase are named."""
+    own = tmp_path / "own.py"
+    own.write_text(
+        "import os\n\n\ndef dying(logprobs, old_logprobs, advantages, mask):\n"
+        "    if os.environ['RANK'] == '1':\n        os._exit(9)\n"
+        "    return -advantages * logprobs, {}\n"
+    )
+    run = Run("", has_three_steps, {"policy_loss": f"{own}:dying"}, ngpu=2)
+    result = launch(run.words(tmp_path / "run"), environment(2))
+    assert result.returncode == 1
+    assert "error: rank 0 of 2 lost the other ranks in phase 'update'" in result.stderr
+    assert "trainer.py" not in result.stderr
+
+
 def test_a_reward_that_fails_on_one_rank_ends_all_with_a_sentence(tmp_path):
     """NaN for one prompt in the second step: what was logged before stays."""
     rewards = tmp_path / "rewards.py"

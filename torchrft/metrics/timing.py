@@ -28,6 +28,7 @@ class PhaseTimer:
         self._device = device
         self._expected = tuple(expected)
         self._seconds = dict.fromkeys(self._expected, 0.0)
+        self.failed: str | None = None  # the innermost phase that an exception ended
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -35,6 +36,9 @@ class PhaseTimer:
         start = self._now()
         try:
             yield
+        except BaseException:
+            self.failed = self.failed or name
+            raise
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + self._now() - start
 

@@ -141,14 +141,25 @@ def is_main() -> bool:
 def _waiting(phase: str) -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # gloo and nccl raise nothing more specific
-        text = str(error)
-        timed_out = "imed out" in text or "imeout" in text
-        what = "waited too long for" if timed_out else "lost"
-        raise (TimeoutError if timed_out else ConnectionError)(
-            f"rank {get_rank()} of {get_world_size()} {what} the other ranks in phase"
-            f" {phase!r}; look at their logs for the first error ({text.splitlines()[0]})"
-        ) from error
+    except RuntimeError as error:
+        raise peer_error(error, phase) from error
+
+
+def peer_error(error: RuntimeError, phase: str) -> OSError:
+    """What a collective's `error` says of the other ranks, as TimeoutError or ConnectionError."""
+    text = str(error)  # gloo and nccl raise nothing more specific
+    timed_out = "imed out" in text or "imeout" in text
+    what = "waited too long for" if timed_out else "lost"
+    return (TimeoutError if timed_out else ConnectionError)(
+        f"rank {get_rank()} of {get_world_size()} {what} the other ranks in phase"
+        f" {phase!r}; look at their logs for the first error ({text.splitlines()[0]})"
+    )
+
+
+def comes_from_a_collective(error: RuntimeError) -> bool:
+    """Whether gloo or nccl raised `error`, inside of FSDP2 or DTensor for example."""
+    words = ("gloo", "Connection closed by peer", "NCCL", "ProcessGroup", "Connection reset")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 
 def _all_reduce(
