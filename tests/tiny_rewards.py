@@ -11,3 +11,8 @@ def spread(token_ids: Sequence[int]) -> float:
 def held_out(label: str) -> float:
     """1 for prompts labeled so, which the tests put into the evaluation file only."""
     return float(label == "held out")
+
+
+def mostly(response: str) -> float:
+    """3 of 4 groups of an untrained model differ, or so."""
+    return float(sum(map(ord, response)) % 2 == 0)

@@ -67,21 +67,19 @@ class Collector:
         if rollout.dynamic_sampling:
             metrics["dynamic_sampling/groups_drawn"] = float(len(drawn))
             metrics["dynamic_sampling/groups_missing"] = float(max(size - len(kept), 0))
-            # Every rank needs samples to take part in the step: groups that do not count fill up
-            # to a multiple of the ranks.
-            spare = [
-                [dataclasses.replace(sample, filler=True) for sample in group]
-                for group in drawn
-                if not _differ(group)
-            ]
-            kept = (
-                kept[:size] + spare[: max(self.dp, -(-len(kept) // self.dp) * self.dp) - len(kept)]
-            )
+            if not kept:  # every rank needs something to compute
+                kept = [[dataclasses.replace(sample, filler=True) for sample in drawn[0]]]
         return [sample for group in kept[:size] for sample in group], metrics
 
     def share(self, samples: Sequence[Sample]) -> list[Sample]:
-        """This rank's part of all ranks' samples."""
-        return [s for i, s in enumerate(samples) if i // self.unit % self.dp == self.ranks.rank]
+        """This rank's part of all ranks' samples; all ranks get equally many.
+
+        Where these do not come out even, copies of the last ones fill up that do not count.
+        """
+        short = -len(samples) % (self.unit * self.dp)
+        fillers = [dataclasses.replace(s, filler=True) for s in samples[-self.unit :]] * short
+        even = [*samples, *fillers[:short]]
+        return [s for i, s in enumerate(even) if i // self.unit % self.dp == self.ranks.rank]
 
     @property
     def splits_groups(self) -> bool:

@@ -40,7 +40,8 @@ class PolicyUpdate:
         self.stepper, self.reference, self.algorithm = stepper, reference, algorithm
         self.preset = resolve(algorithm)
         self.loss = LOSSES.get(self.preset.policy_loss)
-        options_of(self.loss, algorithm.model_dump(), algorithm.policy_loss_options)  # fails early
+        own = algorithm.policy_loss_options
+        options_of(self.loss, algorithm.model_dump(), own, 4)  # fails early
         self.max_response_length = float(max_response_length)
         self.kl_coef = algorithm.init_kl_coef
         self.drift_coef = algorithm.cpgd_drift_coef
@@ -69,10 +70,15 @@ class PolicyUpdate:
 
     def waiting(self) -> dict[str, float]:
         """The metrics of a rollout whose samples wait for more: no update, so no numbers."""
-        names = ("policy/loss", "policy/kl", "policy/entropy", "policy/clip_fraction", "grad_norm")
+        names = (
+            *("policy/loss", "policy/kl", "policy/approx_kl", "policy/entropy"),
+            *("policy/clip_fraction", "grad_norm", "mismatch/logprob_abs_mean"),
+            *("mismatch/logprob_abs_max", "mismatch/kl", "mismatch/effective_sample_size"),
+        )
         lr = float(self.stepper.scheduler.get_last_lr()[0])
-        nothing = dict.fromkeys((*names, "mismatch/logprob_abs_mean"), math.nan)
-        return {**nothing, "lr": lr, "update/optimizer_steps": 0.0}
+        counts = {"update/optimizer_steps": 0.0, "update/skipped_steps": 0.0}
+        known = {**counts, "lr": lr, "policy/kl_coef": self.kl_coef}
+        return {**dict.fromkeys(names, math.nan), **known}
 
     def run(self, batch: RolloutBatch, frozen: bool = False) -> dict[str, float]:
         """All optimizer steps on a rollout: `max_epochs` passes in steps of train_batch_size.
@@ -94,7 +100,9 @@ class PolicyUpdate:
         result["update/optimizer_steps"] = 0 if frozen else mean.steps
         result["update/skipped_steps"] = mean.skipped
         if mean.steps > mean.skipped:
-            self._adapt(result, len(batch) * self.stepper.ranks.size)
+            counted = len(batch) if batch.filler is None else int((~batch.filler).sum())
+            samples = self.stepper.ranks.sum({"samples": float(counted)}, "update")["samples"]
+            self._adapt(result, int(samples))
         return result
 
     def _step(self, batch: RolloutBatch, rows: list[int], frozen: bool) -> dict[str, float]:
@@ -153,7 +161,7 @@ class PolicyUpdate:
             rollout_correction_cap=algorithm.rollout_correction_cap,
             denominators=denominators,
             keep_denominators=keep_denominators,
-            **options_of(self.loss, settings, algorithm.policy_loss_options),
+            **options_of(self.loss, settings, algorithm.policy_loss_options, 4),
         )
         drift, worst = mismatch(old, part.rollout_logprobs, mask, denominators)
         metrics.update(drift)
@@ -173,12 +181,23 @@ class PolicyUpdate:
             self.drift_coef = adapt_coefficient(self.drift_coef, drift, target, samples, horizon)
 
     def state_dict(self) -> dict[str, float]:
-        return {"kl_coef": self.kl_coef, "drift_coef": self.drift_coef}
+        return {"kl_coef": self.kl_coef, "drift_coef": self.drift_coef, **self._started_from()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes the coefficients that adapt, unless this run wants to start from others."""
+        for name, value in self._started_from().items():
+            if state[name] != value:
+                return
         if self.algorithm.kl_controller == "adaptive":  # a fixed one is the config's
             self.kl_coef = state["kl_coef"]
         self.drift_coef = state["drift_coef"]
+
+    def _started_from(self) -> dict[str, float]:
+        algorithm = self.algorithm
+        return {
+            "init_kl_coef": algorithm.init_kl_coef,
+            "cpgd_drift_coef": algorithm.cpgd_drift_coef,
+        }
 
     def _gather(self, values: Tensor) -> Tensor:
         return torch.cat(self.stepper.ranks.gather(values.cpu())).to(values.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import tomllib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from torchrft.config.job_config import JobConfig
 from torchrft.config.manager import to_toml
 from torchrft.config.needs import CRITIC_FIELDS, is_chosen
 from torchrft.critic_update import CriticUpdate
-from torchrft.data.batch import gather_rows, make_batch
+from torchrft.data.batch import counted_rows, gather_rows, make_batch
 from torchrft.data.loader import PromptLoader
 from torchrft.data.prompts import load_prompts
 from torchrft.metrics.console import Console
@@ -124,7 +125,7 @@ class Trainer:
         self.estimator = advantages.ESTIMATORS.get(self.update.preset.estimator)
         own = config.algorithm.advantage_options
         settings = {**config.algorithm.model_dump(), "values": None}
-        options_of(self.estimator, settings, own)  # fails early
+        options_of(self.estimator, settings, own, 1)  # fails early
         for name in ("gamma", "lambd"):
             if is_set(config, name) and name not in inspect.signature(self.estimator).parameters:
                 raise ValueError(
@@ -352,20 +353,21 @@ class Trainer:
         return enough or self.step + 1 == self.schedule_steps
 
     def _with_advantages(self, batch: RolloutBatch) -> tuple[RolloutBatch, dict[str, float]]:
-        """Shapes the rewards and estimates advantages; statistics span all ranks."""
+        """Shapes the rewards and estimates advantages; statistics span all ranks, fillers none."""
         algorithm, preset = self.config.algorithm, self.update.preset
-        counted = None if batch.filler is None else ~batch.filler
-        rewards, metrics = self.shaper.shape(batch.rewards, self.ranks.sum_tensor, counted)
+        counted = counted_rows(batch)
+        rewards, metrics = self.shaper.shape(counted.rewards, self.ranks.sum_tensor)
         in_reward = preset.kl_placement == "reward" and batch.ref_logprobs is not None
         parts: dict[str, Any] = {
             "rewards": rewards,
-            "group": batch.group,
-            "mask": batch.mask,
-            "old_logprobs": batch.old_logprobs if in_reward else None,
-            "ref_logprobs": batch.ref_logprobs if in_reward else None,
-            "values": batch.old_values,
+            "group": counted.group,
+            "mask": counted.mask,
+            "old_logprobs": counted.old_logprobs if in_reward else None,
+            "ref_logprobs": counted.ref_logprobs if in_reward else None,
+            "values": counted.old_values,
         }
         split = self.collector.splits_groups
+        mine = slice(None)
         if split:  # the estimator needs whole groups
             parts, mine = gather_rows(parts, self.ranks)
         settings = {**algorithm.model_dump(), "values": parts.pop("values")}
@@ -377,11 +379,13 @@ class Trainer:
             advantages_norm=algorithm.advantages_norm,
             advantage_clip=algorithm.advantage_clip,
             reduce=(lambda tensor: tensor) if split else self.ranks.sum_tensor,
-            **options_of(self.estimator, settings, algorithm.advantage_options),
+            **options_of(self.estimator, settings, algorithm.advantage_options, 1),
         )
-        found: dict[str, Any] = {"advantages": result.advantages, "returns": result.returns}
-        if split:
-            found = {k: v[mine, : batch.mask.shape[1]] for k, v in found.items()}
+        found: dict[str, Any] = {}
+        for name, values in (("advantages", result.advantages), ("returns", result.returns)):
+            found[name] = torch.zeros_like(batch.rollout_logprobs)
+            rows = slice(None) if batch.filler is None else ~batch.filler
+            found[name][rows] = values[mine, : batch.mask.shape[1]]
         return dataclasses.replace(batch, **found), metrics | result.metrics
 
     def _sync_weights(self) -> None:
@@ -453,13 +457,30 @@ class Trainer:
             "rollout_batch_size": rollout.rollout_batch_size,
             "n_samples_per_prompt": rollout.n_samples_per_prompt,
             "train_batch_size": self.config.training.train_batch_size,
+            "data_parallel_ranks": self.ranks.size,
         }
+
+    def _source_of_resume(self) -> str | None:
+        """`ckpt_path`, unless this run began from it before and has got further: a job that is
+        started again with the same command goes on where it was."""
+        options = self.config.checkpoint
+        written = Path(options.save_path) / "config.toml"
+        if options.ckpt_path is None or not written.exists():
+            return options.ckpt_path
+        before = tomllib.loads(written.read_text()).get("checkpoint", {}).get("ckpt_path")
+        inside = (
+            Path(options.ckpt_path).resolve().is_relative_to(self.checkpoints.save_path.resolve())
+        )
+        if before != options.ckpt_path or inside or self.checkpoints.find_latest() is None:
+            return options.ckpt_path
+        logger.info("%s began from ckpt_path before and goes on", options.save_path)
+        return None
 
     def _resume(self) -> bool:
         """Goes on from a checkpoint; False if there is none, or it is another run's: then what lies
         under save_path is not gone on with."""
         options = self.config.checkpoint
-        path = self.checkpoints.resolve(options.ckpt_path)
+        path = self.checkpoints.resolve(self._source_of_resume())
         if path is None:
             logger.info("no checkpoint under %s: starting from the beginning", options.save_path)
             return False
@@ -473,14 +494,20 @@ class Trainer:
         self.shaper.load_state_dict(state["reward"])
         self.prompts.load_state_dict(state["data"])
         progress = state["progress"]
+        saved, pending = progress["batches"], progress["pending"]
         for name, value in self._batches().items():
-            if progress["pending"] and (was := progress["batches"][name]) != value:
+            # A step is a rollout: with others, the steps done and those left would not add up.
+            fixed = name == "rollout_batch_size" or (pending and name != "data_parallel_ranks")
+            if fixed and saved[name] != value:
                 raise ValueError(
-                    f"{path} holds samples that wait for their optimizer step, made with {name} = "
-                    f"{was}; this run has {value}. Resume with {was}, or from another step"
+                    f"{path} was saved with {name} = {saved[name]}"
+                    + (" and holds samples that wait for their optimizer step" if pending else "")
+                    + f"; this run has {value}: resume with {saved[name]}"
                 )
+        if saved["data_parallel_ranks"] != self.ranks.size:
+            pending = [sample for sample in pending if not sample.filler]
         self.step = progress["step"]
-        self.pending = self.collector.share(progress["pending"])
+        self.pending = self.collector.share(pending)
         self.pending_rollouts = progress["pending_rollouts"]
         set_rng_state(state["rng"][f"rank{self.world.rank}"])
         if own:  # what later steps left belongs to a course of training that is not gone on with

@@ -79,12 +79,3 @@ def test_normalization_comes_before_clipping_and_is_saved():
     other.load_state_dict(shaper.state_dict())
     rewards = torch.tensor([2.0, 2.5])
     assert torch.equal(other.shape(rewards, one_rank)[0], shaper.shape(rewards, one_rank)[0])
-
-
-def test_only_counted_rewards_enter_the_statistics():
-    shaper = RewardShaper(Reward(reward_running_norm=True, reward_clip=1.0))
-    rewards, counted = torch.tensor([1.0, 2.0, 3.0, 900.0]), torch.tensor([1, 1, 1, 0]).bool()
-    shaped, metrics = shaper.shape(rewards, lambda tensor: tensor, counted)
-    assert (shaper.norm.count, shaper.norm.mean) == (3, 2.0)
-    assert metrics["reward/clipped_fraction"] == pytest.approx(2 / 3)  # std 1: 1, 2 and 3
-    assert shaped.tolist() == pytest.approx([1.0, 1.0, 1.0, 1.0])

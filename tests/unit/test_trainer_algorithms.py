@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import run_ranks
-from tiny_job import MODEL, argv, records, rollout, run, tiny_config, trainer, weights
+from tiny_job import MODEL, ROOT, argv, records, rollout, run, tiny_config, trainer, weights
 
 from torchrft.algorithms.presets import PRESETS
 from torchrft.config.manager import ConfigError, load
 from torchrft.models.loader import load_model
+from torchrft.tools import distributed
 from torchrft.tools.distributed import World
 from torchrft.trainer import Trainer
 
@@ -47,6 +48,23 @@ ON_RANKS = {
     "corrections": {"rollout_correction": "token_tis"},
     "masks": {"rollout_correction": "seq_mask"},
     "dynamic": {"dynamic_sampling": True, "n_samples_per_prompt": 2, "train_batch_size": 8},
+    # Few groups differ: ranks without their share of samples hold fillers.
+    "fillers": {
+        "dynamic_sampling": True,
+        "dynamic_sampling_max_rounds": 1,
+        "advantage_estimator": "cpgd",
+        "cpgd_weight": "clip_filter",
+        "reward_running_norm": True,
+        "kl_controller": "adaptive",
+        "functions": f"{ROOT}/tests/tiny_rewards.py:mostly",
+    },
+    "fillers in parts": {
+        "dynamic_sampling": True,
+        "dynamic_sampling_max_rounds": 1,
+        "train_batch_size": 4,
+        "micro_train_batch_size": 1,
+        "functions": f"{ROOT}/tests/tiny_rewards.py:mostly",
+    },
     "kl": {"kl_placement": "reward", "kl_controller": "adaptive"},
     "padded": {"packing_samples": False},
     "parts of groups": {"train_batch_size": 4, "micro_train_batch_size": 1},
@@ -68,6 +86,8 @@ def _first_steps(rank, folder, world_size):
             job._sync_weights()
             metrics = job.train_step()
         parameters = [p.full_tensor() if world_size > 1 else p for p in job.policy.parameters()]
+        metrics["kl_coef"], metrics["drift_coef"] = job.update.kl_coef, job.update.drift_coef
+        metrics["next lr"] = job.update.stepper.scheduler.get_last_lr()[0]
         metrics["sum of squares"] = sum(
             float(p.detach().double().square().sum()) for p in parameters
         )
@@ -79,6 +99,8 @@ def test_every_algorithm_takes_the_same_step_on_1_2_and_4_ranks(tmp_path):
     load_model(MODEL, "random", seed=7).save_pretrained(tmp_path / "ref")
     alone = run_ranks(_first_steps, 1, str(tmp_path), 1)[0]
     assert alone["parts of groups"]["update/optimizer_steps"] == 4
+    for name in ("fillers", "fillers in parts"):
+        assert alone[name]["dynamic_sampling/groups_missing"] % 2 == 1
     for world_size in (2, 4):
         for found in run_ranks(_first_steps, world_size, str(tmp_path), world_size):
             for name, metrics in found.items():
@@ -353,6 +375,14 @@ def faded(rewards: Rewards, *, gamma: float, weight: float) -> Advantages:
     return Advantages(result.advantages * gamma**steps, result.returns)
 
 
+def usual(rewards: Rewards, weight: float) -> Advantages:
+    return rewards.spread(weight * rewards.samples)
+
+
+def needy(logprobs, old_logprobs, advantages, mask, eps: float):
+    return -advantages * logprobs, {}
+
+
 def valued(rewards: Rewards, values) -> Advantages:
     advantages = (rewards.samples[:, None] - values.double()).where(rewards.mask, 0.0).float()
     return Advantages(advantages, advantages + values)
@@ -403,6 +433,20 @@ def test_a_users_estimator_takes_fields_of_the_job(tmp_path):
     assert steps == [0, 1]
 
 
+def test_a_users_estimator_starts_again_from_its_own_config(tmp_path):
+    own = tmp_path / "own.py"
+    own.write_text(OWN)
+    run(tmp_path / "a", advantage_estimator=f"{own}:scaled", max_steps=1)
+    written = str(tmp_path / "a" / "config.toml")
+    config = load(["--config_file", written, "--save_path", str(tmp_path / "b")], 1).config
+    world = distributed.setup()
+    try:
+        assert Trainer(config, world).train() is None
+    finally:
+        distributed.teardown()
+    assert records(tmp_path / "b")[0]["grad_norm"] == records(tmp_path / "a")[0]["grad_norm"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -412,6 +456,11 @@ def test_a_users_estimator_takes_fields_of_the_job(tmp_path):
             {"advantage_estimator": ":faded"},
             "faded: its option weight has no default and is not set",
         ),
+        (
+            {"advantage_estimator": ":usual"},
+            "usual: its option weight has no default and is not set",
+        ),
+        ({"policy_loss": ":needy"}, "needy: its option eps has no default and is not set"),
         ({"advantage_options": "{ scal = 2.0 }"}, 'scaled has no option "scal"'),
         ({"advantage_options": "{ scale = 'x' }"}, "scaled: option scale = 'x': input should be a"),
         (
@@ -426,8 +475,7 @@ def test_faults_of_custom_options_are_found_when_built(tmp_path, options, messag
     own = tmp_path / "own.py"
     own.write_text(OWN)
     base = {"advantage_estimator": f"{own}:scaled", "policy_loss": f"{own}:plain"}
-    if "advantage_estimator" in options:
-        options = {"advantage_estimator": f"{own}{options['advantage_estimator']}"}
+    options = {k: f"{own}{v}" if str(v).startswith(":") else v for k, v in options.items()}
     if message is None:
         with pytest.raises(ConfigError):
             tiny_config(**(base | options))

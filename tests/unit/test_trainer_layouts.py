@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import run_ranks
-from tiny_job import MODEL, records, rollout, tiny_config
+from tiny_job import MODEL, ROOT, records, rollout, tiny_config
 
 from torchrft.models.loader import load_model, load_tokenizer
 from torchrft.tools.distributed import World
@@ -76,3 +76,20 @@ def test_pretrained_weights_go_straight_into_shards(tmp_path):
     run_ranks(train, 4, str(tmp_path / "a"), 4, options | {"tp_size": 2})
     run_ranks(train, 1, str(tmp_path / "b"), 1, options)
     assert_same_lines(records(tmp_path / "a"), records(tmp_path / "b"))
+
+
+def test_waiting_samples_of_an_odd_number_of_groups_move_to_more_ranks(tmp_path):
+    """Dynamic sampling keeps 3 of 4 groups, which wait on one rank and go on on two and on one."""
+    options = {"dynamic_sampling": True, "dynamic_sampling_max_rounds": 1, "train_batch_size": 48}
+    options |= {"functions": f"{ROOT}/tests/tiny_rewards.py:mostly"}
+    chain, alone = str(tmp_path / "chain"), str(tmp_path / "alone")
+    for step, world_size in enumerate((1, 2, 1), start=1):
+        more = {"max_steps": step, "load_checkpoint": step > 1}
+        run_ranks(train, world_size, chain, world_size, options | more)
+    run_ranks(train, 1, alone, 1, options | {"max_steps": 3})
+    assert any(line["dynamic_sampling/groups_missing"] % 2 for line in records(alone)[:2])
+    for mine, theirs in zip(records(chain), records(alone), strict=True):
+        for name in ("reward/mean", "policy/loss", "grad_norm"):
+            if theirs[name] is not None:
+                assert mine[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-6)
+    assert records(alone)[2]["grad_norm"] > 0

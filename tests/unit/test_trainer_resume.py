@@ -154,6 +154,7 @@ def test_the_reference_run_is_worth_comparing_with(never_stopped):
     assert never_stopped("plain").saved == [6, 8]
     waiting = everything_in(never_stopped("pending").run / "checkpoints" / "step-8")
     batches = {"rollout_batch_size": 4, "n_samples_per_prompt": 4, "train_batch_size": 32}
+    batches["data_parallel_ranks"] = 1
     assert waiting["progress"] == {
         "step": 8,
         "pending": [],
@@ -332,10 +333,18 @@ def test_a_run_goes_on_from_another_runs_checkpoint(never_stopped, tmp_path):
     mine = everything_in(job.run / "checkpoints" / "step-8")
     theirs = everything_in(never_stopped("pending").run / "checkpoints" / "step-8")
     assert same(mine, theirs)
-    # Once more into the same folder: the first go's log is not mixed with the second's.
+    # The same command once more, as of a job that was preempted, goes on with its own.
     assert job.start("--load_checkpoint", "--ckpt_path", str(source)) == 0, job.log.read_text()
+    assert "began from ckpt_path before and goes on" in job.log.read_text()
     assert [record["step"] for record in records(job.run)] == [7, 8]
-    assert [record["step"] for record in records(job.run / "previous-1")] == [7, 8]
+    assert not (job.run / "previous-1").exists()
+    # From yet another one: the two courses are not mixed.
+    other = never_stopped("plain").run / "checkpoints"
+    other = max(other.iterdir(), key=lambda path: path.stat().st_mtime)
+    fresh = Job("plain", tmp_path / "fresh")
+    assert fresh.start() == 0
+    assert fresh.start("--load_checkpoint", "--ckpt_path", str(other)) == 0, fresh.log.read_text()
+    assert (fresh.run / "previous-1" / "checkpoints").is_dir()
     # An earlier one of the run itself: what came later is set aside, not mixed with.
     older = Job("pending", tmp_path / "older")
     shutil.copytree(never_stopped("pending").run, older.run)
@@ -349,10 +358,35 @@ def test_a_run_goes_on_from_another_runs_checkpoint(never_stopped, tmp_path):
 def test_waiting_samples_are_refused_by_other_batch_sizes(tmp_path):
     assert len(tiny_job.run(tmp_path, max_steps=1, train_batch_size=32).pending) == 16
     with (
-        pytest.raises(ValueError, match="made with train_batch_size = 32; this run has 64"),
+        pytest.raises(
+            ValueError,
+            match=r"= 32 and holds samples that wait .*; this run has 64: resume with 32",
+        ),
         tiny_job.trainer(tmp_path, train_batch_size=64, load_checkpoint=True),
     ):
         pass
+
+
+def test_another_rollout_size_is_refused(tmp_path):
+    """Steps are counted in rollouts: the end would come early, or late."""
+    tiny_job.run(tmp_path, max_steps=1)
+    with (
+        pytest.raises(ValueError, match="with rollout_batch_size = 4; this run has 8: resume"),
+        tiny_job.trainer(tmp_path, rollout_batch_size=8, load_checkpoint=True),
+    ):
+        pass
+
+
+def test_a_coefficient_to_start_from_that_changed_is_started_from(tmp_path):
+    common = {"kl_controller": "adaptive", "init_kl_coef": 0.5, "kl_horizon": 100}
+    first = tiny_job.run(tmp_path, max_steps=1, **common)
+    assert first.update.kl_coef != 0.5
+    with tiny_job.trainer(tmp_path, load_checkpoint=True, **common) as job:
+        assert job.update.kl_coef == first.update.kl_coef
+    with tiny_job.trainer(
+        tmp_path, load_checkpoint=True, **{**common, "init_kl_coef": 0.25}
+    ) as job:
+        assert job.update.kl_coef == 0.25
 
 
 def test_options_changed_on_resume_hold(tmp_path):

@@ -19,12 +19,16 @@ def check_options(function: Callable[..., Any], options: Mapping[str, Any], what
 
 
 def options_of(
-    function: Callable[..., Any], settings: Mapping[str, Any], own: Mapping[str, Any]
+    function: Callable[..., Any],
+    settings: Mapping[str, Any],
+    own: Mapping[str, Any],
+    positional: int,
 ) -> dict[str, Any]:
     """Keywords for `function`: those of the job's `settings` that it takes, and its `own` options.
 
-    Raises ValueError for an own option that it does not take, that is a field of the job, or whose
-    value is not of the type in the function's signature.
+    Its first `positional` parameters are no options. Raises ValueError for an own option that it
+    does not take, that is a field of the job, or whose value is not of the type in the function's
+    signature, and for an option without a default that nobody sets.
     """
     what = getattr(function, "__name__", repr(function))
     check_options(function, own, what)
@@ -39,8 +43,8 @@ def options_of(
             wrong = error.errors()[0]["msg"].lower()
             raise ValueError(f"{what}: option {name} = {value!r}: {wrong}") from error
     options = {name: value for name, value in settings.items() if name in known} | dict(own)
-    for name, parameter in known.items():
-        required = parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty
-        if required and name not in options:
+    for name, parameter in list(known.items())[positional:]:
+        by_name = parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        if by_name and parameter.default is parameter.empty and name not in options:
             raise ValueError(f"{what}: its option {name} has no default and is not set")
     return options

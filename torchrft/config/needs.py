@@ -39,6 +39,8 @@ def silent_fields(config: JobConfig) -> set[str]:
     The resolved TOML leaves them out, so that it can be loaded again.
     """
     silent = {need.field for need in NEEDS if not need.met(config)}
+    if ".py:" in config.algorithm.advantage_estimator:  # which may not take them
+        silent |= {"gamma", "lambd", *CRITIC_FIELDS}
     if config.parallel.fsdp:
         silent.add("zero_stage")
     if config.data.prompt_max_len >= config.data.max_len:

@@ -58,6 +58,13 @@ def make_batch(
     )
 
 
+def counted_rows(batch: RolloutBatch) -> RolloutBatch:
+    """Without the fillers."""
+    if batch.filler is None or not bool(batch.filler.any()):
+        return batch
+    return batch.select((~batch.filler).nonzero().flatten().tolist())
+
+
 def gather_rows(
     parts: Mapping[str, Tensor | None], ranks: DataRanks
 ) -> tuple[dict[str, Any], slice]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -120,7 +121,10 @@ def step_line(
     """
     parts = [f"step {step:>{len(str(total_steps))}}/{total_steps}"]
     for name, key, form in COLUMNS:
-        if (value := metrics.get(key)) is not None:
+        value = metrics.get(key)
+        # A step that only collects has no update to tell of.
+        waits = metrics.get("update/optimizer_steps") == 0
+        if value is not None and not (waits and math.isnan(value)):
             parts.append(f"{name} {form.format(value)}")
     if left is not None:
         parts.append(f"left {left}")

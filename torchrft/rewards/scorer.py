@@ -42,7 +42,7 @@ class RewardSource:
         where = f"reward function {self.name!r}, prompt row {prompt.row}"
         try:
             value = self.function(**{name: available[name] for name in self.arguments})
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             raise RewardError(
                 f"{where}: {type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"

@@ -85,23 +85,18 @@ class RewardShaper:
             penalized.append(replace(score, value=score.value + penalty, parts=parts))
         return penalized
 
-    def shape(
-        self, rewards: Tensor, reduce: Reduce, counted: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, float]]:
-        """Normalized and clipped rewards [B] of a training rollout, and metrics.
-
-        Only the `counted` ones (bool [B], all by default) take part in the statistics.
-        """
+    def shape(self, rewards: Tensor, reduce: Reduce) -> tuple[Tensor, dict[str, float]]:
+        """Normalized and clipped rewards [B] of a training rollout, and metrics."""
         metrics = {}
-        counted = torch.ones_like(rewards, dtype=torch.bool) if counted is None else counted
         if self.config.reward_running_norm:
-            self.norm.update(rewards[counted], reduce)
+            self.norm.update(rewards, reduce)
             rewards = self.norm.normalize(rewards, self.config.reward_running_norm_minus_mean)
             metrics["reward/running_mean"] = self.norm.mean
         limit = self.config.reward_clip
         if limit > 0:
-            counts = [(rewards[counted].abs() > limit).sum(), counted.sum()]
-            clipped, total = reduce(torch.stack(counts).double()).tolist()
+            beyond = (rewards.abs() > limit).double()
+            counts = torch.stack([beyond.sum(), torch.ones_like(beyond).sum()])
+            clipped, total = reduce(counts).tolist()
             metrics["reward/clipped_fraction"] = clipped / max(total, 1.0)
             rewards = rewards.clamp(-limit, limit)
         return rewards, metrics
