@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
-import tomllib
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
-from torchrft.algorithms import advantages
-from torchrft.algorithms.options import options_of
+from torchrft.advantage_step import AdvantageStep
 from torchrft.checkpoint.hf_export import export_hf
 from torchrft.checkpoint.manager import CheckpointManager
 from torchrft.checkpoint.set_aside import set_aside
 from torchrft.collector import Collector
-from torchrft.config.fields import is_set
 from torchrft.config.job_config import JobConfig
 from torchrft.config.manager import to_toml
-from torchrft.config.needs import CRITIC_FIELDS, is_chosen
 from torchrft.critic_update import CriticUpdate
-from torchrft.data.batch import counted_rows, gather_rows, make_batch
+from torchrft.data.batch import make_batch
 from torchrft.data.loader import PromptLoader
 from torchrft.data.prompts import load_prompts
 from torchrft.metrics.console import Console
@@ -35,14 +26,12 @@ from torchrft.metrics.plots import plot_curves, plot_lengths
 from torchrft.metrics.rollout_dump import dump
 from torchrft.metrics.rollout_stats import dump_rows, rollout_metrics
 from torchrft.metrics.timing import PhaseTimer, peak_memory_gib
-from torchrft.models.heads import ValueModel
-from torchrft.models.loader import load_model, load_tokenizer
-from torchrft.models.policy import PolicyModel
-from torchrft.models.sharded import ShardedWeights
+from torchrft.model_builder import ModelBuilder
+from torchrft.models.loader import load_tokenizer
 from torchrft.optim.lr_scheduler import build_scheduler
 from torchrft.optim.optimizer import build_optimizer
 from torchrft.optimizer_step import OptimizerStep
-from torchrft.parallel import ParallelDims, parallelize
+from torchrft.parallel import ParallelDims
 from torchrft.parallel.zero import sharding
 from torchrft.policy_update import PolicyUpdate
 from torchrft.rewards.scorer import build_scorer
@@ -54,9 +43,7 @@ from torchrft.tools.distributed import World
 from torchrft.tools.logging import logger
 from torchrft.tools.seeds import rng_state, seed_everything, set_rng_state
 from torchrft.tools.signals import StopSignal
-from torchrft.types import Prompt, RolloutBatch, Sample
-
-M = TypeVar("M", bound=nn.Module)
+from torchrft.types import Prompt, Sample
 
 
 class Trainer:
@@ -111,82 +98,27 @@ class Trainer:
 
     def _build_models(self) -> None:
         config, model = self.config, self.config.model
+        models = ModelBuilder(config, self.world, self.dims, self.dtype)
         budget = config.rollout.max_new_tokens or config.data.max_len
         reference = None
         if config.algorithm.init_kl_coef > 0:
             init = model.init if model.ref_pretrain is None else "pretrained"
-            reference = self._policy(model.ref_pretrain or model.pretrain, init, self.dtype)
+            reference = models.policy(model.ref_pretrain or model.pretrain, init, self.dtype)
             reference.requires_grad_(False)
         # With use_mp_opt the float32 master weights are the optimizer's.
         self.master = torch.bfloat16 if config.optimizer.use_mp_opt else torch.float32
-        self.policy = self._policy(model.pretrain, model.init, self.master)
+        self.policy = models.policy(model.pretrain, model.init, self.master)
         actor = self._stepper(self.policy, config.optimizer.actor_learning_rate)
         self.update = PolicyUpdate(actor, reference, config.algorithm, budget)
-        self.estimator = advantages.ESTIMATORS.get(self.update.preset.estimator)
-        own = config.algorithm.advantage_options
-        settings = {**config.algorithm.model_dump(), "values": None}
-        options_of(self.estimator, settings, own, 1)  # fails early
-        for name in ("gamma", "lambd"):
-            if is_set(config, name) and name not in inspect.signature(self.estimator).parameters:
-                raise ValueError(
-                    f"{name} has no effect: {config.algorithm.advantage_estimator} does not take "
-                    f"it; leave it out, or give the function a parameter {name}"
-                )
+        self.advantages = AdvantageStep(config, self.update.preset, self.shaper, self.ranks)
         self.critic: CriticUpdate | None = None
-        if advantages.needs_values(self.update.preset.estimator):
+        if self.advantages.needs_values:
             init = model.init if model.critic_pretrain is None else "pretrained"
             source = model.critic_pretrain or model.pretrain
-            critic = self._model(ValueModel, source, init, self.master)
+            critic = models.critic(source, init, self.master)
             stepper = self._stepper(critic, config.optimizer.critic_learning_rate)
             aggregation = self.update.preset.loss_aggregation
             self.critic = CriticUpdate(stepper, config.algorithm, aggregation, budget)
-        else:
-            unused = [name for name in CRITIC_FIELDS if is_chosen(config, name)]
-            if unused:
-                raise ValueError(
-                    f"{unused[0]} has no effect: {config.algorithm.advantage_estimator} needs no "
-                    f"critic; leave it out, or give the function a parameter values"
-                )
-
-    def _model(
-        self, wrap: Callable[[PreTrainedModel], M], source: str, init: str, dtype: torch.dtype
-    ) -> M:
-        """The model of `source` inside `wrap`, spread over the ranks."""
-        training, device = self.config.training, self.world.device
-        several = self.world.world_size > 1 and init != "random"
-        sharded = ShardedWeights.of(source) if several else None
-        if sharded is None:
-            loaded: Any = load_model(source, init, dtype, training.seed)
-            loaded = loaded.to(device)
-        else:
-            loaded = sharded.model(dtype)
-        # No dropout: log-probs must be those of the policy that sampled.
-        model = wrap(loaded.eval())
-        if sharded is None:
-            model.to(device)
-        parallelize(
-            model,
-            self.dims,
-            self.config.parallel,
-            self.dtype,
-            gradient_checkpointing=(
-                training.checkpointing_mode if training.gradient_checkpointing else None
-            ),
-            compile=training.compile,
-        )
-        if sharded is not None:
-            sharded.fill(model, device)
-        return model
-
-    def _policy(self, source: str, init: str, dtype: torch.dtype) -> PolicyModel:
-        config = self.config
-        wrap = partial(
-            PolicyModel,
-            temperature=config.rollout.temperature,
-            fused=config.training.fused_linear_logprob,
-            chunk_size=config.training.chunk_size,
-        )
-        return self._model(wrap, source, init, dtype)
 
     def _stepper(self, model: nn.Module, learning_rate: float) -> OptimizerStep:
         """Optimizer and schedule of a model, over the whole run."""
@@ -303,7 +235,9 @@ class Trainer:
                 batch = self.update.with_logprobs(batch)
                 if self.critic is not None:
                     batch = self.critic.with_values(batch)
-            batch, shaped = self._with_advantages(batch)
+            batch, shaped = self.advantages.add(
+                batch, self.update.kl_coef, self.collector.splits_groups
+            )
             metrics |= shaped
             with self.timer.phase("update"):
                 if self.critic is not None:
@@ -352,48 +286,10 @@ class Trainer:
         enough = self.pending_rollouts * samples >= self.config.training.train_batch_size
         return enough or self.step + 1 == self.schedule_steps
 
-    def _with_advantages(self, batch: RolloutBatch) -> tuple[RolloutBatch, dict[str, float]]:
-        """Shapes the rewards and estimates advantages; statistics span all ranks, fillers none."""
-        algorithm, preset = self.config.algorithm, self.update.preset
-        counted = counted_rows(batch)
-        rewards, metrics = self.shaper.shape(counted.rewards, self.ranks.sum_tensor)
-        in_reward = preset.kl_placement == "reward" and batch.ref_logprobs is not None
-        parts: dict[str, Any] = {
-            "rewards": rewards,
-            "group": counted.group,
-            "mask": counted.mask,
-            "old_logprobs": counted.old_logprobs if in_reward else None,
-            "ref_logprobs": counted.ref_logprobs if in_reward else None,
-            "values": counted.old_values,
-        }
-        split = self.collector.splits_groups
-        mine = slice(None)
-        if split:  # the estimator needs whole groups
-            parts, mine = gather_rows(parts, self.ranks)
-        settings = {**algorithm.model_dump(), "values": parts.pop("values")}
-        result = advantages.compute(
-            preset.estimator,
-            **parts,
-            kl_estimator=algorithm.kl_estimator,
-            init_kl_coef=self.update.kl_coef,
-            advantages_norm=algorithm.advantages_norm,
-            advantage_clip=algorithm.advantage_clip,
-            reduce=(lambda tensor: tensor) if split else self.ranks.sum_tensor,
-            **options_of(self.estimator, settings, algorithm.advantage_options, 1),
-        )
-        found: dict[str, Any] = {}
-        for name, values in (("advantages", result.advantages), ("returns", result.returns)):
-            found[name] = torch.zeros_like(batch.rollout_logprobs)
-            rows = slice(None) if batch.filler is None else ~batch.filler
-            found[name][rows] = values[mine, : batch.mask.shape[1]]
-        return dataclasses.replace(batch, **found), metrics | result.metrics
-
     def _sync_weights(self) -> None:
         if self.config.rollout.enable_engine_sleep:
             self.engine.wake()
         self.engine.update_weights(named_full_tensors(self.policy.model), version=self.step)
-
-    # ---------------------------------------------------------------- output
 
     def _log_samples(self, samples: list[Sample]) -> dict[str, float]:
         """Writes all ranks' samples down and returns their metrics."""
@@ -460,27 +356,15 @@ class Trainer:
             "data_parallel_ranks": self.ranks.size,
         }
 
-    def _source_of_resume(self) -> str | None:
-        """`ckpt_path`, unless this run began from it before and has got further: a job that is
-        started again with the same command goes on where it was."""
-        options = self.config.checkpoint
-        written = Path(options.save_path) / "config.toml"
-        if options.ckpt_path is None or not written.exists():
-            return options.ckpt_path
-        before = tomllib.loads(written.read_text()).get("checkpoint", {}).get("ckpt_path")
-        inside = (
-            Path(options.ckpt_path).resolve().is_relative_to(self.checkpoints.save_path.resolve())
-        )
-        if before != options.ckpt_path or inside or self.checkpoints.find_latest() is None:
-            return options.ckpt_path
-        logger.info("%s began from ckpt_path before and goes on", options.save_path)
-        return None
-
     def _resume(self) -> bool:
         """Goes on from a checkpoint; False if there is none, or it is another run's: then what lies
         under save_path is not gone on with."""
         options = self.config.checkpoint
-        path = self.checkpoints.resolve(self._source_of_resume())
+        source = options.ckpt_path
+        if source is not None and self.checkpoints.began_from(source):
+            logger.info("%s began from ckpt_path before and goes on", options.save_path)
+            source = None
+        path = self.checkpoints.resolve(source)
         if path is None:
             logger.info("no checkpoint under %s: starting from the beginning", options.save_path)
             return False

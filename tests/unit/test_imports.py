@@ -19,7 +19,8 @@ ROWS = [
     {"parallel"},
     {"models"},
     {"data", "rewards", "algorithms", "rollout", "optim", "checkpoint", "metrics"},
-    {"collector", "optimizer_step"},  # the trainer's two halves: to a rollout, and from it
+    # What the trainer is made of.
+    {"collector", "advantage_step", "optimizer_step", "model_builder"},
     {"policy_update", "critic_update"},
     {"trainer"},
     {"train"},

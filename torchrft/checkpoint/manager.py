@@ -5,6 +5,7 @@ Every method is collective: all ranks call it, on a file system that all of them
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,18 @@ class CheckpointManager:
             reason = "; ".join(faults) if faults else "no step-N folder in it"
             raise ValueError(f"ckpt_path {ckpt_path} holds no complete checkpoint: {reason}")
         return newest
+
+    def began_from(self, ckpt_path: str) -> bool:
+        """Whether this run began from another run's `ckpt_path` before and has checkpoints of its
+        own: started again with the same command, it is to go on where it was."""
+        written = self.save_path / "config.toml"
+        if Path(ckpt_path).resolve().is_relative_to(self.save_path.resolve()):
+            return False
+        if not on_main(written.exists, "find the run's config"):
+            return False
+        before = on_main(lambda: tomllib.loads(written.read_text()), "read the run's config")
+        same = before.get("checkpoint", {}).get("ckpt_path") == ckpt_path
+        return same and self.find_latest() is not None
 
     def set_aside_after(self, step: int) -> None:
         """Move checkpoints and exports of later steps to `previous-K`.

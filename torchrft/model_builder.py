@@ -1,0 +1,78 @@
+"""The job's models: loaded, wrapped and spread over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from torchrft.config.job_config import JobConfig
+from torchrft.models.heads import ValueModel
+from torchrft.models.loader import load_model
+from torchrft.models.policy import PolicyModel
+from torchrft.models.sharded import ShardedWeights
+from torchrft.parallel import ParallelDims, parallelize
+from torchrft.tools.distributed import World
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class ModelBuilder:
+    """Builds models that compute in `dtype`; each method is collective.
+
+    They raise ValueError for a source that cannot be loaded or spread like that.
+    """
+
+    def __init__(
+        self, config: JobConfig, world: World, dims: ParallelDims, dtype: torch.dtype
+    ) -> None:
+        self.config, self.world, self.dims, self.dtype = config, world, dims, dtype
+
+    def policy(self, source: str, init: str, dtype: torch.dtype) -> PolicyModel:
+        """The policy or reference with weights in `dtype`."""
+        config = self.config
+        wrap = partial(
+            PolicyModel,
+            temperature=config.rollout.temperature,
+            fused=config.training.fused_linear_logprob,
+            chunk_size=config.training.chunk_size,
+        )
+        return self._model(wrap, source, init, dtype)
+
+    def critic(self, source: str, init: str, dtype: torch.dtype) -> ValueModel:
+        """A critic with weights in `dtype`."""
+        return self._model(ValueModel, source, init, dtype)
+
+    def _model(
+        self, wrap: Callable[[PreTrainedModel], M], source: str, init: str, dtype: torch.dtype
+    ) -> M:
+        """The model of `source` inside `wrap`, spread over the ranks."""
+        training, device = self.config.training, self.world.device
+        several = self.world.world_size > 1 and init != "random"
+        sharded = ShardedWeights.of(source) if several else None
+        if sharded is None:
+            loaded: Any = load_model(source, init, dtype, training.seed)
+            loaded = loaded.to(device)
+        else:
+            loaded = sharded.model(dtype)
+        # No dropout: log-probs must be those of the policy that sampled.
+        model = wrap(loaded.eval())
+        if sharded is None:
+            model.to(device)
+        parallelize(
+            model,
+            self.dims,
+            self.config.parallel,
+            self.dtype,
+            gradient_checkpointing=(
+                training.checkpointing_mode if training.gradient_checkpointing else None
+            ),
+            compile=training.compile,
+        )
+        if sharded is not None:
+            sharded.fill(model, device)
+        return model
