@@ -27,6 +27,11 @@ _STAGES = {
 }
 
 
+def stage(number: int) -> Sharding:
+    """Stage 0 keeps replicas, which the mesh says; for the rest it is like stage 1."""
+    return _STAGES[max(number, 1)]
+
+
 def sharding(config: Parallel) -> Sharding:
     """Full sharding with `fsdp`, else that of `zero_stage`."""
     return _STAGES[3 if config.fsdp else config.zero_stage]
