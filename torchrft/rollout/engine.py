@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from torchrft.types import Completion, Prompt, SamplingParams
 
@@ -37,3 +38,33 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Free everything; the engine cannot be used afterwards."""
+
+
+def check_prompts(prompts: Sequence[Prompt], sampling: SamplingParams, version: int | None) -> None:
+    """Raises ValueError for an engine without weights (`version` None), and for a prompt that is
+    empty or leaves no room for a response."""
+    if version is None:
+        raise ValueError("the engine has no weights: call update_weights before generate")
+    if sampling.seeds is not None and [len(row) for row in sampling.seeds] != [sampling.n] * len(
+        prompts
+    ):
+        given = sum(len(row) for row in sampling.seeds)
+        raise ValueError(f"{given} seeds were given for {len(prompts) * sampling.n} completions")
+    for position, prompt in enumerate(prompts):
+        if not prompt.token_ids:
+            raise ValueError(f"prompt {position} (row {prompt.row}) has no tokens")
+        if sampling.budget(len(prompt.token_ids)) < 1:
+            raise ValueError(
+                f"prompt {position} (row {prompt.row}) has {len(prompt.token_ids)} tokens, which "
+                f"leaves no room for a response: max_len is {sampling.max_total_tokens}"
+            )
+
+
+def texts(
+    tokenizer: PreTrainedTokenizerBase, responses: Sequence[Sequence[int]], stop: Sequence[str]
+) -> list[str]:
+    """The responses' texts, each up to its first stop string."""
+    decoded = tokenizer.batch_decode([list(ids) for ids in responses], skip_special_tokens=True)
+    for string in stop:
+        decoded = [text.split(string, 1)[0] for text in decoded]
+    return decoded

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from torchrft.models.loader import empty_model
 from torchrft.models.policy import refuse_unsupported
+from torchrft.rollout.engine import check_prompts, texts
 from torchrft.rollout.native.generation import Generation
 from torchrft.rollout.weight_sync import copy_weights
 from torchrft.types import Completion, FinishReason, Prompt, SamplingParams
@@ -70,16 +71,7 @@ class NativeEngine:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
-        if self.version is None:
-            raise ValueError("the engine has no weights: call update_weights before generate")
-        for position, prompt in enumerate(prompts):
-            if not prompt.token_ids:
-                raise ValueError(f"prompt {position} (row {prompt.row}) has no tokens")
-            if sampling.budget(len(prompt.token_ids)) < 1:
-                raise ValueError(
-                    f"prompt {position} (row {prompt.row}) has {len(prompt.token_ids)} tokens, "
-                    f"which leaves no room for a response: max_len is {sampling.max_total_tokens}"
-                )
+        check_prompts(prompts, sampling, self.version)
         if not prompts:
             return []
         generation = Generation(
@@ -105,11 +97,8 @@ class NativeEngine:
         logprobs: list[list[float]],
         stopped: list[bool],
     ) -> list[Completion]:
-        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         completions = []
-        for request, text in enumerate(texts):
-            for stop in sampling.stop:  # the text ends before a stop string, as in vLLM
-                text = text.split(stop, 1)[0]
+        for request, text in enumerate(texts(self.tokenizer, tokens, sampling.stop)):
             reason: FinishReason = "stop" if stopped[request] else "length"
             assert self.version is not None
             completions.append(

@@ -81,8 +81,6 @@ class Generation:
         if self.sampling.seeds is None:
             return torch.randint(2**62, (count,)).to(self.device)
         flat = [seed for row in self.sampling.seeds for seed in row]
-        if len(flat) != count:
-            raise ValueError(f"{len(flat)} seeds were given for {count} completions")
         return torch.tensor(flat, dtype=torch.long, device=self.device)
 
     def _budgets(self) -> Tensor:

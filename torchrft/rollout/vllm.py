@@ -1,0 +1,289 @@
+"""vLLM as the rollout engine, in the trainer's own process.
+
+Tried with vLLM 0.25 (torch 2.11, CUDA) and 0.32 (torch 2.13, CPU).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+
+from torchrft.rollout.canary import Canary
+from torchrft.rollout.engine import check_prompts, texts
+from torchrft.tools.distributed import DataRanks
+from torchrft.tools.logging import logger
+from torchrft.tools.seeds import rng_state, set_rng_state
+from torchrft.types import Completion, FinishReason, Prompt, SamplingParams
+
+# Set before vLLM is imported, unless the user did. One process: the trainer's tensors are then
+# handed over by reference. FlashInfer's sampler knows no seeds per request.
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+_Request = tuple[tuple[int, ...], dict[str, Any]]
+
+
+class VllmEngine:
+    """One vLLM engine for every `tp_size` ranks in a row; see `RolloutEngine` for the calls.
+
+    Args:
+        pretrain: folder or hub id whose config vLLM reads; its weights are not loaded.
+        max_len: tokens of the longest prompt with its response.
+        memory: share of the GPU's memory that vLLM may take; on a CPU it takes what
+            `max_num_seqs` sequences of `max_len` tokens need.
+        sleeps: whether `sleep` will be called.
+        options: further arguments of `vllm.LLM`, which go before torchrft's own.
+
+    Raises ValueError, with vLLM's own words, when vLLM does not start.
+    """
+
+    def __init__(
+        self,
+        pretrain: str,
+        config: PreTrainedConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_token_ids: tuple[int, ...],
+        max_len: int,
+        max_num_seqs: int = 256,
+        tp_size: int = 1,
+        memory: float = 0.5,
+        sleeps: bool = True,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        stop_strings: bool = False,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        self.tokenizer, self.stop_token_ids = tokenizer, stop_token_ids
+        self.dtype, self.on_cpu = dtype, torch.device(device).type == "cpu"
+        self.sleeps = sleeps and not self.on_cpu
+        self.version: int | None = None
+        self.asleep = self.sleep_was_refused = False
+        self.temperature = 1.0
+        self.ranks = _neighbors(tp_size)
+        with torch.device("meta"):  # names, shapes and ties of what will be sent
+            self.expected = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        arguments: dict[str, Any] = {
+            "model": pretrain,
+            "load_format": "dummy",
+            "dtype": str(dtype).removeprefix("torch."),
+            "max_model_len": max_len,
+            "max_num_seqs": max_num_seqs,
+            "tensor_parallel_size": tp_size,
+            "logprobs_mode": "raw_logprobs",
+            "skip_tokenizer_init": not stop_strings,
+            "seed": 0,
+        }
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            arguments["distributed_executor_backend"] = "external_launcher"
+        if self.on_cpu:
+            arguments["enforce_eager"] = True
+            # A prompt cut in two with a seed ends in "CPU Generator does not use offset".
+            arguments["enable_chunked_prefill"] = False
+            arguments["max_num_batched_tokens"] = max(max_len, 8192)
+            arguments["kv_cache_memory_bytes"] = _cache_bytes(config, dtype, max_num_seqs, max_len)
+        else:
+            arguments["gpu_memory_utilization"] = memory
+            arguments["enable_sleep_mode"] = self.sleeps
+        self.llm = _start({**arguments, **(options or {})}, memory)
+        if dist.is_initialized():
+            # vLLM's own end, at exit, destroys every process group: the trainer's, too.
+            finalizer = getattr(self.llm.llm_engine.engine_core, "_finalizer", None)
+            if finalizer is not None:
+                finalizer.detach()
+        self.llm.apply_model(self._scale_logits)
+
+    # ---------------------------------------------------------------- weights
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        if self.asleep:
+            raise ValueError("the engine sleeps: call wake before update_weights")
+        self.version = None
+        self.llm.apply_model(lambda model: self._load(model, named_tensors))
+        if self.sleeps:
+            self.llm.wake_up(tags=["kv_cache"])
+        # What was computed by the old weights.
+        self.llm.reset_prefix_cache()
+        if hasattr(self.llm.llm_engine, "reset_encoder_cache"):
+            self.llm.llm_engine.reset_encoder_cache()
+        self.version = version
+
+    def _load(self, model: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+        from torchrft.rollout.vllm_model import held
+
+        canary = Canary(self.expected, lambda name: held(model, name))
+        pairs = canary.watch((name, tensor.to(self.dtype)) for name, tensor in named_tensors)
+        if self.on_cpu:
+            # Packed layers are unpacked, loaded and packed again; a tied head is packed by itself.
+            pairs = self._with_head(pairs)
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": pairs})
+        else:
+            model.load_weights(pairs)
+        canary.check()
+
+    def _with_head(self, pairs: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        parameters = dict(self.expected.named_parameters(remove_duplicate=False))
+        head = parameters.get("lm_head.weight")
+        for name, tensor in pairs:
+            yield name, tensor
+            if name != "lm_head.weight" and parameters[name] is head:
+                yield "lm_head.weight", tensor
+
+    # ---------------------------------------------------------------- memory
+
+    def sleep(self) -> None:
+        """Frees weights and KV cache, on a GPU; vLLM on a CPU cannot, and says so once."""
+        if self.asleep:
+            return
+        self.version, self.asleep = None, True
+        if self.sleeps:
+            self.llm.sleep(level=2)
+        elif not self.sleep_was_refused:
+            self.sleep_was_refused = True
+            why = "vLLM cannot sleep on a CPU" if self.on_cpu else "it was built without sleep"
+            logger.info(f"the rollout engine keeps its memory while the trainer computes: {why}")
+
+    def wake(self) -> None:
+        """Takes the weights' memory again; the KV cache's follows when the weights are there."""
+        if self.sleeps and self.asleep:
+            self.llm.wake_up(tags=["weights"])
+        self.asleep = False
+
+    def close(self) -> None:
+        """Frees what `sleep` does; the rest of vLLM ends with the process."""
+        self.sleep()
+
+    # ---------------------------------------------------------------- generation
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
+        if sampling.first_token_temperature is not None:
+            raise ValueError("vLLM has no first_token_temperature; use the native engine")
+        check_prompts(prompts, sampling, self.version)
+        requests = [self._request(place, prompt, sampling) for place, prompt in enumerate(prompts)]
+        # The ranks of one engine must all run the same requests; each keeps its own.
+        parts = self.ranks.gather(requests, "rollout")
+        everything = [request for part in parts for request in part]
+        if not everything:
+            return []
+        outputs = self._run(everything, sampling.temperature)
+        first = sum(len(part) for part in parts[: self.ranks.rank])
+        return [
+            self._completion(place, output, sampling)
+            for place, request in enumerate(outputs[first : first + len(prompts)])
+            for output in sorted(request.outputs, key=lambda output: output.index)
+        ]
+
+    def _request(self, place: int, prompt: Prompt, sampling: SamplingParams) -> _Request:
+        """Token ids and vLLM's sampling parameters, without the temperature."""
+        # Sample j has the seed of sample 0 plus j: vLLM takes one seed for a request.
+        seed = sampling.seeds[place][0] % 2**62 if sampling.seeds is not None else None
+        return prompt.token_ids, {
+            "n": sampling.n,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "seed": seed,
+            "max_tokens": sampling.budget(len(prompt.token_ids)),
+            "min_tokens": sampling.min_new_tokens,
+            "stop": list(sampling.stop),
+            "stop_token_ids": sorted({*self.stop_token_ids, *sampling.stop_token_ids}),
+            "ignore_eos": True,  # the end-of-sequence tokens are among the stop ids
+            "detokenize": bool(sampling.stop),
+            "logprobs": 0,  # of the sampled token
+            "flat_logprobs": True,
+        }
+
+    def _run(self, requests: Sequence[_Request], temperature: float) -> list[Any]:
+        import vllm
+
+        # The logits are divided by the temperature before vLLM sees them, so that its log-probs are
+        # those of the sampling temperature, and before top-p and top-k: the trainer's.
+        self.temperature = temperature or 1.0
+        sampled = 1.0 if temperature else 0.0
+        return self.llm.generate(
+            [{"prompt_token_ids": list(token_ids)} for token_ids, _ in requests],
+            [vllm.SamplingParams(temperature=sampled, **options) for _, options in requests],
+            use_tqdm=False,
+        )
+
+    def _scale_logits(self, model: Any) -> None:
+        from torchrft.rollout.vllm_model import logits_processors
+
+        def scale(_module: Any, _inputs: Any, logits: Tensor | None) -> Tensor | None:
+            # In float32, since another rounding to bfloat16 would be another policy.
+            if logits is None or self.temperature == 1.0:
+                return logits
+            return logits.float() / self.temperature
+
+        for module in logits_processors(model):
+            module.register_forward_hook(scale)
+
+    def _completion(self, place: int, output: Any, sampling: SamplingParams) -> Completion:
+        if output.finish_reason not in ("stop", "length"):
+            raise RuntimeError(f"vLLM ended a request with {output.finish_reason!r}")
+        reason: FinishReason = output.finish_reason
+        tokens = tuple(output.token_ids)
+        assert self.version is not None
+        assert len(output.logprobs.logprobs) == len(tokens)
+        return Completion(
+            prompt_index=place,
+            sample_index=output.index,
+            token_ids=tokens,
+            logprobs=tuple(output.logprobs.logprobs),
+            text=texts(self.tokenizer, [tokens], sampling.stop)[0],
+            finish_reason=reason,
+            policy_version=self.version,
+        )
+
+
+def _start(arguments: dict[str, Any], memory: float) -> Any:
+    """`vllm.LLM(**arguments)`, with its errors in a sentence and the random state as it was."""
+    from vllm import LLM
+
+    state = rng_state()  # vLLM seeds the whole process
+    try:
+        return LLM(**arguments)
+    except TypeError as error:
+        raise ValueError(
+            f"[rollout.vllm] holds an argument that vLLM does not know: {error}"
+        ) from error
+    except (ValueError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        remedy = ""
+        if "memory" in text.lower():
+            remedy = (
+                f"; engine_mem_util = {memory} does not fit beside what the GPU holds: change it"
+            )
+        raise ValueError(f"vLLM did not start: {text[:600]}{remedy}") from error
+    finally:
+        set_rng_state(state)
+
+
+def _neighbors(tp_size: int) -> DataRanks:
+    """This rank among the `tp_size` consecutive ranks that share an engine."""
+    if tp_size == 1:
+        return DataRanks()
+    groups = [
+        dist.new_group(list(range(first, first + tp_size)))
+        for first in range(0, dist.get_world_size(), tp_size)
+    ]
+    rank = dist.get_rank()
+    return DataRanks(rank % tp_size, tp_size, groups[rank // tp_size])
+
+
+def _cache_bytes(config: PreTrainedConfig, dtype: torch.dtype, sequences: int, length: int) -> int:
+    """KV cache of so many sequences of that length, and a little for rounding to blocks."""
+    text: Any = config.get_text_config()
+    dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    token = 2 * text.num_hidden_layers * text.num_key_value_heads * dim * dtype.itemsize
+    return sequences * (length + 256) * token
