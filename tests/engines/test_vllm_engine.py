@@ -190,7 +190,7 @@ def test_wrong_use(tmp_path):
 
 def test_what_vllm_refuses_is_one_sentence(tmp_path):
     with pytest.raises(
-        ValueError, match=r"\[rollout.vllm\] holds an argument that vLLM does not know: .*'nonsense'"
+        ValueError, match=r"\[rollout.vllm\] holds an argument that vLLM does not know.*'nonsense'"
     ):
         make(tmp_path, vllm={"nonsense": 1})
     with pytest.raises(ValueError, match="vLLM did not start: "):
