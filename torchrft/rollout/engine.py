@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from torchrft.tools.distributed import DataRanks
 from torchrft.types import Completion, Prompt, SamplingParams
 
 
@@ -58,6 +60,18 @@ def check_prompts(prompts: Sequence[Prompt], sampling: SamplingParams, version: 
                 f"prompt {position} (row {prompt.row}) has {len(prompt.token_ids)} tokens, which "
                 f"leaves no room for a response: max_len is {sampling.max_total_tokens}"
             )
+
+
+def neighbors(tp_size: int) -> DataRanks:
+    """This rank among the `tp_size` consecutive ranks that share an engine."""
+    if tp_size == 1:
+        return DataRanks()
+    groups = [
+        dist.new_group(list(range(first, first + tp_size)))
+        for first in range(0, dist.get_world_size(), tp_size)
+    ]
+    rank = dist.get_rank()
+    return DataRanks(rank % tp_size, tp_size, groups[rank // tp_size])
 
 
 def texts(

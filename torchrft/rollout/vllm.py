@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from torchrft.rollout.canary import Canary
-from torchrft.rollout.engine import check_prompts, texts
-from torchrft.tools.distributed import DataRanks
+from torchrft.rollout.engine import check_prompts, neighbors, texts
+from torchrft.rollout.fused_weights import held, is_a
 from torchrft.tools.logging import logger
 from torchrft.tools.seeds import rng_state, set_rng_state
 from torchrft.types import Completion, FinishReason, Prompt, SamplingParams
@@ -71,7 +71,7 @@ class VllmEngine:
         self.version: int | None = None
         self.asleep = self.sleep_was_refused = False
         self.temperature = 1.0
-        self.ranks = _neighbors(tp_size)
+        self.ranks = neighbors(tp_size)
         with torch.device("meta"):  # names, shapes and ties of what will be sent
             self.expected = AutoModelForCausalLM.from_config(config, dtype=dtype)
         arguments: dict[str, Any] = {
@@ -120,8 +120,6 @@ class VllmEngine:
         self.version = version
 
     def _load(self, model: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-        from torchrft.rollout.vllm_model import held
-
         canary = Canary(self.expected, lambda name: held(model, name))
         pairs = canary.watch((name, tensor.to(self.dtype)) for name, tensor in named_tensors)
         if self.on_cpu:
@@ -217,16 +215,15 @@ class VllmEngine:
         )
 
     def _scale_logits(self, model: Any) -> None:
-        from torchrft.rollout.vllm_model import logits_processors
-
         def scale(_module: Any, _inputs: Any, logits: Tensor | None) -> Tensor | None:
             # In float32, since another rounding to bfloat16 would be another policy.
             if logits is None or self.temperature == 1.0:
                 return logits
             return logits.float() / self.temperature
 
-        for module in logits_processors(model):
-            module.register_forward_hook(scale)
+        for module in model.modules():
+            if is_a(module, "LogitsProcessor"):
+                module.register_forward_hook(scale)
 
     def _completion(self, place: int, output: Any, sampling: SamplingParams) -> Completion:
         if output.finish_reason not in ("stop", "length"):
@@ -267,18 +264,6 @@ def _start(arguments: dict[str, Any], memory: float) -> Any:
         raise ValueError(f"vLLM did not start: {text[:600]}{remedy}") from error
     finally:
         set_rng_state(state)
-
-
-def _neighbors(tp_size: int) -> DataRanks:
-    """This rank among the `tp_size` consecutive ranks that share an engine."""
-    if tp_size == 1:
-        return DataRanks()
-    groups = [
-        dist.new_group(list(range(first, first + tp_size)))
-        for first in range(0, dist.get_world_size(), tp_size)
-    ]
-    rank = dist.get_rank()
-    return DataRanks(rank % tp_size, tp_size, groups[rank // tp_size])
 
 
 def _cache_bytes(config: PreTrainedConfig, dtype: torch.dtype, sequences: int, length: int) -> int:

@@ -1,7 +1,8 @@
-"""The model inside a vLLM engine: where it holds the tensors of a Hugging Face model.
+"""Where a vLLM or SGLang model holds the tensors of a Hugging Face model.
 
-vLLM fuses projections (q, k, v; gate, up), splits them over the engine's ranks, pads the vocabulary
-and, on a CPU, packs linear weights into a layout of its own.
+Both fuse projections (q, k, v; gate, up), split them over the engine's ranks and pad the
+vocabulary; vLLM on a CPU packs linear weights into a layout of its own. Their layers have one
+origin, the same names and attributes: they are told apart by class name, without an import.
 """
 
 from __future__ import annotations
@@ -9,18 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from vllm.model_executor.layers.linear import (
-    ColumnParallelLinear,
-    QKVParallelLinear,
-    RowParallelLinear,
-)
-from vllm.model_executor.layers.logits_processor import LogitsProcessor
-from vllm.model_executor.layers.vocab_parallel_embedding import (
-    ParallelLMHead,
-    VocabParallelEmbedding,
-)
 
 from torchrft.rollout.canary import Held, Packed
+
+_FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
 
 def held(model: nn.Module, name: str) -> list[Held]:
@@ -36,9 +29,9 @@ def held(model: nn.Module, name: str) -> list[Held]:
     return places
 
 
-def logits_processors(model: nn.Module) -> list[nn.Module]:
-    """The modules whose output are the logits that are sampled."""
-    return [module for module in model.modules() if isinstance(module, LogitsProcessor)]
+def is_a(module: object, name: str) -> bool:
+    """Whether a class of that name is among the module's."""
+    return any(cls.__name__ == name for cls in type(module).__mro__)
 
 
 def _is_tied(model: Any) -> bool:
@@ -51,7 +44,7 @@ def _find(model: Any, path: str) -> tuple[nn.Module, int | None] | None:
         return model.get_submodule(path), None
     except AttributeError:
         parent, _, child = path.rpartition(".")
-    for fused, children in (getattr(model, "packed_modules_mapping", None) or {}).items():
+    for fused, children in (getattr(model, "packed_modules_mapping", None) or _FUSED).items():
         if child in children:
             try:
                 return model.get_submodule(f"{parent}.{fused}"), children.index(child)
@@ -63,34 +56,34 @@ def _find(model: Any, path: str) -> tuple[nn.Module, int | None] | None:
 def _place(module: Any, part: int | None, leaf: str) -> Held:
     """Part `part` (None: the whole) of the module's parameter `leaf`."""
     at = dim = 0
-    if isinstance(module, VocabParallelEmbedding):
+    if is_a(module, "VocabParallelEmbedding"):
         shard = module.shard_indices
         start = shard.org_vocab_start_index
         length = shard.org_vocab_end_index - start
-    elif isinstance(module, RowParallelLinear) and leaf == "weight":
+    elif is_a(module, "RowParallelLinear") and leaf == "weight":
         dim, length = 1, module.input_size_per_partition
         start = module.tp_rank * length
-    elif isinstance(module, ColumnParallelLinear):
+    elif is_a(module, "ColumnParallelLinear"):
         sizes, index, rank = module.output_partition_sizes, part or 0, module.tp_rank
-        if isinstance(module, QKVParallelLinear) and index > 0:
+        if is_a(module, "QKVParallelLinear") and index > 0:
             rank //= module.num_kv_head_replicas
         at, length = sum(sizes[:index]), sizes[index]
         start = rank * length
     else:
         return Held(lambda: getattr(module, leaf))
     columns = slice(None) if dim == 1 else slice(at, at + length)
-    is_embedding = isinstance(module, VocabParallelEmbedding) and not isinstance(
-        module, ParallelLMHead
-    )
-    if leaf == "weight" and hasattr(module, "cpu_linear") and not is_embedding:
+    embeds = is_a(module, "VocabParallelEmbedding") and not is_a(module, "ParallelLMHead")
+    if leaf == "weight" and hasattr(module, "cpu_linear") and not embeds:
 
         def apply(x: Tensor) -> Tensor:
             return module.cpu_linear(x, module.weight, None)[:, columns]
 
-        inputs = module.embedding_dim if hasattr(module, "embedding_dim") else _inputs(module)
-        return Packed(apply, dim, start, length, inputs, module.weight.dtype)
+        return Packed(apply, dim, start, length, _inputs(module), module.weight.dtype)
     return Held(lambda: getattr(module, leaf)[columns], dim, start, length)
 
 
 def _inputs(module: Any) -> int:
-    return getattr(module, "input_size_per_partition", module.input_size)
+    for name in ("embedding_dim", "input_size_per_partition", "input_size"):
+        if hasattr(module, name):
+            return int(getattr(module, name))
+    raise AssertionError(f"{type(module).__name__} has no input size")

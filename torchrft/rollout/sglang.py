@@ -1,0 +1,304 @@
+"""SGLang as the rollout engine: in a process beside the trainer's, or running servers by HTTP.
+
+Tried with SGLang 0.5.16 (torch 2.11, CUDA). Both ways take the same requests; weights travel by
+CUDA IPC, so a server must be on the trainer's host. SGLang takes no seed per request: sampled
+tokens differ from run to run.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Mapping, Sequence
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing  # its reductions let CUDA tensors travel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+
+from torchrft.rollout import sglang_loader
+from torchrft.rollout.canary import Canary, WeightSyncError
+from torchrft.rollout.engine import check_prompts, neighbors, texts
+from torchrft.types import Completion, FinishReason, Prompt, SamplingParams
+
+_BUCKET = 512 * 2**20  # bytes sent at a time: so much memory a hand-over needs
+
+
+class _Transport(Protocol):
+    """How SGLang is reached: the calls and their fields are those of its HTTP server."""
+
+    def post(self, path: str, payload: dict[str, Any]) -> Any: ...
+
+    def close(self) -> None: ...
+
+
+class LocalSglang:
+    """`sglang.Engine` in processes of its own, started here."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        import sglang
+
+        self.engine = sglang.Engine(**arguments)
+
+    def post(self, path: str, payload: dict[str, Any]) -> Any:
+        name = path.removeprefix("/")
+        if name == "update_weights_from_tensor":
+            from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
+
+            request = UpdateWeightsFromTensorReqInput(**payload)
+            manager = self.engine.tokenizer_manager
+            done = manager.update_weights_from_tensor(request, None)
+            success, message = self.engine.loop.run_until_complete(done)
+            return {"success": success, "message": message}
+        return getattr(self.engine, name)(**payload)
+
+    def close(self) -> None:
+        self.engine.shutdown()
+
+
+class HttpSglang:
+    """A running SGLang server. Raises ConnectionError when it does not answer or refuses."""
+
+    def __init__(self, url: str, timeout: float) -> None:
+        self.url, self.timeout = url.rstrip("/"), timeout
+
+    def post(self, path: str, payload: dict[str, Any]) -> Any:
+        data = json.dumps(payload).encode()
+        request = urllib.request.Request(
+            self.url + path, data, {"Content-Type": "application/json"}, method="POST"
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+                text = answer.read().decode()
+        except urllib.error.HTTPError as error:
+            said = error.read().decode(errors="replace")[:300]
+            raise ConnectionError(
+                f"SGLang at {self.url}{path} answered {error.code}: {said}"
+            ) from error
+        except OSError as error:  # refused, reset, timed out
+            raise ConnectionError(f"SGLang at {self.url}{path}: {error}") from error
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            return text
+
+    def close(self) -> None:
+        """The server is the user's."""
+
+
+class SglangEngine:
+    """SGLang for `tp_size` ranks in a row, led by the first; see `RolloutEngine` for the calls.
+
+    Args: transport, None on ranks that do not lead; the others as for `VllmEngine`.
+    """
+
+    def __init__(
+        self,
+        transport: _Transport | None,
+        config: PreTrainedConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_token_ids: tuple[int, ...],
+        tp_size: int = 1,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cuda",
+    ) -> None:
+        self.transport, self.tokenizer, self.stop_token_ids = transport, tokenizer, stop_token_ids
+        self.dtype, self.device, self.tp_size = dtype, torch.device(device), tp_size
+        self.ranks = neighbors(tp_size)
+        self.version: int | None = None
+        self.asleep = False
+        with torch.device("meta"):
+            self.expected = AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+    def _post(self, path: str, **payload: Any) -> Any:
+        return None if self.transport is None else self.transport.post(path, payload)
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        if self.asleep:
+            raise ValueError("the engine sleeps: call wake before update_weights")
+        self.version = None
+        bucket: list[tuple[str, Tensor]] = []
+        size = 0
+        # SGLang's process compares what it holds; here it is what is missing or misshapen.
+        for name, tensor in Canary(self.expected, lambda name: []).watch(named_tensors):
+            bucket.append((name, tensor.to(self.device, self.dtype)))
+            size += bucket[-1][1].nbytes
+            if size >= _BUCKET:
+                self._send(bucket)
+                bucket, size = [], 0
+        if bucket:
+            self._send(bucket)
+        if self.device.type == "cuda":
+            self._post("/resume_memory_occupation", tags=["kv_cache"])
+        self._post("/flush_cache")
+        self.version = version
+
+    def _send(self, bucket: list[tuple[str, Tensor]]) -> None:
+        if self.transport is None:
+            return
+        verdict = torch.full((self.tp_size,), -1, dtype=torch.int32, device=self.device)
+        packed = sglang_loader.pack(bucket, verdict)
+        answer = self._post(
+            "/update_weights_from_tensor",
+            serialized_named_tensors=[_serialize(packed)] * self.tp_size,
+            load_format=sglang_loader.PATH,
+            flush_cache=False,
+        )
+        if not answer["success"]:
+            raise WeightSyncError(f"SGLang refused a weight update: {answer['message']}")
+        wrong = int(verdict.abs().max())
+        if wrong or int(verdict.min()) < 0:
+            name = bucket[wrong - 1][0] if wrong > 0 else bucket[0][0]
+            raise WeightSyncError(
+                f'weight update: SGLang does not hold "{name}" as the trainer sent it; rollouts '
+                "would come from another policy, so the run stops"
+            )
+
+    def sleep(self) -> None:
+        if self.asleep:
+            return
+        self.version, self.asleep = None, True
+        self._post("/release_memory_occupation", tags=["kv_cache"])
+        self._post("/release_memory_occupation", tags=["weights"])
+
+    def wake(self) -> None:
+        """The weights' memory; the KV cache's follows when the weights are there."""
+        if self.asleep:
+            self._post("/resume_memory_occupation", tags=["weights"])
+        self.asleep = False
+
+    def close(self) -> None:
+        self.version = None
+        if self.transport is not None:
+            self.transport.close()
+            self.transport = None
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
+        if sampling.first_token_temperature is not None:
+            raise ValueError("SGLang has no first_token_temperature; use the native engine")
+        check_prompts(prompts, sampling, self.version)
+        parts = self.ranks.gather([prompt.token_ids for prompt in prompts], "rollout")
+        everything = [token_ids for part in parts for token_ids in part]
+        if not everything:
+            return []
+        found = [] if self.transport is None else self._run(everything, sampling)
+        outputs = self.ranks.gather(found, "rollout")[0]
+        first = sum(len(part) for part in parts[: self.ranks.rank]) * sampling.n
+        mine = outputs[first : first + len(prompts) * sampling.n]
+        return [
+            self._completion(place // sampling.n, place % sampling.n, output, sampling)
+            for place, output in enumerate(mine)
+        ]
+
+    def _run(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> list[Any]:
+        """SGLang's answers, prompt by prompt, in order."""
+        options = [
+            {
+                "n": sampling.n,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "top_k": sampling.top_k or -1,
+                "max_new_tokens": sampling.budget(len(token_ids)),
+                "min_new_tokens": sampling.min_new_tokens,
+                "stop": list(sampling.stop) or None,
+                "stop_token_ids": sorted({*self.stop_token_ids, *sampling.stop_token_ids}),
+                "ignore_eos": True,  # the end-of-sequence tokens are among the stop ids
+            }
+            for token_ids in prompts
+        ]
+        answers = self._post(
+            "/generate",
+            input_ids=[list(token_ids) for token_ids in prompts],
+            sampling_params=options,
+            return_logprob=True,
+            logprob_start_len=-1,
+        )
+        if len(answers) != len(prompts) * sampling.n:
+            raise ConnectionError(
+                f"SGLang gave {len(answers)} answers to {len(prompts)} x {sampling.n} requests"
+            )
+        return [
+            (a["meta_info"]["output_token_logprobs"], a["meta_info"]["finish_reason"])
+            for a in answers
+        ]
+
+    def _completion(
+        self, prompt: int, sample: int, output: Any, sampling: SamplingParams
+    ) -> Completion:
+        rows, reason = output
+        kind = reason["type"] if isinstance(reason, Mapping) else reason
+        if kind not in ("stop", "length"):
+            raise ConnectionError(f"SGLang ended a request with {reason!r}")
+        finish: FinishReason = "stop" if kind == "stop" else "length"
+        tokens = tuple(int(row[1]) for row in rows)
+        assert self.version is not None
+        return Completion(
+            prompt_index=prompt,
+            sample_index=sample,
+            token_ids=tokens,
+            logprobs=tuple(float(row[0]) for row in rows),
+            text=texts(self.tokenizer, [tokens], sampling.stop)[0],
+            finish_reason=finish,
+            policy_version=self.version,
+        )
+
+
+def _serialize(tensors: list[tuple[str, Tensor]]) -> str:
+    """As sglang.srt.utils.MultiprocessingSerializer does."""
+    buffer = io.BytesIO()
+    ForkingPickler(buffer).dump(tensors)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def start_sglang(
+    pretrain: str,
+    max_len: int,
+    max_num_seqs: int,
+    tp_size: int,
+    memory: float,
+    sleeps: bool,
+    dtype: torch.dtype,
+    needs_tokenizer: bool,
+    options: Mapping[str, Any],
+) -> LocalSglang | None:
+    """The engine's processes on this rank's GPUs; None on ranks that do not lead.
+
+    Raises ValueError, with SGLang's own words, when it does not start.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if rank % tp_size:
+        return None
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    arguments: dict[str, Any] = {
+        "model_path": pretrain,
+        "load_format": "dummy",
+        "dtype": str(dtype).removeprefix("torch."),
+        "context_length": max_len,
+        "max_running_requests": max_num_seqs,
+        "cuda_graph_max_bs_decode": max_num_seqs,
+        "disable_prefill_cuda_graph": True,
+        "tp_size": tp_size,
+        "base_gpu_id": local,
+        "port": 30000 + 100 * local,
+        "mem_fraction_static": memory,
+        "enable_memory_saver": sleeps,
+        "skip_tokenizer_init": not needs_tokenizer,
+        "random_seed": rank,
+        "custom_weight_loader": [sglang_loader.PATH],
+        "log_level": "error",
+    }
+    try:
+        return LocalSglang({**arguments, **options})
+    except (TypeError, ValueError, RuntimeError) as error:
+        said = " ".join(str(error).split())[:600]
+        raise ValueError(
+            f"SGLang did not start: {said}; its options are [rollout.sglang], its memory is "
+            f"engine_mem_util = {memory}"
+        ) from error
