@@ -10,6 +10,7 @@ from torchrft.parallel.activation_checkpoint import apply_activation_checkpointi
 from torchrft.parallel.compile import apply_compile
 from torchrft.parallel.fsdp import apply_fsdp, set_gradient_sync
 from torchrft.parallel.mesh import ParallelDims
+from torchrft.parallel.plain import prepare_plain
 from torchrft.parallel.sequence_parallel import apply_sequence_parallel
 from torchrft.parallel.tensor_parallel import apply_tensor_parallel
 from torchrft.parallel.zero import sharding
@@ -35,18 +36,24 @@ def parallelize(
     be on the meta device; `torchrft.models.sharded` then fills its shards.
 
     A model whose forward takes part in the split (`PolicyModel`, `ValueModel`) has an attribute
-    `mesh`, which is set to the `ModelMesh` of the ranks that see the same samples.
+    `mesh`, which is set to the `ModelMesh` of the ranks that see the same samples; its gradients
+    add up over `sp` ranks, where FSDP2 takes their mean. A plain transformers model is called as
+    before, `model(input_ids=ids, attention_mask=mask)` with the same ids on those ranks; it returns
+    whole logits, and gradients are the mean over ranks with other samples, as on one process.
     """
     parameter = next(model.parameters())
     device = parameter.device.type
     if device == "meta":  # the weights come later, to where this job computes
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dims.model_ranks > 1:
+        plain = not hasattr(model, "mesh")
+        if plain:
+            prepare_plain(model, dims.tp)
         ranks = dims.model_mesh(device)
         if dims.tp > 1:
             apply_tensor_parallel(model, dims.sharding_mesh(device)["tp"])
-        apply_sequence_parallel(model, ranks)
-        if hasattr(model, "mesh"):
+        apply_sequence_parallel(model, ranks, plain)
+        if not plain:
             setattr(model, "mesh", ranks)  # noqa: B010
     if gradient_checkpointing is not None:
         apply_activation_checkpointing(model, selective=gradient_checkpointing == "selective")
