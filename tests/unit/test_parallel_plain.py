@@ -113,6 +113,35 @@ def shared_config(rank):
     return second.config._attn_implementation, first.config._attn_implementation
 
 
+def frozen_gradients(rank):
+    found = {}
+    for layout, dims in {"one": None, **TWO}.items():
+        model = tiny.model("qwen3", "sdpa")
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("norm" not in name and "embed" not in name)
+        if dims is not None:
+            parallelize(model, dims, Parallel(tp_size=dims.tp, sp_size=dims.sp))
+        model(**inputs("whole")).logits.log_softmax(-1)[..., 1].sum().backward()
+        found[layout] = (
+            {n: p.requires_grad for n, p in model.named_parameters()},
+            {
+                n: (p.grad.full_tensor() if dims else p.grad).detach().clone()
+                for n, p in model.named_parameters()
+                if p.grad is not None
+            },
+        )
+    return found
+
+
+def test_frozen_parameters_stay_frozen():
+    found = run_ranks(frozen_gradients, 2)[0]
+    flags, gradients = found["one"]
+    assert sum(not trained for trained in flags.values()) == 2 * 4 + 1 + 1
+    for layout in TWO:
+        assert found[layout][0] == flags
+        torch.testing.assert_close(found[layout][1], gradients, rtol=1e-4, atol=1e-4, msg=layout)
+
+
 class Scaled(nn.Module):
     def __init__(self):
         super().__init__()

@@ -59,6 +59,7 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
     decoder = decoder_of(model)
     plan = getattr(decoder.config, "base_model_tp_plan", None) or {}
     _check(decoder, plan, mesh.size())
+    trained = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     inner = {pattern.split(".")[2] for pattern in plan if pattern.startswith("layers.*.")}
     styles = {pattern: style for pattern, name in plan.items() if (style := _style(name))}
     parallelize_module(decoder, mesh, styles)
@@ -87,6 +88,8 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
             whole: dict[str, Any] = dict.fromkeys(_LAYOUTS, (Replicate(),))
             parallelize_module(module, mesh, PrepareModuleInputOutput(**whole))
     _replicate_the_rest(model, mesh)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        parameter.requires_grad_(trained[name])  # which SequenceParallel forgets
 
 
 def outside(model: nn.Module) -> list[nn.Module]:
