@@ -46,6 +46,33 @@ def test_checkpointing_keeps_less():
     assert 4 <= selective - plain <= 8
 
 
+def dropout_gradients(mode, rates):
+    torch.manual_seed(0)
+    model = gpt2(n_layer=2, **({"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0} | rates))
+    model.train()
+    parallelize(model, ParallelDims(), Parallel(), gradient_checkpointing=mode)
+    torch.manual_seed(1)
+    logits = model(input_ids=torch.arange(8)[None], use_cache=False).logits
+    logits.log_softmax(-1)[..., 1].sum().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("rates", [{"resid_pdrop": 0.3}, {"attn_pdrop": 0.3}])
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_checkpointing_draws_the_same_dropout_again(mode, rates):
+    plain = dropout_gradients(None, rates)
+    assert all(gradient.abs().max() > 0 for gradient in plain.values())
+    torch.testing.assert_close(dropout_gradients(mode, rates), plain, rtol=1e-5, atol=1e-6)
+
+
+def test_checkpointing_refuses_a_cache():
+    model = parallelize(gpt2(), ParallelDims(), Parallel(), gradient_checkpointing="full")
+    with pytest.raises(ValueError, match="fill its KV cache twice; call the model with use_cache"):
+        model(input_ids=torch.arange(8)[None])
+    with torch.no_grad():
+        assert model(input_ids=torch.arange(8)[None]).past_key_values.get_seq_length() == 8
+
+
 def hsdp(rank):
     model = PolicyModel(tiny.model("llama"))
     dims = ParallelDims(dp_replicate=2, dp_shard=2)
@@ -107,7 +134,8 @@ def refusal(rank, family):
     return ""
 
 
-def gpt2():
+def gpt2(**options):
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=8))
+    sizes = {"n_layer": 1, "n_embd": 8, "n_head": 2, "vocab_size": 8}
+    return GPT2LMHeadModel(GPT2Config(**sizes | options))
