@@ -1,16 +1,20 @@
 """What is kept, recomputed and sharded."""
 
+import re
+
 import pytest
 import tiny
 import torch
 from helpers import run_ranks
-from torch.distributed.tensor import Replicate, Shard
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchrft.config.job_config import Parallel
 from torchrft.data.packing import build
 from torchrft.models.policy import PolicyModel
 from torchrft.parallel import ParallelDims, parallelize
+from torchrft.tools import distributed
 
 MATMULS = ("aten.mm.default", "aten.addmm.default")
 
@@ -116,6 +120,12 @@ def test_cpu_offload_keeps_shards_on_the_host():
     ("family", "tp", "message"),
     [
         ({"family": "llama"}, 4, "tp_size = 4 must divide num_key_value_heads = 2 of LlamaModel"),
+        (
+            {"family": "llama", "intermediate_size": 49},
+            2,
+            "tp_size = 2 must divide out_features = 49 of layers.0.mlp.gate_proj in LlamaModel: "
+            "49 % 2 = 1; use a divisor of 49, or dp_shard instead",
+        ),
         ({"family": "gpt2"}, 2, "GPT2Model has no base_model_tp_plan"),
     ],
 )
@@ -130,8 +140,44 @@ def refusal(rank, family):
     try:
         parallelize(model, ParallelDims(tp=world_size), Parallel(tp_size=world_size))
     except ValueError as error:
+        assert not any(isinstance(p, DTensor) for p in model.parameters())
         return str(error)
     return ""
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (
+            lambda: nn.Linear(2, 2),
+            {"gradient_checkpointing": "fulll"},
+            'gradient_checkpointing = "fulll" must be "full", "selective" or None',
+        ),
+        (
+            lambda: nn.Linear(2, 2),
+            {"gradient_checkpointing": "full"},
+            "gradient_checkpointing works on repeated layers, of which Linear has none",
+        ),
+        (lambda: nn.Linear(2, 2), {"compile": True}, "compile works on repeated layers, of which"),
+        (
+            lambda: tiny.model("llama"),
+            {"dtype": torch.bfloat16},
+            "torch.bfloat16 needs FSDP2 and a process group: call torchrft.tools.distributed.setup",
+        ),
+    ],
+)
+def test_options_that_are_refused(make, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parallelize(make(), ParallelDims(), Parallel(), **options)
+
+
+def test_another_number_of_ranks_is_refused():
+    distributed.setup()
+    try:
+        with pytest.raises(ValueError, match="is for 2 ranks, but the process group has 1; use"):
+            parallelize(nn.Linear(2, 2), ParallelDims(tp=2), Parallel())
+    finally:
+        distributed.teardown()
 
 
 def gpt2(**options):

@@ -8,6 +8,7 @@ the projections in `base_model_tp_plan`, all else follows from the shape of a de
 from __future__ import annotations
 
 import logging
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -117,6 +118,15 @@ def _check(decoder: PreTrainedModel, plan: dict[str, str], size: int) -> None:
             raise ValueError(
                 f"tp_size = {size} must divide {name} = {heads} of {kind}: {heads} % {size} = "
                 f"{heads % size}; use a divisor of {heads}"
+            )
+    for name, module in decoder.named_modules():
+        style = next((plan[pattern] for pattern in plan if fnmatchcase(name, pattern)), "")
+        count = {"colwise": "out_features", "rowwise": "in_features"}.get(style)
+        if count is not None and getattr(module, count, 0) % size:
+            width = getattr(module, count)
+            raise ValueError(
+                f"tp_size = {size} must divide {count} = {width} of {name} in {kind}: {width} % "
+                f"{size} = {width % size}; use a divisor of {width}, or dp_shard instead"
             )
 
 
