@@ -1,6 +1,7 @@
 """What is kept, recomputed and sharded."""
 
 import re
+from functools import partial
 
 import pytest
 import tiny
@@ -95,6 +96,47 @@ def test_replicas_are_sharded_within():
         assert share == pytest.approx(0.5)
 
 
+def gathered(rank, tied, plain):
+    """Whether embedding and head are gathered while the last layer runs, forward and backward;
+    what the model computes is checked against one process."""
+    found, results = [], []
+    batch = tiny.batch([(3, [2, 4]), (5, [1])])
+    inputs = build(batch, [0, 1, 2], True, batch.mask.shape[1])
+    for sharded in (False, True):
+        model = tiny.model("llama", "sdpa" if plain else "torchrft", tie_word_embeddings=tied)
+        whole = model if plain else PolicyModel(model)
+        if sharded:
+            parallelize(whole, ParallelDims(dp_shard=2), Parallel(zero_stage=3))
+            parts = model.get_input_embeddings(), model.get_output_embeddings()
+            look = partial(lambda parts, *_: found.append(list(map(is_whole, parts))), parts)
+            model.model.layers[-1].mlp.register_forward_pre_hook(look)
+            model.model.layers[-1].mlp.register_full_backward_pre_hook(look)
+        if plain:
+            values = whole(inputs.input_ids).logits.log_softmax(-1)[..., 1]
+        else:
+            values = whole(inputs)[0]
+        values.sum().backward()
+        gradients = {name: parameter.grad for name, parameter in whole.named_parameters()}
+        if sharded:
+            gradients = {name: gradient.full_tensor() for name, gradient in gradients.items()}
+        results.append({"values": values.detach()} | gradients)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+    return found
+
+
+def is_whole(module):
+    return not isinstance(module.weight, DTensor)
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["policy", "plain"])
+def test_embedding_and_head_are_gathered_only_for_their_own_work(plain):
+    assert run_ranks(gathered, 2, False, plain) == [[[False, False], [False, False]]] * 2
+
+
+def test_tied_ones_stay_gathered():
+    assert run_ranks(gathered, 2, True, False) == [[[True, True], [True, True]]] * 2
+
+
 def offloaded(rank):
     model = PolicyModel(tiny.model("llama"))
     config = Parallel(fsdp=True, fsdp_cpu_offload=True)
@@ -113,7 +155,7 @@ def offloaded(rank):
 
 def test_cpu_offload_keeps_shards_on_the_host():
     """On a CPU only FSDP2's own switch shows it; tests/gpu has the devices."""
-    assert run_ranks(offloaded, 2) == [[True] * 3] * 2
+    assert run_ranks(offloaded, 2) == [[True] * 5] * 2  # 2 layers, embedding, head, the rest
 
 
 @pytest.mark.parametrize(
