@@ -1,13 +1,16 @@
 import math
 
 import pytest
+import tiny
 import torch
+from helpers import run_ranks
 from tiny_job import records, run
 from torch import nn, tensor
 
-from torchrft.config.job_config import Optimizer
+from torchrft.config.job_config import Optimizer, Parallel
 from torchrft.optim.lr_scheduler import build_scheduler, lr_factor
 from torchrft.optim.optimizer import build_optimizer, clip_gradients
+from torchrft.parallel import ParallelDims, parallelize
 
 
 def small_model(seed=0) -> nn.Module:
@@ -164,6 +167,44 @@ def test_parameters_without_a_gradient_are_passed_over():
     model.p1.grad = None
     assert float(clip_gradients(model, 1.0)) == pytest.approx(5.0)
     assert model.p1.grad is None
+
+
+def whole(tensors) -> list[torch.Tensor]:
+    return [(t.full_tensor() if hasattr(t, "full_tensor") else t).clone() for t in tensors]
+
+
+def bfloat16_clipping(rank: int, layouts: dict[str, ParallelDims]) -> dict[str, tuple]:
+    """The norm, the gradients before and after: those before are the weights."""
+    found = {}
+    for layout, dims in layouts.items():
+        model = tiny.model("qwen2", tie_word_embeddings=True).bfloat16()
+        if dims.world_size > 1:
+            parallelize(model, dims, Parallel(tp_size=dims.tp), torch.bfloat16)
+        for parameter in model.parameters():
+            parameter.grad = parameter.detach().clone()
+        before = whole(p.grad for p in model.parameters())
+        norm = clip_gradients(model, 1.0)
+        found[layout] = norm, before, whole(p.grad for p in model.parameters())
+    return found
+
+
+def check_bfloat16_clipping(found: dict[str, tuple]) -> None:
+    for layout, (norm, before, after) in found.items():
+        exact = torch.stack([g.double().square().sum() for g in before]).sum().sqrt()
+        assert norm.dtype == torch.float32
+        assert float(norm) == pytest.approx(float(exact), rel=1e-6), layout
+        for old, new in zip(before, after, strict=True):
+            wanted = (old.double() / (exact + 1e-6)).bfloat16()
+            assert new.dtype == torch.bfloat16
+            assert (new != wanted).float().mean() < 0.01, layout  # ties in rounding
+            torch.testing.assert_close(new, wanted, rtol=2**-7, atol=0)
+
+
+def test_bfloat16_gradients_are_clipped_by_a_float32_norm():
+    check_bfloat16_clipping(bfloat16_clipping(0, {"one": ParallelDims()}))
+    layouts = {"dp2": ParallelDims(dp_shard=2), "tp2": ParallelDims(tp=2)}
+    for found in run_ranks(bfloat16_clipping, 2, layouts):
+        check_bfloat16_clipping(found)
 
 
 # ---------------------------------------------------------------- schedule

@@ -1,16 +1,21 @@
 """What is kept, recomputed and sharded."""
 
+import re
+from functools import partial
+
 import pytest
 import tiny
 import torch
 from helpers import run_ranks
-from torch.distributed.tensor import Replicate, Shard
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchrft.config.job_config import Parallel
 from torchrft.data.packing import build
 from torchrft.models.policy import PolicyModel
 from torchrft.parallel import ParallelDims, parallelize
+from torchrft.tools import distributed
 
 MATMULS = ("aten.mm.default", "aten.addmm.default")
 
@@ -46,6 +51,33 @@ def test_checkpointing_keeps_less():
     assert 4 <= selective - plain <= 8
 
 
+def dropout_gradients(mode, rates):
+    torch.manual_seed(0)
+    model = gpt2(n_layer=2, **({"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0} | rates))
+    model.train()
+    parallelize(model, ParallelDims(), Parallel(), gradient_checkpointing=mode)
+    torch.manual_seed(1)
+    logits = model(input_ids=torch.arange(8)[None], use_cache=False).logits
+    logits.log_softmax(-1)[..., 1].sum().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("rates", [{"resid_pdrop": 0.3}, {"attn_pdrop": 0.3}])
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_checkpointing_draws_the_same_dropout_again(mode, rates):
+    plain = dropout_gradients(None, rates)
+    assert all(gradient.abs().max() > 0 for gradient in plain.values())
+    torch.testing.assert_close(dropout_gradients(mode, rates), plain, rtol=1e-5, atol=1e-6)
+
+
+def test_checkpointing_refuses_a_cache():
+    model = parallelize(gpt2(), ParallelDims(), Parallel(), gradient_checkpointing="full")
+    with pytest.raises(ValueError, match="fill its KV cache twice; call the model with use_cache"):
+        model(input_ids=torch.arange(8)[None])
+    with torch.no_grad():
+        assert model(input_ids=torch.arange(8)[None]).past_key_values.get_seq_length() == 8
+
+
 def hsdp(rank):
     model = PolicyModel(tiny.model("llama"))
     dims = ParallelDims(dp_replicate=2, dp_shard=2)
@@ -62,6 +94,47 @@ def test_replicas_are_sharded_within():
     for placements, share in run_ranks(hsdp, 4):
         assert placements == {(Replicate(), Shard(0))}
         assert share == pytest.approx(0.5)
+
+
+def gathered(rank, tied, plain):
+    """Whether embedding and head are gathered while the last layer runs, forward and backward;
+    what the model computes is checked against one process."""
+    found, results = [], []
+    batch = tiny.batch([(3, [2, 4]), (5, [1])])
+    inputs = build(batch, [0, 1, 2], True, batch.mask.shape[1])
+    for sharded in (False, True):
+        model = tiny.model("llama", "sdpa" if plain else "torchrft", tie_word_embeddings=tied)
+        whole = model if plain else PolicyModel(model)
+        if sharded:
+            parallelize(whole, ParallelDims(dp_shard=2), Parallel(zero_stage=3))
+            parts = model.get_input_embeddings(), model.get_output_embeddings()
+            look = partial(lambda parts, *_: found.append(list(map(is_whole, parts))), parts)
+            model.model.layers[-1].mlp.register_forward_pre_hook(look)
+            model.model.layers[-1].mlp.register_full_backward_pre_hook(look)
+        if plain:
+            values = whole(inputs.input_ids).logits.log_softmax(-1)[..., 1]
+        else:
+            values = whole(inputs)[0]
+        values.sum().backward()
+        gradients = {name: parameter.grad for name, parameter in whole.named_parameters()}
+        if sharded:
+            gradients = {name: gradient.full_tensor() for name, gradient in gradients.items()}
+        results.append({"values": values.detach()} | gradients)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+    return found
+
+
+def is_whole(module):
+    return not isinstance(module.weight, DTensor)
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["policy", "plain"])
+def test_embedding_and_head_are_gathered_only_for_their_own_work(plain):
+    assert run_ranks(gathered, 2, False, plain) == [[[False, False], [False, False]]] * 2
+
+
+def test_tied_ones_stay_gathered():
+    assert run_ranks(gathered, 2, True, False) == [[[True, True], [True, True]]] * 2
 
 
 def offloaded(rank):
@@ -82,13 +155,19 @@ def offloaded(rank):
 
 def test_cpu_offload_keeps_shards_on_the_host():
     """On a CPU only FSDP2's own switch shows it; tests/gpu has the devices."""
-    assert run_ranks(offloaded, 2) == [[True] * 3] * 2
+    assert run_ranks(offloaded, 2) == [[True] * 5] * 2  # 2 layers, embedding, head, the rest
 
 
 @pytest.mark.parametrize(
     ("family", "tp", "message"),
     [
         ({"family": "llama"}, 4, "tp_size = 4 must divide num_key_value_heads = 2 of LlamaModel"),
+        (
+            {"family": "llama", "intermediate_size": 49},
+            2,
+            "tp_size = 2 must divide out_features = 49 of layers.0.mlp.gate_proj in LlamaModel: "
+            "49 % 2 = 1; use a divisor of 49, or dp_shard instead",
+        ),
         ({"family": "gpt2"}, 2, "GPT2Model has no base_model_tp_plan"),
     ],
 )
@@ -103,11 +182,48 @@ def refusal(rank, family):
     try:
         parallelize(model, ParallelDims(tp=world_size), Parallel(tp_size=world_size))
     except ValueError as error:
+        assert not any(isinstance(p, DTensor) for p in model.parameters())
         return str(error)
     return ""
 
 
-def gpt2():
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (
+            lambda: nn.Linear(2, 2),
+            {"gradient_checkpointing": "fulll"},
+            'gradient_checkpointing = "fulll" must be "full", "selective" or None',
+        ),
+        (
+            lambda: nn.Linear(2, 2),
+            {"gradient_checkpointing": "full"},
+            "gradient_checkpointing works on repeated layers, of which Linear has none",
+        ),
+        (lambda: nn.Linear(2, 2), {"compile": True}, "compile works on repeated layers, of which"),
+        (
+            lambda: tiny.model("llama"),
+            {"dtype": torch.bfloat16},
+            "torch.bfloat16 needs FSDP2 and a process group: call torchrft.tools.distributed.setup",
+        ),
+    ],
+)
+def test_options_that_are_refused(make, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parallelize(make(), ParallelDims(), Parallel(), **options)
+
+
+def test_another_number_of_ranks_is_refused():
+    distributed.setup()
+    try:
+        with pytest.raises(ValueError, match="is for 2 ranks, but the process group has 1; use"):
+            parallelize(nn.Linear(2, 2), ParallelDims(tp=2), Parallel())
+    finally:
+        distributed.teardown()
+
+
+def gpt2(**options):
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=8))
+    sizes = {"n_layer": 1, "n_embd": 8, "n_head": 2, "vocab_size": 8}
+    return GPT2LMHeadModel(GPT2Config(**sizes | options))

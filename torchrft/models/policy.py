@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from types import MethodType
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -59,8 +60,8 @@ class Inputs(Protocol):
 class PolicyModel(nn.Module):
     """Log-probs and entropies of the response tokens of a micro-batch.
 
-    The head lives inside this forward because FSDP2 unshards parameters only around the forward of
-    the module it wraps, and because only the `targets` positions need logits.
+    The head is used inside this forward because FSDP2 unshards parameters only around methods of
+    the modules it wraps, and because only the `targets` positions need logits.
     """
 
     def __init__(
@@ -77,6 +78,8 @@ class PolicyModel(nn.Module):
         self.temperature = temperature
         self.fused = fused
         self.chunk_size = chunk_size
+        head: Any = model.get_output_embeddings()
+        head.logprobs = MethodType(_logprobs, head)  # which parallelize makes one of FSDP2's
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Returns logprobs float32 [M] and entropy float32 [M] of `inputs.labels`."""
@@ -91,13 +94,18 @@ class PolicyModel(nn.Module):
         sp, ranks = (None, None) if self.mesh is None else (self.mesh.sp, self.mesh.all)
         rows = part_of(inputs.targets.numel(), sp)
         hidden = shared(hidden, ranks).flatten(0, 1)[inputs.targets[rows]]
-        weight, vocabulary = local_vocabulary(self.model.get_output_embeddings().weight)
-        labels = inputs.labels[rows]
-        if self.fused:
-            values = fused_linear_logprob(
-                hidden, weight, labels, self.temperature, self.chunk_size, vocabulary
-            )
-        else:
-            values = linear_logprob(hidden, weight, labels, self.temperature, vocabulary)
+        head: Any = self.model.get_output_embeddings()
+        chunk_size = self.chunk_size if self.fused else None
+        values = head.logprobs(hidden, inputs.labels[rows], self.temperature, chunk_size)
         logprobs, entropy = (joined(v, rows, inputs.targets.numel(), sp) for v in values)
         return logprobs, entropy
+
+
+def _logprobs(
+    head: nn.Linear, hidden: Tensor, labels: Tensor, temperature: float, chunk_size: int | None
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of `labels` and entropies, in chunks if `chunk_size` is given."""
+    weight, vocabulary = local_vocabulary(head.weight)
+    if chunk_size is None:
+        return linear_logprob(hidden, weight, labels, temperature, vocabulary)
+    return fused_linear_logprob(hidden, weight, labels, temperature, chunk_size, vocabulary)

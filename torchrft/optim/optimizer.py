@@ -86,8 +86,16 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     of the whole gradient. A norm that is not finite leaves the gradients as they are.
     """
     parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = _total_norm([p.grad for p in parameters if p.grad is not None])
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     if bool(norm.isfinite()):
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
+
+
+def _total_norm(gradients: list[Tensor]) -> Tensor:
+    if all(gradient.dtype == torch.float32 for gradient in gradients):
+        return torch.nn.utils.get_total_norm(gradients)
+    # That would return the gradients' dtype, and clip too much or little by its rounding error.
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
+    return torch.linalg.vector_norm(torch.stack(norms))

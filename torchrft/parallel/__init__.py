@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from torchrft.config.job_config import Parallel
@@ -10,6 +11,8 @@ from torchrft.parallel.activation_checkpoint import apply_activation_checkpointi
 from torchrft.parallel.compile import apply_compile
 from torchrft.parallel.fsdp import apply_fsdp, set_gradient_sync
 from torchrft.parallel.mesh import ParallelDims
+from torchrft.parallel.modules import decoder_layers
+from torchrft.parallel.plain import prepare_plain
 from torchrft.parallel.sequence_parallel import apply_sequence_parallel
 from torchrft.parallel.tensor_parallel import apply_tensor_parallel
 from torchrft.parallel.zero import sharding
@@ -35,25 +38,65 @@ def parallelize(
     be on the meta device; `torchrft.models.sharded` then fills its shards.
 
     A model whose forward takes part in the split (`PolicyModel`, `ValueModel`) has an attribute
-    `mesh`, which is set to the `ModelMesh` of the ranks that see the same samples.
+    `mesh`, which is set to the `ModelMesh` of the ranks that see the same samples; its gradients
+    add up over `sp` ranks, where FSDP2 takes their mean. A plain transformers model is called as
+    before, `model(input_ids=ids, attention_mask=mask)` with the same ids on those ranks; it returns
+    whole logits, and gradients are the mean over ranks with other samples, as on one process.
+
+    Raises ValueError, before it changes the model, for options or sizes that do not fit it, and
+    where more than one rank, another dtype or offloading need a process group and there is none.
     """
     parameter = next(model.parameters())
+    shards = dims.world_size > 1 or parameter.dtype != dtype or config.fsdp_cpu_offload
+    _check_layers(model, gradient_checkpointing, compile)
+    if shards:
+        _check_ranks(dims, dtype)
     device = parameter.device.type
     if device == "meta":  # the weights come later, to where this job computes
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dims.model_ranks > 1:
+        plain = not hasattr(model, "mesh")
+        if plain:
+            prepare_plain(model, dims.tp)
         ranks = dims.model_mesh(device)
         if dims.tp > 1:
             apply_tensor_parallel(model, dims.sharding_mesh(device)["tp"])
-        apply_sequence_parallel(model, ranks)
-        if hasattr(model, "mesh"):
+        apply_sequence_parallel(model, ranks, plain)
+        if not plain:
             setattr(model, "mesh", ranks)  # noqa: B010
     if gradient_checkpointing is not None:
         apply_activation_checkpointing(model, selective=gradient_checkpointing == "selective")
     if compile:
         apply_compile(model)
-    if dims.world_size > 1 or parameter.dtype != dtype or config.fsdp_cpu_offload:
+    if shards:
         names = ("dp_replicate", "fsdp") if dims.dp_replicate > 1 else "fsdp"
         mesh = dims.sharding_mesh(device)[names]
         apply_fsdp(model, mesh, sharding(config), dtype, config.fsdp_cpu_offload)
     return model
+
+
+def _check_layers(model: nn.Module, gradient_checkpointing: str | None, compile: bool) -> None:
+    if gradient_checkpointing not in (None, "full", "selective"):
+        raise ValueError(
+            f'gradient_checkpointing = "{gradient_checkpointing}" must be "full", "selective" or '
+            "None"
+        )
+    if (gradient_checkpointing or compile) and not decoder_layers(model):
+        what = "gradient_checkpointing" if gradient_checkpointing else "compile"
+        raise ValueError(
+            f"{what} works on repeated layers, of which {type(model).__name__} has none that "
+            "transformers names in _no_split_modules; leave it out"
+        )
+
+
+def _check_ranks(dims: ParallelDims, dtype: torch.dtype) -> None:
+    if not dist.is_initialized():
+        raise ValueError(
+            f"{dims} in {dtype} needs FSDP2 and a process group: call "
+            "torchrft.tools.distributed.setup() first, under torchrun for several ranks"
+        )
+    if dims.world_size != dist.get_world_size():
+        raise ValueError(
+            f"{dims} is for {dims.world_size} ranks, but the process group has "
+            f"{dist.get_world_size()}; use ParallelDims.of(config, {dist.get_world_size()})"
+        )

@@ -11,9 +11,10 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
+    register_fsdp_forward_method,
 )
 
-from torchrft.parallel.modules import decoder_layers
+from torchrft.parallel.modules import decoder_layers, vocabulary_modules
 from torchrft.parallel.zero import Sharding
 
 
@@ -24,7 +25,7 @@ def apply_fsdp(
     dtype: torch.dtype,
     cpu_offload: bool = False,
 ) -> None:
-    """Shards every decoder layer, then what is left, in place.
+    """Shards embedding, head and every decoder layer, then what is left, in place.
 
     `mesh` has one dimension, or two: replicas of shards (HSDP). Parameters keep their dtype and are
     cast to `dtype` for computing; gradients are reduced in float32. With `cpu_offload` parameters,
@@ -33,7 +34,8 @@ def apply_fsdp(
     pinned = mesh.device_type == "cuda"
     offload = CPUOffloadPolicy(pin_memory=pinned) if cpu_offload else OffloadPolicy()
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for module in (*decoder_layers(model), model):
+    vocabulary = vocabulary_modules(model)
+    for module in (*vocabulary, *decoder_layers(model), model):  # inner ones first
         fully_shard(
             module,
             mesh=mesh,
@@ -41,6 +43,9 @@ def apply_fsdp(
             reshard_after_forward=sharding.reshard_after_forward,
             offload_policy=offload,
         )
+    for module in vocabulary:
+        if hasattr(module, "logprobs"):  # a policy's head, instead of its forward
+            register_fsdp_forward_method(module, "logprobs")
 
 
 def set_gradient_sync(model: nn.Module, sync: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,30 @@ def decoder_of(model: nn.Module) -> Any:
         if isinstance(module, PreTrainedModel):
             return module.get_decoder()
     raise ValueError(f"{type(model).__name__} holds no transformers model")
+
+
+def vocabulary_modules(model: nn.Module) -> list[nn.Module]:
+    """The embedding and the head, each if it shares no weight and is used by calling it.
+
+    Such a module can be gathered on its own. A head may be used otherwise by what is around the
+    transformers model, unless that calls its method `logprobs`.
+    """
+    inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    if inner is None:
+        return []
+    try:
+        embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
+    except NotImplementedError:  # a model without tokens
+        return []
+    if inner is not model and not hasattr(head, "logprobs"):
+        head = None
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    return [
+        module
+        for module in (embedding, head)
+        if isinstance(module, nn.Embedding | nn.Linear)
+        if all(owners[id(parameter)] == 1 for parameter in module.parameters())
+    ]
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

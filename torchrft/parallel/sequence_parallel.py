@@ -8,10 +8,12 @@ parallelism a part is split once more between the blocks of a layer.
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -20,11 +22,22 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torchrft.parallel.mesh import ModelMesh
 from torchrft.parallel.modules import decoder_of
 
+# What the decoder would take or return for whole sequences, and each rank has for its part only.
+_NOT_SPLIT = (
+    "inputs_embeds",
+    "past_key_values",
+    "use_cache",
+    "output_hidden_states",
+    "output_attentions",
+)
 
-def apply_sequence_parallel(model: nn.Module, mesh: ModelMesh) -> None:
+
+def apply_sequence_parallel(model: nn.Module, mesh: ModelMesh, plain: bool = False) -> None:
     """Splits the decoder's sequences over the ranks of `mesh`, in place.
 
-    The decoder is called as before, with the same whole input on all those ranks.
+    The decoder is called as before, with the same whole input on all those ranks. What follows it
+    may divide its work over them, and so the gradient of the hidden states; in a `plain` model it
+    does not, and each rank has the whole gradient.
     Raises ValueError if they do not divide the attention heads.
     """
     decoder = decoder_of(model)
@@ -35,26 +48,38 @@ def apply_sequence_parallel(model: nn.Module, mesh: ModelMesh) -> None:
             f"sp_size x tp_size = {sp} x {tp} must divide num_attention_heads = {heads} of "
             f"{type(decoder).__name__}: {heads} % {sp * tp} = {heads % (sp * tp)}"
         )
-    hooks = _Hooks(mesh)
+    hooks = _Hooks(mesh, plain, list(inspect.signature(decoder.forward).parameters))
     decoder.register_forward_pre_hook(hooks.before, with_kwargs=True)
     decoder.register_forward_hook(hooks.after, with_kwargs=True)
 
 
 class _Hooks:
-    def __init__(self, mesh: ModelMesh) -> None:
-        self.mesh = mesh
+    def __init__(self, mesh: ModelMesh, plain: bool, names: list[str]) -> None:
+        self.mesh, self.plain, self.names = mesh, plain, names
         self.length = 0
 
     def before(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        kwargs = dict(zip(self.names, args, strict=False)) | kwargs
+        seen = None
+        if self.plain:
+            _refuse_what_is_not_split(module, kwargs)
+            positions = kwargs.get("position_ids")
+            # With a cache, which transformers makes by default, it looks for no packed sequences.
+            cached = kwargs.pop("use_cache", None) is None and module.config.use_cache
+            seen = _segments(kwargs.pop("attention_mask", None), None if cached else positions)
+            if positions is None:
+                whole = kwargs["input_ids"]
+                kwargs["position_ids"] = torch.arange(whole.shape[1], device=whole.device)[None]
+            kwargs["use_cache"] = False
         ids, positions = kwargs["input_ids"], kwargs["position_ids"]
         self.length = ids.shape[1]
         pad = -self.length % self.mesh.all.size()
         parts, part = self.mesh.sp.size(), self.mesh.sp.get_local_rank()
         ids, positions = (F.pad(x, (0, pad)).chunk(parts, dim=1)[part] for x in (ids, positions))
-        split = Split(self.mesh.sp, self.length, pad)
-        return args, {**kwargs, "input_ids": ids, "position_ids": positions, "split": split}
+        split = Split(self.mesh.sp, self.length, pad, seen)
+        return (), {**kwargs, "input_ids": ids, "position_ids": positions, "split": split}
 
     def after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -63,18 +88,67 @@ class _Hooks:
             output.last_hidden_state, self.mesh.all, [Shard(1)], run_check=False
         )
         whole = hidden.redistribute(placements=[Replicate()]).to_local()
-        output.last_hidden_state = whole[:, : self.length]
+        if self.plain and whole.requires_grad:
+            # Each sp rank's parameters get the gradient of its part, which FSDP2 will average.
+            whole.register_hook(lambda gradient: gradient * self.mesh.sp.size())
+        whole = whole[:, : self.length]
+        # FSDP2 warns of views among a module's outputs, which a decoder on its own returns.
+        output.last_hidden_state = whole.clone() if self.plain else whole
         return output
+
+
+def _refuse_what_is_not_split(module: Any, kwargs: dict[str, Any]) -> None:
+    known = {"input_ids", "position_ids", "attention_mask"}
+    found = [
+        name
+        for name in _NOT_SPLIT
+        if kwargs.get(name, getattr(module.config, name, None) if name[:3] == "out" else None)
+        not in (None, False)
+    ]
+    found += [k for k, v in kwargs.items() if isinstance(v, Tensor) and k not in known]
+    if found or kwargs.get("input_ids") is None:
+        raise ValueError(
+            f"{type(module).__name__} splits input_ids over tp_size and sp_size ranks, which does "
+            f"not go with {', '.join(found) or 'no input_ids'}: leave that out, or use one rank"
+        )
+
+
+def _segments(mask: Tensor | None, positions: Tensor | None) -> Tensor | None:
+    """int64 [B, T]: tokens see those before them with the same number. None: all before them.
+
+    As in transformers: padding is apart, and without a mask positions tell packed sequences.
+    Raises ValueError for a mask that is not [B, T].
+    """
+    if mask is not None:
+        if mask.dim() != 2:
+            raise ValueError(f"attention_mask must be [B, T] under sp_size, not {[*mask.shape]}")
+        return None if bool(mask.all()) else mask.to(torch.int64)
+    if positions is None:
+        return None
+    steps = torch.diff(positions, prepend=positions[:, :1] - 1, dim=1)
+    return None if bool((steps == 1).all()) else (steps != 1).cumsum(1)
 
 
 @dataclass(frozen=True)
 class Split:
     """How attention gets whole sequences, and gives its part back: sequences of `length`, padded by
-    `pad`, are split over `mesh`."""
+    `pad`, are split over `mesh`. `segments` [B, length] are what a plain model's tokens see."""
 
     mesh: DeviceMesh
     length: int
     pad: int
+    segments: Tensor | None = None
+
+    def mask(self, window: int | None, device: torch.device) -> Tensor | None:
+        """Boolean [B or 1, 1, length, length], true where attended; None for plain causality."""
+        if self.segments is None and (window is None or window >= self.length):
+            return None
+        position = torch.arange(self.length, device=device)
+        distance = position[:, None] - position[None, :]
+        mask = ((distance >= 0) & (distance < (window or self.length)))[None, None]
+        if self.segments is not None:
+            mask = mask & (self.segments[:, None, :, None] == self.segments[:, None, None, :])
+        return mask
 
     def whole(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, H, part, D] of this rank's part of the sequence as [B, H / ranks, length, D]."""

@@ -8,6 +8,7 @@ the projections in `base_model_tp_plan`, all else follows from the shape of a de
 from __future__ import annotations
 
 import logging
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,7 @@ from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
     PrepareModuleInput,
+    PrepareModuleInputOutput,
     RowwiseParallel,
     SequenceParallel,
     parallelize_module,
@@ -26,6 +28,12 @@ from transformers import PreTrainedModel
 from torchrft.parallel.modules import decoder_layers, decoder_of
 
 _SEQUENCE = Shard(1)
+_LAYOUTS = (
+    "input_layouts",
+    "desired_input_layouts",
+    "output_layouts",
+    "desired_output_layouts",
+)
 # It recommends flat meshes for what only happens once a step, or when weights are gathered.
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
@@ -45,12 +53,14 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
     """Shards the model over `mesh` (one dimension), in place. Tied embeddings stay tied.
 
     Afterwards every parameter is a DTensor. The decoder takes inputs of a length that the ranks
-    divide and returns each rank's part of the sequence; see `sequence_parallel`.
-    Raises ValueError for a model without a plan, or whose heads the ranks do not divide.
+    divide and returns each rank's part of the sequence; see `sequence_parallel`. Heads take whole
+    hidden states and return whole outputs.
+    Raises ValueError for a model without a plan, or whose sizes the ranks do not divide.
     """
     decoder = decoder_of(model)
     plan = getattr(decoder.config, "base_model_tp_plan", None) or {}
     _check(decoder, plan, mesh.size())
+    trained = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     inner = {pattern.split(".")[2] for pattern in plan if pattern.startswith("layers.*.")}
     styles = {pattern: style for pattern, name in plan.items() if (style := _style(name))}
     parallelize_module(decoder, mesh, styles)
@@ -66,15 +76,31 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
     parallelize_module(decoder, mesh, tops)
     row = RowwiseParallel(input_layouts=Replicate(), output_layouts=_SEQUENCE)
     parallelize_module(embedding, mesh, row)
-    if head is not None:
-        weight = embedding.weight
-        if not tied:
-            weight = nn.Parameter(
-                distribute_tensor(head.weight.detach(), mesh, [Shard(0)]),
-                requires_grad=head.weight.requires_grad,
-            )
-        head.register_parameter("weight", weight)
+    for module in outside(model):
+        if module is head:
+            if tied:
+                head.register_parameter("weight", embedding.weight)
+            parallelize_module(head, mesh, ColwiseParallel(output_layouts=Replicate()))
+            if tied:  # the call before made a parameter of its own
+                head.register_parameter("weight", embedding.weight)
+            # The logits are a view, on which FSDP2 would lose its hooks in an in-place operation.
+            head.register_forward_hook(lambda module, args, logits: logits.clone())
+        elif isinstance(module, nn.Linear):
+            whole: dict[str, Any] = dict.fromkeys(_LAYOUTS, (Replicate(),))
+            parallelize_module(module, mesh, PrepareModuleInputOutput(**whole))
     _replicate_the_rest(model, mesh)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        parameter.requires_grad_(trained[name])  # which SequenceParallel forgets
+
+
+def outside(model: nn.Module) -> list[nn.Module]:
+    """The modules with parameters of their own that are not in the decoder."""
+    inside = set(decoder_of(model).modules())
+    return [
+        module
+        for module in model.modules()
+        if module not in inside and any(True for _ in module.parameters(recurse=False))
+    ]
 
 
 def _check(decoder: PreTrainedModel, plan: dict[str, str], size: int) -> None:
@@ -92,6 +118,15 @@ def _check(decoder: PreTrainedModel, plan: dict[str, str], size: int) -> None:
             raise ValueError(
                 f"tp_size = {size} must divide {name} = {heads} of {kind}: {heads} % {size} = "
                 f"{heads % size}; use a divisor of {heads}"
+            )
+    for name, module in decoder.named_modules():
+        style = next((plan[pattern] for pattern in plan if fnmatchcase(name, pattern)), "")
+        count = {"colwise": "out_features", "rowwise": "in_features"}.get(style)
+        if count is not None and getattr(module, count, 0) % size:
+            width = getattr(module, count)
+            raise ValueError(
+                f"tp_size = {size} must divide {count} = {width} of {name} in {kind}: {width} % "
+                f"{size} = {width % size}; use a divisor of {width}, or dp_shard instead"
             )
 
 
