@@ -13,6 +13,7 @@ from torchrft.models.loader import empty_model
 from torchrft.models.policy import refuse_unsupported
 from torchrft.rollout.engine import check_prompts, texts
 from torchrft.rollout.native.generation import Generation
+from torchrft.rollout.native.graphs import GraphGeneration, supports
 from torchrft.rollout.weight_sync import copy_weights
 from torchrft.types import Completion, FinishReason, Prompt, SamplingParams
 
@@ -74,7 +75,8 @@ class NativeEngine:
         check_prompts(prompts, sampling, self.version)
         if not prompts:
             return []
-        generation = Generation(
+        kind = GraphGeneration if supports(self.model, bool(sampling.stop)) else Generation
+        generation = kind(
             self.model,
             prompts,
             sampling,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from torchrft.models.attention import Layout
 from torchrft.rollout.native.kv_cache import Decode, Prefill, SlotCache
 from torchrft.rollout.native.sampler import sample
 from torchrft.types import Prompt, SamplingParams
@@ -176,7 +177,7 @@ class Generation:
         active.length = active.length + 1
         self.retire(self.take(self.head(hidden[:, 0])))
 
-    def _forward(self, ids: Tensor, positions: Tensor, layout: Prefill | Decode) -> Tensor:
+    def _forward(self, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
         out = self.base(input_ids=ids, position_ids=positions, use_cache=False, layout=layout)
         return out.last_hidden_state
 

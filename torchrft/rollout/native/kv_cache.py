@@ -161,3 +161,13 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: fl
     # Two matmuls are up to 1.3 times as fast as the CPU's SDPA for so few queries.
     scores = torch.matmul(query * scale, keys.transpose(-1, -2)).add_(mask)
     return torch.matmul(scores.softmax(-1), values)
+
+
+def attend_masked(
+    query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float
+) -> Tensor:
+    """Attention of query [B, Hkv, G, D] to keys [B, Hkv, T, D] up to and with column `lengths`."""
+    outside = torch.arange(keys.shape[2], device=keys.device) > lengths[:, None]
+    zero = torch.zeros(outside.shape, dtype=query.dtype, device=query.device)
+    mask = zero.masked_fill_(outside, -torch.inf)[:, None, None, :]
+    return _attend(query, keys, values, mask, scale)

@@ -6,6 +6,8 @@ tokens do not depend on what else is in the batch or on the order of generation.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -64,18 +66,45 @@ def sample(
     Returns: tokens int64 [B]; logprobs float32 [B] at `temperature` (at 1 when greedy), over all
         tokens: neither top-p, top-k nor `forbidden` changes them.
     """
-    scaled = logits.float() / (temperature if temperature > 0 else 1.0)
-    log_p = torch.log_softmax(scaled, dim=-1)
-    drawn = log_p
-    if draw_temperature is not None:
-        drawn = torch.log_softmax(logits.float() / draw_temperature, dim=-1)
-    allowed = drawn if forbidden is None else drawn.masked_fill(forbidden, -torch.inf)
+    scaled = logits.float()
+    if temperature > 0 and temperature != 1:
+        scaled = scaled / temperature
+    total = scaled.logsumexp(-1, keepdim=True)
     if temperature == 0:
+        allowed = scaled if forbidden is None else scaled.masked_fill(forbidden, -torch.inf)
         tokens = allowed.argmax(-1)
     else:
-        probs = keep_likely(allowed.exp(), top_p, top_k)
+        drawn, drawn_total = scaled, total
+        if draw_temperature is not None:
+            drawn = logits.float() / draw_temperature
+            drawn_total = drawn.logsumexp(-1, keepdim=True)
+        probs = (drawn - drawn_total).exp_()
+        if forbidden is not None:
+            probs.masked_fill_(forbidden, 0.0)
+        tokens = draw(keep_likely(probs, top_p, top_k), uniforms(seeds, positions))
+    return tokens, (scaled.gather(-1, tokens[:, None]) - total).squeeze(1)
+
+
+def draw(probs: Tensor, points: Tensor) -> Tensor:
+    """int64 [B]: the token at which the cumulative probs [B, V] pass points [B] (of their total).
+
+    Summed in float64, and in two steps where V allows it: first the block of tokens, then the token
+    in it, so that only sums of blocks and one block are held in float64.
+    """
+    batch, vocabulary = probs.shape
+    width = math.gcd(vocabulary, 256)
+    if width < 16:
         cumulative = probs.double().cumsum(-1)
-        point = uniforms(seeds, positions) * cumulative[:, -1]
-        tokens = torch.searchsorted(cumulative, point[:, None], right=True).squeeze(1)
-        tokens = tokens.clamp_(max=logits.shape[-1] - 1)
-    return tokens, log_p.gather(-1, tokens[:, None]).squeeze(1)
+        tokens = torch.searchsorted(cumulative, (points * cumulative[:, -1])[:, None], right=True)
+        return tokens.squeeze(1).clamp_(max=vocabulary - 1)
+    blocks = probs.view(batch, -1, width)
+    cumulative = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    point = (points * cumulative[:, -1])[:, None]
+    block = torch.searchsorted(cumulative, point, right=True).clamp_(max=cumulative.shape[1] - 1)
+    before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp(min=0)), 0.0)
+    inside = blocks.gather(1, block[:, :, None].expand(-1, 1, width)).squeeze(1)
+    inner = inside.double().cumsum(-1)
+    # Rounding must not lead past the block's last token of any probability.
+    rest = torch.minimum(point - before, inner[:, -1:] * (1 - 2.0**-40))
+    token = torch.searchsorted(inner, rest, right=True).clamp_(max=width - 1)
+    return (block * width + token).squeeze(1)
