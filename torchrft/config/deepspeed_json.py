@@ -83,13 +83,13 @@ def _check_effects(judged: Judged) -> None:
     for section in ("optimizer", "scheduler"):
         if judged.get(f"{section}.type") is not None:
             continue
-        for name in judged.values:
-            if name.startswith(f"{section}.params.") and KEYS[name].disposition == "mapped":
-                if judged.get(name) is not None:
-                    raise ValueError(
-                        f"DeepSpeed key {name} = {judged.values[name]!r} has no effect without "
-                        f"{section}.type; set that, or leave it out"
-                    )
+        for name, value in judged.values.items():
+            mapped = name.startswith(f"{section}.params.") and KEYS[name].disposition == "mapped"
+            if mapped and value != "auto":
+                raise ValueError(
+                    f"DeepSpeed key {name} = {value!r} has no effect without {section}.type; set "
+                    "that, or leave it out"
+                )
     zero = "zero_optimization."
     sharded = [f"{zero}zero_hpz_partition_size", f"{zero}mics_shard_size"]
     sizes = {name: size for name in sharded if (size := judged.get(name, 1)) > 1}
