@@ -351,6 +351,6 @@ def test_what_initialize_refuses_leaves_the_model_alone():
         with pytest.raises(ValueError, match=message):
             deepspeed.initialize(model=model, config=config)
     arguments = argparse.Namespace(deepspeed_config="x.json")
-    with pytest.raises(ValueError, match="one of config=.* and --deepspeed_config"):
+    with pytest.raises(ValueError, match=r"one of config=.* and --deepspeed_config"):
         deepspeed.initialize(args=arguments, model=model, config=ADAM)
     assert type(model.first.weight.data) is torch.Tensor

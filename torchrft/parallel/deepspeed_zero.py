@@ -101,9 +101,9 @@ class GatheredParameters:
     @torch.no_grad()
     def __exit__(self, kind: Any, *rest: Any) -> None:
         gathered = []
-        for parameter in self.shards:
-            parameter.__class__ = DTensor
-            gathered.append(parameter.__dict__.pop("whole"))
+        for shard in self.shards:
+            shard.__class__ = DTensor
+            gathered.append(shard.__dict__.pop("whole"))
         if self.modifier_rank is None or kind is not None or not dist.is_initialized():
             return
         wholes = {id(p): whole for p, whole in zip(self.shards, gathered, strict=True)}
