@@ -305,13 +305,19 @@ def summed(rank):
     outside = own.is_gradient_accumulation_boundary()
     one_step(own, rank)
     norms = [e.get_global_grad_norm() for e in (mean, total)]
+    twice = engine_of(1)
+    x, y = (part[0][4 * rank : 4 * rank + 4] for part in data())
+    with twice.no_sync():
+        twice.backward((twice(x) - y).square().mean())
+    one_step(twice, rank)
+    norms.append(twice.get_global_grad_norm())
     return pairs, norms, (outside, inside, own.was_step_applied(), own.global_samples)
 
 
 def test_sums_and_unmanaged_accumulation():
     for pairs, norms, unmanaged in run_ranks(summed, 2):
         assert all(loss == returned for loss, returned in pairs)
-        assert norms[1] == pytest.approx(2 * norms[0])
+        assert norms[1:] == pytest.approx([2 * norms[0]] * 2)
         assert unmanaged == (False, [True], True, 4)
 
 

@@ -8,45 +8,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import (
-    ReduceOp,
-    all_gather,
-    all_gather_into_tensor,
-    all_gather_object,
-    all_reduce,
-    barrier,
-    broadcast,
-    broadcast_object_list,
-    destroy_process_group,
-    get_rank,
-    get_world_size,
-    is_initialized,
-    new_group,
-    reduce,
-    reduce_scatter_tensor,
-)
 
 from torchrft.tools import distributed
 
-__all__ = [
-    "ReduceOp",
-    "all_gather",
-    "all_gather_into_tensor",
-    "all_gather_object",
-    "all_reduce",
-    "barrier",
-    "broadcast",
-    "broadcast_object_list",
-    "destroy_process_group",
-    "get_local_rank",
-    "get_rank",
-    "get_world_size",
-    "init_distributed",
-    "is_initialized",
-    "new_group",
-    "reduce",
-    "reduce_scatter_tensor",
-]
+
+def __getattr__(name: str) -> Any:
+    """all_reduce, barrier, get_rank and all the others."""
+    return getattr(dist, name)
 
 
 def init_distributed(

@@ -95,13 +95,14 @@ class DeepSpeedEngine(nn.Module):
             raise ValueError("the engine has no optimizer: set the section optimizer, or pass one")
         if self._in_no_sync:
             raise ValueError("step() within no_sync(): leave it before the last backward()")
-        self._in_step, self._step_applied = True, False
-        if self.is_gradient_accumulation_boundary():
-            if not self._reduced:
-                raise ValueError(
-                    "step() needs the gradients of all ranks: the last backward() before it must "
-                    "be outside of no_sync(), with set_gradient_accumulation_boundary(True)"
-                )
+        boundary = self.is_gradient_accumulation_boundary() or not self._managed
+        if boundary and not self._reduced:
+            raise ValueError(
+                "step() needs the gradients of all ranks: the last backward() before it must be "
+                "outside of no_sync(), with set_gradient_accumulation_boundary(True)"
+            )
+        self._in_step, self._step_applied = boundary, False
+        if boundary:
             self._take_step(self.optimizer, dict(lr_kwargs or {}))
         self._in_step = False
         self.micro_steps += 1
