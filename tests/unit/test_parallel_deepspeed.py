@@ -167,6 +167,8 @@ def test_warmup_by_hand():
         schedule.step()
         seen.append(schedule.get_lr()[0])
     assert seen == [0.0, 0.0, 0.25, 0.5, 0.5]
+    with pytest.raises(ValueError, match="must be one value, or one for each of the 1 parameter"):
+        Schedule(optimizer, "WarmupLR", {"warmup_max_lr": [0.1, 0.2]})
 
 
 # ---------------------------------------------------------------- training

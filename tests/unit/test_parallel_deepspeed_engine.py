@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -345,6 +346,24 @@ def test_a_plain_script_sees_the_lines(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("DeepSpeed key wall_clock_breakdown has no effect") == 1
     assert done.stderr.count("step=1, skipped=0, lr=[0.02]") == 1
+
+
+def given_beside_the_config(rank):
+    model, lines = Net(), []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logging.getLogger("torchrft").addHandler(handler)
+    logging.getLogger("torchrft").setLevel("INFO")
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), 0.25), config=ADAM
+    )
+    return engine.get_lr(), lines
+
+
+def test_what_is_given_comes_before_the_config_and_is_said():
+    [(lr, lines)] = run_ranks(given_beside_the_config, 1)
+    assert lr == [0.25]
+    assert lines == ["the section optimizer has no effect beside initialize(optimizer=...)"]
 
 
 def test_what_initialize_refuses_leaves_the_model_alone():

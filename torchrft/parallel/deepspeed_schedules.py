@@ -173,6 +173,12 @@ class Schedule:
         self.optimizer, self.kind = optimizer, kind
         self.last_batch_iteration = int(options.get("last_batch_iteration", -1))
         groups = range(len(optimizer.param_groups))
+        for name, value in options.items():
+            if isinstance(value, list | tuple) and len(value) != len(groups):
+                raise ValueError(
+                    f"scheduler.params.{name} = {value} must be one value, or one for each of the "
+                    f"{len(groups)} parameter groups"
+                )
         self.options = [
             {
                 name: value[index] if isinstance(value, list | tuple) else value
