@@ -236,7 +236,7 @@ def test_gathered_parameters_are_whole_and_written_back():
 
 def surface(rank):
     torch.manual_seed(rank)
-    model = nn.Linear(6, 1)
+    model = nn.Linear(6, 2)
     model.answer = lambda: 42
     engine = engine_of(1, model, gradient_accumulation_steps=2, gradient_clipping=0.5)
     facts = [
@@ -284,7 +284,7 @@ def surface(rank):
 def test_what_scripts_ask_the_engine():
     ranks = run_ranks(surface, 2)
     torch.manual_seed(0)
-    weight = nn.Linear(6, 1).weight
+    weight = nn.Linear(6, 2).weight
     for facts, initial, errors in ranks:
         assert torch.equal(initial, weight)  # rank 0's, as in DeepSpeed
         assert facts == [
