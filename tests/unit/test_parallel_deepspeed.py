@@ -9,12 +9,16 @@ import torch
 from helpers import run_ranks
 from torch import nn
 
+from torchrft.config.deepspeed_keys import KEYS
 from torchrft.parallel import deepspeed
 from torchrft.parallel.deepspeed_config import offloads, read
-from torchrft.parallel.deepspeed_keys import KEYS
 from torchrft.parallel.deepspeed_schedules import Schedule, warmup_lr
 
 MICRO = {"train_micro_batch_size_per_gpu": 2}
+
+
+def adam(**params):
+    return MICRO | {"optimizer": {"type": "adam", "params": params}}
 
 
 # ---------------------------------------------------------------- configuration
@@ -46,11 +50,49 @@ def test_batch_sizes_follow_from_each_other(config, ranks, expected):
         (MICRO | {"zero_optimization": {"stage": 4}}, "stage = 4 must be 0, 1, 2 or 3"),
         (
             MICRO | {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
-            'offload_param.device = "nvme" is not supported: use "cpu"',
+            "offload_param.device = 'nvme' must be 'none' or 'cpu'",
         ),
         (
             MICRO | {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 4}},
             "shards over 4 ranks do not divide 2 ranks",
+        ),
+        (MICRO | {"gradient_clipping": -1.0}, "gradient_clipping = -1.0 must be a number of 0 or"),
+        (MICRO | {"gradient_clipping": float("nan")}, "gradient_clipping = nan must be a number"),
+        (MICRO | {"bf16": {"enabled": "false"}}, "bf16.enabled = 'false' must be true or false"),
+        (MICRO | {"bf16": True}, "bf16 = True must be a table of keys such as bf16.enabled"),
+        (adam(lr="1e-3"), "optimizer.params.lr = '1e-3' must be a number of 0 or more"),
+        (adam(lr=-0.1), "optimizer.params.lr = -0.1 must be a number of 0 or more"),
+        (adam(weight_decay=None), "optimizer.params.weight_decay = None must be a number"),
+        (adam(betas=0.9), "optimizer.params.betas = 0.9 must be a list of two numbers from 0 to"),
+        (adam(betas=[0.9, 1.0]), "must be a list of two numbers from 0 to below 1"),
+        (MICRO | {"optimizer": {"type": "Lamb"}}, "optimizer.type = 'Lamb' must be Adam or AdamW"),
+        (
+            MICRO | {"optimizer": {"params": {"lr": 0.1}}},
+            "optimizer.params.lr = 0.1 has no effect without optimizer.type",
+        ),
+        (
+            MICRO | {"scheduler": {"params": {"warmup_num_steps": 3}}},
+            "scheduler.params.warmup_num_steps = 3 has no effect without scheduler.type",
+        ),
+        (
+            MICRO | {"scheduler": {"type": "Cosine"}},
+            "scheduler.type = 'Cosine' must be 'WarmupLR', .* or 'LRRangeTest'",
+        ),
+        (
+            MICRO | {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "10"}}},
+            "scheduler.params.warmup_num_steps = '10' must be an integer of 0 or more",
+        ),
+        (
+            MICRO | {"torch_autocast": {"enabled": True, "dtype": "float16"}},
+            "torch_autocast.dtype = 'float16' must be 'bfloat16', ",
+        ),
+        (
+            MICRO | {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": "2"}},
+            "zero_hpz_partition_size = '2' must be an integer of -1 or more",
+        ),
+        (
+            MICRO | {"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 7}},
+            "zero_hpz_partition_size = 7 has no effect at stage 2; use stage 3",
         ),
         ("missing.json", "missing.json is not a file"),
     ],
@@ -85,6 +127,20 @@ def test_every_key_is_met_with_what_the_table_says(name, caplog):
     assert f"DeepSpeed key {name} has no effect: {key.reason}" in caplog.text
 
 
+@pytest.mark.parametrize("name", [name for name in KEYS if KEYS[name].disposition == "mapped"])
+def test_every_mapped_key_has_a_type(name):
+    for wrong in ("wrong", {"x": 1}, -2, [[]]):
+        assert KEYS[name].fault(wrong).startswith("must be ")
+    assert KEYS[name].fault("auto") is None
+
+
+def test_values_that_ask_for_nothing_are_accepted():
+    steps = {"type": "WarmupLR", "params": {"warmup_num_steps": 0, "warmup_max_lr": None}}
+    found = read(MICRO | {"steps_per_print": math.inf, "scheduler": steps, "bf16": None}, 2)
+    assert found.section("scheduler.params") == {"warmup_num_steps": 0}
+    assert found.get("gradient_clipping", 0.0) == 0.0
+
+
 def test_zero_section_to_dims_and_offload(tmp_path):
     path = tmp_path / "ds.json"
     zero = {"stage": 3, "zero_hpz_partition_size": 2, "offload_optimizer": {"device": "cpu"}}
@@ -111,6 +167,8 @@ def test_warmup_by_hand():
         schedule.step()
         seen.append(schedule.get_lr()[0])
     assert seen == [0.0, 0.0, 0.25, 0.5, 0.5]
+    with pytest.raises(ValueError, match="must be one value, or one for each of the 1 parameter"):
+        Schedule(optimizer, "WarmupLR", {"warmup_max_lr": [0.1, 0.2]})
 
 
 # ---------------------------------------------------------------- training

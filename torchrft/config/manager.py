@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 import sys
@@ -17,11 +18,13 @@ from pydantic import ValidationError
 
 from torchrft.config import flags as command_line
 from torchrft.config.availability import missing, unavailable
+from torchrft.config.deepspeed_fields import accumulation_fault, merge, wanted
+from torchrft.config.deepspeed_json import Judged, read_json
 from torchrft.config.fields import FIELDS, SECTIONS, did_you_mean, expected, one_line, show
 from torchrft.config.flags import help_text, nearest_choice
 from torchrft.config.job_config import JobConfig, RewardFunction
 from torchrft.config.needs import silent_fields
-from torchrft.config.validation import batch_arithmetic, check, smallest_world_size
+from torchrft.config.validation import batch_arithmetic, check, data_parallel, smallest_world_size
 
 __all__ = ["ConfigError", "LoadedConfig", "help_text", "load", "read", "to_toml"]
 
@@ -123,11 +126,17 @@ def load(argv: list[str], world_size: int | None = None) -> LoadedConfig:
     for name, value in flags.values.items():
         draft.values[FIELDS[name].section][name] = value
         draft.origins[name] = flags.typed[name]
+    given = None if world_size is None else (world_size, "given")
+    known = given or _known_world_size(flags.dry_run, draft.faults)
+    judged = _merge_deepspeed(draft, known)
     config = _build(draft)
-    if world_size is not None:
-        source = "given"
-    else:
-        world_size, source = _world_size(config, flags.dry_run, draft.faults)
+    unknown = smallest_world_size(config), "the smallest that fits; set NGPU for another"
+    world_size, source = known or unknown
+    if judged is not None:
+        sizes = config.training.train_batch_size, config.training.micro_train_batch_size
+        dp = max(data_parallel(config, world_size), 1)
+        path = str(config.parallel.deepspeed_config)
+        draft.faults += accumulation_fault(path, judged, *sizes, dp)
     findings = check(config, world_size)
     notes = unavailable(config) + missing(config)
     errors = findings.errors if flags.dry_run else findings.errors + notes
@@ -137,8 +146,32 @@ def load(argv: list[str], world_size: int | None = None) -> LoadedConfig:
     if draft.faults:
         raise ConfigError(draft.faults)
     return LoadedConfig(
-        config, world_size, source, flags.dry_run, tuple(findings.warnings), tuple(notes)
+        config,
+        world_size,
+        source,
+        flags.dry_run,
+        (*findings.warnings, *(judged.notes if judged else ())),
+        tuple(notes),
     )
+
+
+def _merge_deepspeed(draft: _Draft, known: tuple[int, str] | None) -> Judged | None:
+    """Fill what is not set from the DeepSpeed JSON, if there is one."""
+    path = draft.values["parallel"].get("deepspeed_config")
+    if not isinstance(path, str) or not path:
+        return None
+    sizes = [draft.values["parallel"].get(name, 1) for name in ("tp_size", "sp_size")]
+    fits = known is not None and all(type(size) is int and size > 0 for size in sizes)
+    ranks = known[0] // math.prod(sizes) if known is not None and fits else None
+    try:
+        judged = read_json(path)
+        found = wanted(judged, ranks)
+    except (OSError, ValueError, RecursionError) as error:
+        draft.faults.append(f"{draft.origins['deepspeed_config']}: {error}")
+        draft.is_partial = True
+        return None
+    draft.faults += merge(path, found, draft.values, draft.origins)
+    return judged
 
 
 def _names(text: str) -> list[str]:
@@ -272,16 +305,14 @@ def _field_fault(name: str, detail: Mapping[str, Any], origin: str) -> str:
     return f"{where}{want}" + (f"; did you mean {near}?" if near else "")
 
 
-def _world_size(config: JobConfig, dry_run: bool, faults: list[str]) -> tuple[int, str]:
-    """The job's ranks: torchrun's, else what run_train.sh would start, else what fits."""
+def _known_world_size(dry_run: bool, faults: list[str]) -> tuple[int, str] | None:
+    """The job's ranks: torchrun's, else what run_train.sh would start; a dry run may not know."""
     if "WORLD_SIZE" in os.environ:
         return _count("WORLD_SIZE", faults), "WORLD_SIZE"
     if dry_run and "NGPU" in os.environ:
         nodes = _count("NNODES", faults) if "NNODES" in os.environ else 1
         return _count("NGPU", faults) * nodes, "NGPU x NNODES"
-    if dry_run:
-        return smallest_world_size(config), "the smallest that fits; set NGPU for another"
-    return 1, "no torchrun"
+    return None if dry_run else (1, "no torchrun")
 
 
 def _count(variable: str, faults: list[str]) -> int:

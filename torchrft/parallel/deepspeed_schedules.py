@@ -157,9 +157,6 @@ def check_options(kind: str, options: dict[str, Any]) -> None:
     for name, parameter in valid.items():
         if parameter.default is inspect.Parameter.empty and options.get(name) is None:
             raise ValueError(f'scheduler {kind} needs scheduler.params.{name}; "auto" has no value')
-    for name in ("warmup_num_steps", "lr_range_test_step_size", "cycle_first_step_size"):
-        if options.get(name, 1) <= 0:
-            raise ValueError(f"scheduler.params.{name} = {options[name]} must be positive")
 
 
 class Schedule:
@@ -176,6 +173,12 @@ class Schedule:
         self.optimizer, self.kind = optimizer, kind
         self.last_batch_iteration = int(options.get("last_batch_iteration", -1))
         groups = range(len(optimizer.param_groups))
+        for name, value in options.items():
+            if isinstance(value, list | tuple) and len(value) != len(groups):
+                raise ValueError(
+                    f"scheduler.params.{name} = {value} must be one value, or one for each of the "
+                    f"{len(groups)} parameter groups"
+                )
         self.options = [
             {
                 name: value[index] if isinstance(value, list | tuple) else value

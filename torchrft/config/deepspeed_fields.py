@@ -1,0 +1,167 @@
+"""A DeepSpeed JSON as fields of a run: what each mapped key is called in torchrft."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torchrft.config.deepspeed_json import Judged
+from torchrft.config.fields import FIELDS, show
+
+_ZERO = "zero_optimization."
+_ADAM = "optimizer.params."
+_RATE = "scheduler.params."
+
+FIELD_OF = {
+    "train_batch_size": "train_batch_size",
+    "train_micro_batch_size_per_gpu": "micro_train_batch_size",
+    "gradient_clipping": "max_norm",
+    "bf16.enabled": "bf16",
+    "bfloat16.enabled": "bf16",
+    f"{_ZERO}stage": "zero_stage",
+    f"{_ZERO}offload_optimizer.device": "adam_offload",
+    f"{_ZERO}offload_param.device": "fsdp_cpu_offload",
+    f"{_ZERO}cpu_offload": "adam_offload",
+    f"{_ZERO}cpu_offload_param": "fsdp_cpu_offload",
+    f"{_ZERO}zero_hpz_partition_size": "dp_shard",
+    f"{_ZERO}mics_shard_size": "dp_shard",
+    f"{_ADAM}lr": "actor_learning_rate",
+    f"{_ADAM}betas": "adam_betas",
+    f"{_ADAM}weight_decay": "l2",
+    "scheduler.type": "lr_decay",
+    f"{_RATE}warmup_max_lr": "actor_learning_rate",
+    f"{_RATE}cos_min_ratio": "lr_min_ratio",
+}
+"""The field that a key fills, or must agree with."""
+
+ONLY: dict[str, tuple[Any, str]] = {
+    "managed_gradient_accumulation": (True, "leave it out"),
+    "gradient_allreduce_op": ("mean", "leave it out"),
+    "dataloader_drop_last": (False, "leave it out"),
+    "torch_autocast.enabled": (False, "use bf16"),
+    f"{_ADAM}amsgrad": (False, "leave it out"),
+    f"{_ADAM}adam_w_mode": (True, "leave it out: decay is decoupled"),
+    f"{_ADAM}eps": (1e-8, "leave it out"),
+    f"{_RATE}warmup_type": ("linear", 'write "linear"'),
+    f"{_RATE}warmup_min_lr": (0, "leave it out: the warm-up starts at 0"),
+    f"{_RATE}warmup_min_ratio": (0, "leave it out: the warm-up starts at 0"),
+    f"{_RATE}warmup_num_steps": ("auto", 'write "auto" and set lr_warmup_ratio'),
+    f"{_RATE}total_num_steps": ("auto", 'write "auto": the run knows its steps'),
+    f"{_RATE}last_batch_iteration": (-1, "leave it out"),
+}
+"""Keys without a field: the one value that the trainer has anyway, and what to do about others."""
+
+ELSEWHERE = {
+    "gradient_accumulation_steps": "follows from the batch sizes, which are checked against it",
+    "optimizer.type": "AdamW is what there is",
+    f"{_ADAM}torch_adam": "only changes the default of weight_decay",
+    "torch_autocast.dtype": "torch_autocast is refused",
+    "steps_per_print": "every step is logged",
+}
+
+_DECAYS = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
+
+
+class Wanted(NamedTuple):
+    """A field's value, and the key that asks for it as messages write it."""
+
+    field: str
+    value: Any
+    key: str
+
+
+def wanted(judged: Judged, ranks: int | None) -> list[Wanted]:
+    """What the JSON asks of fields, for `ranks` data-parallel ranks (None: not known).
+
+    Raises ValueError, in one sentence, for what the trainer does not do.
+    """
+    return list(_wanted(judged, ranks))
+
+
+def _wanted(judged: Judged, ranks: int | None) -> Iterator[Wanted]:
+    values = {name: value for name, value in judged.values.items() if value != "auto"}
+    for name, (value, remedy) in ONLY.items():
+        if values.get(name, value) != value:
+            raise _refusal(name, values[name], remedy)
+    for name, field in FIELD_OF.items():
+        if name in values and field not in ("lr_decay", "dp_shard"):
+            value = values[name]
+            if name.endswith(".device"):
+                value = value == "cpu"
+            if field == "adam_offload" and value and _offloads_all(values):
+                continue  # fsdp_cpu_offload moves the optimizer's state as well
+            if field == "zero_stage" and value == 0:
+                raise _refusal(name, 0, "use 1, 2 or 3, or dp_replicate")
+            yield Wanted(field, value, f"{name} = {show(values[name])}")
+    if values.get(f"{_ADAM}torch_adam") and f"{_ADAM}weight_decay" not in judged.values:
+        yield Wanted("l2", 0.01, f"{_ADAM}torch_adam = true")
+    checkpointing = [name for name in values if name.startswith("activation_checkpointing.")]
+    if any(values[name] for name in checkpointing):
+        yield Wanted("gradient_checkpointing", True, "the section activation_checkpointing")
+    yield from _layout(values, ranks)
+    yield from _schedule(values)
+
+
+def _refusal(name: str, value: Any, remedy: str) -> ValueError:
+    return ValueError(
+        f"DeepSpeed key {name} = {show(value)} is not supported by the trainer: {remedy}"
+    )
+
+
+def _offloads_all(values: dict[str, Any]) -> bool:
+    switch = values.get(f"{_ZERO}cpu_offload_param")
+    return bool(switch) or values.get(f"{_ZERO}offload_param.device") == "cpu"
+
+
+def _layout(values: dict[str, Any], ranks: int | None) -> Iterator[Wanted]:
+    for name, field in FIELD_OF.items():
+        size = values.get(name, 1)
+        if field == "dp_shard" and size > 1:
+            yield Wanted("dp_shard", size, f"{name} = {size}")
+            if ranks is not None and ranks % size == 0:
+                yield Wanted("dp_replicate", ranks // size, f"{name} = {size} on {ranks} ranks")
+
+
+def _schedule(values: dict[str, Any]) -> Iterator[Wanted]:
+    kind = values.get("scheduler.type")
+    if kind is None:
+        return
+    if kind not in _DECAYS:
+        raise _refusal("scheduler.type", kind, f"use {', '.join(_DECAYS)}")
+    if f"{_RATE}warmup_type" not in values:
+        raise _refusal(f"{_RATE}warmup_type", "log", 'its default is "log", so write "linear"')
+    key = f'scheduler.type = "{kind}"'
+    yield Wanted("lr_decay", _DECAYS[kind], key)
+    if kind == "WarmupDecayLR":
+        yield Wanted("lr_min_ratio", 0.0, key)
+    elif kind == "WarmupCosineLR" and f"{_RATE}cos_min_ratio" not in values:
+        yield Wanted("lr_min_ratio", 0.0001, key)
+
+
+def merge(
+    path: str, found: list[Wanted], values: dict[str, dict[str, Any]], origins: dict[str, str]
+) -> list[str]:
+    """Fills the fields that nobody has set, with their origins; returns a fault for each that is
+    set to something else."""
+    faults = []
+    for field, value, key in found:
+        table, at = values[FIELDS[field].section], f"{path}: {key}"
+        if field not in table:
+            table[field], origins[field] = value, at
+        elif (list(v) if isinstance(v := table[field], tuple) else v) != value:
+            faults.append(
+                f'{origins[field]} and {at} differ; make them equal, or write "auto" in the JSON'
+            )
+    return faults
+
+
+def accumulation_fault(path: str, judged: Judged, batch: int, micro: int, dp: int) -> list[str]:
+    """Whether gradient_accumulation_steps is what follows from the batch sizes."""
+    steps = judged.get("gradient_accumulation_steps")
+    if steps is None or batch == micro * steps * dp:
+        return []
+    return [
+        f"{path}: gradient_accumulation_steps = {steps} must be train_batch_size / "
+        f"(micro_train_batch_size x dp) = {batch} / ({micro} x {dp}) = {batch / (micro * dp):g}; "
+        'change one of them, or write "auto"'
+    ]

@@ -1,0 +1,103 @@
+"""A DeepSpeed configuration, read and judged key by key."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torchrft.config.deepspeed_keys import KEYS, SECTIONS
+
+
+class Judged(NamedTuple):
+    """What was set, by dotted name and without null, and a line for each key without effect."""
+
+    values: dict[str, Any]
+    notes: list[str]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value of a key; the default where it is "auto" or not set."""
+        value = self.values.get(name, default)
+        return default if value == "auto" else value
+
+
+def read_json(config: Mapping[str, Any] | str | Path) -> Judged:
+    """Judges a configuration, a dict or a JSON file.
+
+    Raises ValueError for an unknown key, a value that its key does not take, a key that is refused
+    and a value without effect.
+    """
+    values: dict[str, Any] = {}
+    notes = []
+    whole = config if isinstance(config, Mapping) else _load(Path(config))
+    for name, value in _walk(whole, ""):
+        key = KEYS[name]
+        if key.disposition == "mapped" and (fault := key.fault(value)):
+            raise ValueError(f"DeepSpeed key {name} = {value!r} {fault} ({key.reason})")
+        if key.disposition == "refused" and not key.asks_nothing(value):
+            raise ValueError(f"DeepSpeed key {name} = {value!r} is not supported: {key.reason}")
+        if key.disposition == "meaningless":
+            notes.append(f"DeepSpeed key {name} has no effect: {key.reason}")
+        if value is not None:
+            values[name] = value
+    judged = Judged(values, notes)
+    _check_effects(judged)
+    return judged
+
+
+def _load(path: Path) -> Any:
+    if not path.is_file():
+        raise ValueError(f"DeepSpeed config {path} is not a file")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"DeepSpeed config {path} is no JSON: {error}") from error
+    if not isinstance(config, Mapping):
+        raise ValueError(f"DeepSpeed config {path} must hold a JSON object, {{...}}")
+    return config
+
+
+def _walk(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if name in KEYS:
+            yield name, value
+        elif name not in SECTIONS:
+            near = get_close_matches(name, [*KEYS, *SECTIONS], n=1)
+            hint = f'; did you mean "{near[0]}"?' if near else ""
+            raise ValueError(f'DeepSpeed has no key "{name}"{hint}')
+        elif isinstance(value, Mapping):
+            yield from _walk(value, name + ".")
+        elif value is not None:
+            inner = [known for known in KEYS if known.startswith(name + ".")]
+            example = f"{name}.enabled" if f"{name}.enabled" in inner else inner[0]
+            raise ValueError(
+                f"DeepSpeed key {name} = {value!r} must be a table of keys such as {example}"
+            )
+
+
+def _check_effects(judged: Judged) -> None:
+    """Refuses values that nothing would look at."""
+    for section in ("optimizer", "scheduler"):
+        if judged.get(f"{section}.type") is not None:
+            continue
+        for name, value in judged.values.items():
+            mapped = name.startswith(f"{section}.params.") and KEYS[name].disposition == "mapped"
+            if mapped and value != "auto":
+                raise ValueError(
+                    f"DeepSpeed key {name} = {value!r} has no effect without {section}.type; set "
+                    "that, or leave it out"
+                )
+    zero = "zero_optimization."
+    sharded = [f"{zero}zero_hpz_partition_size", f"{zero}mics_shard_size"]
+    sizes = {name: size for name in sharded if (size := judged.get(name, 1)) > 1}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"set {sharded[0]} or {sharded[1]}, not both to different sizes")
+    if sizes and (stage := judged.get(f"{zero}stage", 0)) != 3:
+        name, size = next(iter(sizes.items()))
+        raise ValueError(
+            f"DeepSpeed key {name} = {size} has no effect at stage {stage}; use stage 3, or leave "
+            "it out"
+        )

@@ -1,0 +1,203 @@
+"""What the DeepSpeed engine writes and reads: checkpoints, and whole weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.tensor import DTensor
+
+from torchrft.tools import distributed
+from torchrft.tools.logging import logger
+
+if TYPE_CHECKING:
+    from torchrft.parallel.deepspeed_engine import DeepSpeedEngine
+
+
+class WholeWeights:
+    """Sees to it that `module.state_dict()` never hands out shards, which a script would save.
+
+    Where every rank holds all weights they are given whole. Elsewhere gathering them takes all
+    ranks, and scripts call this on rank 0 alone: an error then, rather than a wait without end.
+    """
+
+    def __init__(self, module: nn.Module, shards: int) -> None:
+        self.module, self.shards = module, shards
+        self.gives_shards = False
+        module.register_state_dict_post_hook(self)
+
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+        if self.gives_shards:
+            return
+        for name, value in state.items():
+            if isinstance(value, DTensor):
+                if self.shards > 1:
+                    raise ValueError(
+                        f"the weights are spread over {self.shards} ranks: call "
+                        "engine.module_state_dict() on all ranks for whole ones, to save or to "
+                        "pass to save_pretrained(state_dict=...), or engine.save_16bit_model()"
+                    )
+                state[name] = value.full_tensor()
+
+    @contextmanager
+    def as_shards(self) -> Iterator[None]:
+        """Within it `module.state_dict()` gives shards, for those who gather them."""
+        self.gives_shards = True
+        try:
+            yield
+        finally:
+            self.gives_shards = False
+
+    def gathered(self, exclude_frozen: bool = False) -> Iterator[tuple[str, Any]]:
+        """Names and whole tensors, one after the other; collective."""
+        with self.as_shards():
+            state = self.module.state_dict()
+        frozen = _frozen(self.module) if exclude_frozen else set()
+        for name, value in state.items():
+            if name not in frozen:
+                yield name, value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _frozen(module: nn.Module) -> set[str]:
+    parameters = module.named_parameters(remove_duplicate=False)
+    return {name for name, parameter in parameters if not parameter.requires_grad}
+
+
+def save_16bit(weights: WholeWeights, file: Path, exclude_frozen: bool) -> None:
+    """Writes the whole weights, in bfloat16, as one state dict."""
+    whole = {}
+    for name, value in weights.gathered(exclude_frozen):
+        if distributed.is_main():
+            floating = isinstance(value, Tensor) and value.is_floating_point()
+            value = value.bfloat16() if floating else value
+            whole[name] = value.cpu() if isinstance(value, Tensor) else value
+
+    def write() -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(whole, file)
+
+    distributed.on_main(write, "save 16-bit model")
+
+
+def _state(engine: DeepSpeedEngine, optimizer: bool = True) -> dict[str, Any]:
+    used = [engine.optimizer] if engine.optimizer is not None and optimizer else []
+    with engine.weights.as_shards():
+        model, state = get_state_dict(engine.module, used)
+    return {"model": model, "optimizer": state} if used else {"model": model}
+
+
+def save(
+    engine: DeepSpeedEngine,
+    save_dir: str,
+    tag: Any,
+    client_state: Mapping[str, Any],
+    save_latest: bool,
+    exclude_frozen: bool,
+) -> None:
+    """Writes save_dir/tag. Raises ValueError on all ranks if their tags differ."""
+    tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
+    tags = distributed.gather_objects(tag, "compare checkpoint tags")
+    if len(set(tags)) > 1:
+        raise ValueError(
+            f"ranks write one checkpoint together, but save_checkpoint was given the tags "
+            f"{', '.join(map(repr, dict.fromkeys(tags)))}; give the same tag on all ranks"
+        )
+    folder = Path(save_dir) / tag
+    state = _state(engine)
+    for name in _frozen(engine.module) if exclude_frozen else ():
+        state["model"].pop(name, None)
+    dcp.save(state, checkpoint_id=folder)
+
+    def write() -> None:
+        schedule = None if engine.lr_scheduler is None else engine.lr_scheduler.state_dict()
+        rest = {"counts": engine.counts(), "schedule": schedule, "client": dict(client_state)}
+        torch.save(rest, folder / "client_state.pt")
+        if save_latest:
+            (Path(save_dir) / "latest").write_text(tag)
+
+    distributed.on_main(write, "save checkpoint")
+
+
+def load(
+    engine: DeepSpeedEngine,
+    load_dir: str,
+    tag: Any,
+    strict: bool,
+    optimizer: bool,
+    schedule: bool,
+    module_only: bool,
+) -> tuple[str | None, dict[str, Any]]:
+    """(folder, client state); (None, {}) without a tag and a latest checkpoint.
+
+    Raises ValueError for a folder that is no checkpoint, or one that does not fit.
+    """
+    latest = Path(load_dir) / "latest"
+    if tag is None and not latest.is_file():
+        logger.warning("%s has no file latest; nothing is loaded", load_dir)
+        return None, {}
+    folder = Path(load_dir) / (latest.read_text().strip() if tag is None else str(tag))
+    if not (folder / ".metadata").is_file():
+        raise ValueError(f"there is no checkpoint of this engine in {folder}")
+    state = _state(engine, optimizer and not module_only)
+    _fit(state["model"], folder, strict)
+    try:
+        dcp.load(state, checkpoint_id=folder)
+    except dcp.CheckpointException as error:
+        reason = next(iter(error.failures.values()))[0]
+        raise ValueError(
+            f"checkpoint {folder} does not fit the optimizer ({str(reason).splitlines()[0]}); "
+            "load_optimizer_states=False loads the weights alone"
+        ) from None
+    with engine.weights.as_shards():
+        set_state_dict(
+            engine.module,
+            [engine.optimizer] if "optimizer" in state and engine.optimizer else [],
+            model_state_dict=state["model"],
+            optim_state_dict=state.get("optimizer", {}),
+            options=StateDictOptions(strict=strict),
+        )
+    rest = torch.load(folder / "client_state.pt", weights_only=False)
+    if not module_only:
+        vars(engine).update(rest["counts"])
+        if schedule and engine.lr_scheduler is not None and rest["schedule"]:
+            engine.lr_scheduler.load_state_dict(rest["schedule"])
+    return str(folder), rest["client"]
+
+
+def _fit(model: dict[str, Any], folder: Path, strict: bool) -> None:
+    """Compares names and shapes with the checkpoint's; unless `strict`, drops what it lacks."""
+    entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    saved = {
+        name.removeprefix("model."): getattr(entry, "size", None)
+        for name, entry in entries.items()
+        if name.startswith("model.")
+    }
+    lacks = [name for name in model if name not in saved]
+    reshaped = [
+        f"{name} {tuple(saved[name] or ())} instead of {tuple(value.shape)}"
+        for name, value in model.items()
+        if isinstance(value, Tensor) and saved.get(name, value.shape) != value.shape
+    ]
+    faults = [f"has {', '.join(reshaped[:3])}"] if reshaped else []
+    if strict:
+        extra = [name for name in saved if name not in model]
+        for verb, names in (("lacks", lacks), ("has also", extra)):
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            faults += [f"{verb} {', '.join(names[:3])}{more}"] if names else []
+    if faults:
+        remedy = "" if reshaped else "; load_module_strict=False loads what both have"
+        raise ValueError(
+            f"checkpoint {folder} does not fit the model: it {', '.join(faults)}{remedy}"
+        )
+    for name in lacks:
+        del model[name]

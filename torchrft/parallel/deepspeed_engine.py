@@ -1,0 +1,300 @@
+"""DeepSpeed's engine: a sharded model that trains itself step by step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+
+from torchrft.parallel import deepspeed_checkpoint as checkpoint
+from torchrft.parallel.deepspeed_comm import get_local_rank
+from torchrft.parallel.deepspeed_config import Settings, offloads
+from torchrft.parallel.deepspeed_zero import sharded_models
+from torchrft.parallel.fsdp import apply_fsdp, set_gradient_sync
+from torchrft.tools import distributed
+from torchrft.tools.logging import logger
+
+
+class DeepSpeedEngine(nn.Module):
+    """A sharded model with its optimizer and schedule; use `initialize`.
+
+    What the engine has not, is looked up in the model: `engine.generate`, `engine.config`.
+    """
+
+    def __init__(self, model: nn.Module, settings: Settings, device: torch.device) -> None:
+        super().__init__()
+        self.settings, self.device = settings, device
+        self.local_rank, self.global_rank = get_local_rank(), distributed.get_rank()
+        self.world_size = distributed.get_world_size()
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.lr_scheduler: Any = None
+        self.training_dataloader: DataLoader[Any] | None = None
+        self.micro_steps = self.global_steps = self.skipped_steps = self.global_samples = 0
+        self.grad_norm: float | None = None
+        self._boundary: bool | None = None  # what the script says, if it does
+        self._in_no_sync = self._in_step = self._step_applied = False
+        self._reduced, self._backwards = True, 0  # since the last step
+        model.to(device)
+        with torch.no_grad():
+            for parameter in model.parameters():  # which need not be equal, as in DeepSpeed
+                first = parameter.detach().contiguous()
+                dist.broadcast(first, 0)
+                parameter.copy_(first)
+        mesh = settings.dims.sharding_mesh(device.type)["dp_replicate", "fsdp"]
+        dtype = torch.bfloat16 if self.bfloat16_enabled() else torch.float32
+        apply_fsdp(model, mesh, settings.sharding, dtype, offloads(settings))
+        sharded_models.add(model)
+        self.module = model
+        self.weights = checkpoint.WholeWeights(model, settings.dims.dp_shard)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            module = self.__dict__.get("_modules", {}).get("module")
+            if module is None or not hasattr(module, name):
+                raise
+            return getattr(module, name)
+
+    # ---------------------------------------------------------------- training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's."""
+        context: Any = contextlib.nullcontext()
+        if self.settings.get("torch_autocast.enabled", False):
+            context = torch.autocast(self.device.type, torch.bfloat16)
+        with context:
+            return self.module(*args, **kwargs)
+
+    def backward(
+        self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True
+    ) -> Tensor:
+        """Gradients of `loss`, a mean over this rank's micro-batch; ranks are averaged.
+
+        Returns the loss over the number of micro-batches of a step, unless not `scale_wrt_gas`.
+        """
+        every = self.settings.sharding.reduce_every_micro_batch or not self._managed
+        self._reduced = not self._in_no_sync and (every or self.is_gradient_accumulation_boundary())
+        set_gradient_sync(self.module, self._reduced)
+        scaled = loss / self.gradient_accumulation_steps() if scale_wrt_gas else loss
+        summed = self.settings.get("gradient_allreduce_op", "mean") == "sum"
+        (scaled * self.world_size if summed else scaled).backward(retain_graph=retain_graph)
+        self._backwards += 1
+        return scaled
+
+    def step(self, lr_kwargs: Mapping[str, Any] | None = None) -> None:
+        """Trains on what was accumulated, once a whole batch has been seen."""
+        if self.optimizer is None:
+            raise ValueError("the engine has no optimizer: set the section optimizer, or pass one")
+        if self._in_no_sync:
+            raise ValueError("step() within no_sync(): leave it before the last backward()")
+        boundary = self.is_gradient_accumulation_boundary() or not self._managed
+        if boundary and not self._reduced:
+            raise ValueError(
+                "step() needs the gradients of all ranks: the last backward() before it must be "
+                "outside of no_sync(), with set_gradient_accumulation_boundary(True)"
+            )
+        self._in_step, self._step_applied = boundary, False
+        if boundary:
+            self._take_step(self.optimizer, dict(lr_kwargs or {}))
+        self._in_step = False
+        self.micro_steps += 1
+
+    def _take_step(self, optimizer: torch.optim.Optimizer, lr_kwargs: dict[str, Any]) -> None:
+        # As in DeepSpeed, what the optimizer does not train counts nowhere.
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        parameters = [parameter for parameter in trained if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        self.grad_norm = float(norm)
+        if bool(norm.isfinite()):
+            if self.gradient_clipping():
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clipping(), norm)
+            optimizer.step()
+            self._step_applied = True
+            if self.lr_scheduler is not None:
+                self.lr_scheduler.step(**lr_kwargs)
+        else:
+            self.skipped_steps += 1
+        optimizer.zero_grad(set_to_none=True)
+        self.zero_grad()
+        self.global_steps += 1
+        micro_batches = self.settings.accumulation if self._managed else self._backwards
+        self.global_samples += micro_batches * self.settings.micro_batch_size * self.world_size
+        self._backwards = 0
+        every = self.settings.get("steps_per_print")
+        if every and self.global_steps % every == 0:
+            logger.info(
+                "step=%d, skipped=%d, lr=%s", self.global_steps, self.skipped_steps, self.get_lr()
+            )
+
+    @property
+    def _managed(self) -> bool:
+        return bool(self.settings.get("managed_gradient_accumulation", True))
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Whether the next `step` updates the weights; unmanaged, whether one is under way."""
+        if self._boundary is not None:
+            return self._boundary
+        if not self._managed:
+            return self._in_step
+        return (self.micro_steps + 1) % self.settings.accumulation == 0
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """Takes the boundary into the script's hands; set it before each forward pass."""
+        if not self._managed:
+            raise ValueError(
+                "set_gradient_accumulation_boundary() has no effect with "
+                "managed_gradient_accumulation = false: every step() is a boundary"
+            )
+        self._boundary = is_boundary
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backward passes within it leave gradients unreduced; stages 0 and 1 only."""
+        if self.zero_optimization_stage() > 1:
+            raise ValueError(
+                f"no_sync() does not go with ZeRO stage {self.zero_optimization_stage()}, which "
+                "shards gradients after every backward pass; use stage 0 or 1, or leave it out"
+            )
+        self._in_no_sync = True
+        try:
+            yield
+        finally:
+            self._in_no_sync = False
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.module.zero_grad(set_to_none=set_to_none)
+
+    def destroy(self) -> None:
+        """DeepSpeed frees buffers and hooks here; this engine has none beside its own."""
+
+    # ---------------------------------------------------------------- looking at it
+
+    def gradient_accumulation_steps(self) -> int:
+        return self.settings.accumulation
+
+    def train_batch_size(self) -> int:
+        return self.settings.train_batch_size
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        return self.settings.micro_batch_size
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """Changes the number of micro-batches of a step."""
+        micro = self.settings.micro_batch_size * self.world_size
+        if train_batch_size < 1 or train_batch_size % micro:
+            raise ValueError(
+                f"train_batch_size = {train_batch_size} must be a multiple of "
+                f"train_micro_batch_size_per_gpu x ranks = {micro}"
+            )
+        self.settings.train_batch_size = train_batch_size
+        self.settings.accumulation = train_batch_size // micro
+
+    def zero_optimization_stage(self) -> int:
+        return int(self.settings.get("zero_optimization.stage", 0))
+
+    def zero_optimization(self) -> bool:
+        return self.zero_optimization_stage() > 0
+
+    def bfloat16_enabled(self) -> bool:
+        return any(self.settings.get(f"{name}.enabled", False) for name in ("bf16", "bfloat16"))
+
+    def fp16_enabled(self) -> bool:
+        return False
+
+    def gradient_clipping(self) -> float:
+        return float(self.settings.get("gradient_clipping", 0.0))
+
+    def get_global_grad_norm(self) -> float | None:
+        """Norm of the last step's gradients, over all ranks, before clipping."""
+        return self.grad_norm
+
+    def was_step_applied(self) -> bool:
+        """Whether the last `step` changed the weights."""
+        return self._step_applied
+
+    def get_lr(self) -> list[float]:
+        return [float(rate) for rate in self._of_groups("lr")]
+
+    def get_mom(self) -> list[Any]:
+        """Adam's betas, or the momentum, of every parameter group."""
+        return self._of_groups("betas") or self._of_groups("momentum")
+
+    def set_lr(self, lr: float) -> None:
+        """Of every parameter group, until a schedule sets it again."""
+        for group in [] if self.optimizer is None else self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def _of_groups(self, name: str) -> list[Any]:
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        return [group[name] for group in groups if name in group]
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def counts(self) -> dict[str, int]:
+        """What a checkpoint keeps of the engine itself."""
+        names = ("micro_steps", "global_steps", "skipped_steps", "global_samples")
+        return {name: getattr(self, name) for name in names}
+
+    def save_checkpoint(
+        self,
+        save_dir: str,
+        tag: Any = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Writes save_dir/tag, for any number of ranks to load. All ranks call it."""
+        exclude = exclude_frozen_parameters
+        checkpoint.save(self, save_dir, tag, client_state or {}, save_latest, exclude)
+        return True
+
+    def load_checkpoint(
+        self,
+        load_dir: str,
+        tag: Any = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: None = None,
+    ) -> tuple[str | None, dict[str, Any]]:
+        """(folder, client state) of the checkpoint `tag`, by default the latest; (None, {}) if
+        there is none. Raises ValueError for one that does not fit."""
+        if custom_load_fn is not None:
+            raise ValueError(
+                "load_checkpoint(custom_load_fn=...) is not supported: load what fits with "
+                "load_module_strict=False, and change weights within zero.GatheredParameters"
+            )
+        return checkpoint.load(
+            self,
+            load_dir,
+            tag,
+            load_module_strict,
+            load_optimizer_states,
+            load_lr_scheduler_states,
+            load_module_only,
+        )
+
+    def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any]:
+        """The model's whole weights, on every rank. All ranks call it."""
+        return dict(self.weights.gathered(exclude_frozen_parameters))
+
+    def save_16bit_model(
+        self,
+        save_dir: str,
+        save_filename: str = "pytorch_model.bin",
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Writes the whole weights, in bfloat16, as one state dict. All ranks call it."""
+        file = Path(save_dir) / save_filename
+        checkpoint.save_16bit(self.weights, file, exclude_frozen_parameters)
+        return True

@@ -1,0 +1,117 @@
+"""`deepspeed.zero`: contexts in which scripts make and touch sharded models."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map
+
+sharded_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""What `initialize` has sharded."""
+
+
+@contextlib.contextmanager
+def Init(
+    module: nn.Module | None = None,
+    data_parallel_group: None = None,
+    mem_efficient_linear: bool = True,
+    remote_device: str | None = None,
+    pin_memory: bool = False,
+    config_dict_or_path: Any = None,
+    config: Any = None,
+    enabled: bool = True,
+    dtype: torch.dtype | None = None,
+    mpu: None = None,
+) -> Iterator[None]:
+    """Does nothing: in DeepSpeed it shards parameters as they are made, which saves host memory
+    until `initialize`; here `initialize` shards them, with the same result."""
+    if data_parallel_group is not None or mpu is not None:
+        raise ValueError("zero.Init shards over all ranks: leave data_parallel_group and mpu out")
+    yield
+
+
+class _Gathered(DTensor):
+    """A sharded parameter while its whole tensor stands in for it in every operation.
+
+    The class of the very object is changed for a while, since scripts hold it: neither a module's
+    attribute nor an optimizer's entry has to be replaced and found again.
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        whole = tree_map(
+            lambda value: value.__dict__["whole"] if type(value) is cls else value,
+            (args, kwargs or {}),
+        )
+        return func(*whole[0], **whole[1])
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def full_tensor(self, *, grad_placements: Any = None) -> Tensor:
+        return self.__dict__["whole"]
+
+
+class GatheredParameters:
+    """Within it, `params` are whole tensors on every rank; all ranks enter it.
+
+    What rank `modifier_rank` has made of them is written back to the shards at the end; with None
+    changes are forgotten. Before `initialize`, parameters are whole anyway, and `modifier_rank`
+    makes them equal on all ranks.
+    """
+
+    def __init__(
+        self,
+        params: Tensor | Iterable[Tensor],
+        modifier_rank: int | None = None,
+        fwd_module: None = None,
+        enabled: bool = True,
+    ) -> None:
+        if fwd_module is not None:
+            raise ValueError("GatheredParameters has no fwd_module: use each weight in its module")
+        given = ([params] if isinstance(params, Tensor) else list(params)) if enabled else []
+        self.params = list({id(parameter): parameter for parameter in given}.values())
+        self.modifier_rank = modifier_rank
+
+    def __enter__(self) -> None:
+        if self.modifier_rank is not None:
+            held = {id(p) for model in sharded_models for p in model.parameters()}
+            if any(id(p) in held and not isinstance(p, DTensor) for p in self.params):
+                raise ValueError(
+                    "GatheredParameters cannot change weights that a forward pass without backward "
+                    "has left gathered: enter it before that pass, or after the next step()"
+                )
+        self.shards = [p for p in self.params if type(p) is DTensor]
+        for parameter in self.shards:
+            whole = parameter.full_tensor().detach()
+            parameter.__dict__["whole"] = nn.Parameter(whole, parameter.requires_grad)
+            parameter.__class__ = _Gathered
+
+    @torch.no_grad()
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        gathered = []
+        for shard in self.shards:
+            shard.__class__ = DTensor
+            gathered.append(shard.__dict__.pop("whole"))
+        if self.modifier_rank is None or kind is not None or not dist.is_initialized():
+            return
+        wholes = {id(p): whole for p, whole in zip(self.shards, gathered, strict=True)}
+        for parameter in self.params:
+            whole: Tensor = wholes.get(id(parameter), parameter).detach().contiguous()
+            dist.broadcast(whole, self.modifier_rank)
+            if isinstance(parameter, DTensor):
+                mesh, placements = parameter.device_mesh, parameter.placements
+                parameter.copy_(distribute_tensor(whole, mesh, placements, src_data_rank=None))
+            else:
+                parameter.copy_(whole)
