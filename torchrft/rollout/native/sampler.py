@@ -94,17 +94,20 @@ def draw(probs: Tensor, points: Tensor) -> Tensor:
     batch, vocabulary = probs.shape
     width = math.gcd(vocabulary, 256)
     if width < 16:
-        cumulative = probs.double().cumsum(-1)
-        tokens = torch.searchsorted(cumulative, (points * cumulative[:, -1])[:, None], right=True)
-        return tokens.squeeze(1).clamp_(max=vocabulary - 1)
+        return _pass(probs.double().cumsum(-1), points[:, None]).squeeze(1)
     blocks = probs.view(batch, -1, width)
     cumulative = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
-    point = (points * cumulative[:, -1])[:, None]
-    block = torch.searchsorted(cumulative, point, right=True).clamp_(max=cumulative.shape[1] - 1)
+    block = _pass(cumulative, points[:, None])
     before = torch.where(block > 0, cumulative.gather(1, (block - 1).clamp(min=0)), 0.0)
     inside = blocks.gather(1, block[:, :, None].expand(-1, 1, width)).squeeze(1)
     inner = inside.double().cumsum(-1)
-    # Rounding must not lead past the block's last token of any probability.
-    rest = torch.minimum(point - before, inner[:, -1:] * (1 - 2.0**-40))
-    token = torch.searchsorted(inner, rest, right=True).clamp_(max=width - 1)
-    return (block * width + token).squeeze(1)
+    rest = points[:, None] * cumulative[:, -1:] - before
+    return (block * width + _pass(inner, rest / inner[:, -1:])).squeeze(1)
+
+
+def _pass(cumulative: Tensor, share: Tensor) -> Tensor:
+    """int64 [B, 1]: where the rows of cumulative [B, N] pass `share` [B, 1] of their last entry."""
+    total = cumulative[:, -1:]
+    # Rounding must not lead past the last entry that adds anything.
+    point = torch.minimum(share * total, total * (1 - 2.0**-40))
+    return torch.searchsorted(cumulative, point, right=True)
