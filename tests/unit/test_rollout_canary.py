@@ -27,14 +27,11 @@ def reference(tensor, block):
 
     weights = canary_module._weights(torch.device("cpu")).tolist()
     total = 0
+    width = max(width, 32)  # integers of one or two bytes are promoted to the weights' four
     numbers = bits.tolist()
     for start in range(0, len(numbers), block):
-        # Integers of one or two bytes are promoted to the weights' four.
-        parts = [
-            wrap(x * w, max(width, 32))
-            for x, w in zip(numbers[start : start + block], weights, strict=False)
-        ]
-        total = wrap(total * 6364136223846793005 + sum(parts), 64)
+        part = sum(x * w for x, w in zip(numbers[start : start + block], weights, strict=False))
+        total = wrap((total * 6364136223846793005 if start else 0) + wrap(part, width), 64)
     return total
 
 

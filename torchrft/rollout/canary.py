@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-_BLOCK = 1 << 22  # elements marked at a time: bounds the memory, and the weights are made once
+_BLOCK = 1 << 24  # elements marked at a time: bounds the memory, and the weights are made once
 _INTS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -30,11 +30,13 @@ def fingerprint(tensor: Tensor) -> Tensor:
     bits = flat.view(_INTS[flat.element_size()])
     if bits.dtype == torch.int16 and bits.numel() % 2 == 0:  # two at a time: half the work
         bits = (bits if bits.storage_offset() % 2 == 0 else bits.clone()).view(torch.int32)
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    total: Tensor | None = None
     for block in bits.split(_BLOCK):
-        weights = _weights(block.device)[: block.numel()]
-        total = total * 6364136223846793005 + (block * weights).sum(dtype=torch.int64)
-    return total
+        # Summed in its own type: int32 overflows, and is read once.
+        weighted = block * _weights(block.device)[: block.numel()]
+        part = weighted.sum(dtype=weighted.dtype).long()
+        total = part if total is None else total * 6364136223846793005 + part
+    return torch.zeros((), dtype=torch.int64, device=tensor.device) if total is None else total
 
 
 _weights_of: dict[torch.device, Tensor] = {}
