@@ -251,7 +251,11 @@ class GraphGeneration(Generation):
                 tensor.copy_(value)
             self.out_token.copy_(written[0])
             self.out_logprob.copy_(written[1])
-            self.replays[batch] = graph.replay
+
+            def replay(_holds: object = once) -> None:  # a graph does not keep its tensors alive
+                graph.replay()
+
+            self.replays[batch] = replay
         else:
             self.replays[batch] = once
         return self.replays[batch]
