@@ -38,6 +38,7 @@ GIB = 2**30
 # What each engine needs on the GPU host, see docs/rollout_engines.md.
 OPTIONS: dict[str, dict[str, Any]] = {
     "native": {},
+    "compiled": {},  # the native engine with its layers compiled
     "vllm": {"engine_mem_util": 0.6},
     "sglang": {
         "engine_mem_util": 0.6,
@@ -72,7 +73,7 @@ class Bench:
         rollout = Rollout.model_validate(
             {
                 "rollout_batch_size": 1,
-                "engine_type": options.engine,
+                "engine_type": options.engine.replace("compiled", "native"),
                 "max_num_seqs": max(options.sequences),
                 **OPTIONS[options.engine],
             }
@@ -81,7 +82,13 @@ class Bench:
         start = time.perf_counter()
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.engine = build_engine(
-            rollout, folder, dtype, self.device, load_weights=False, max_len=length
+            rollout,
+            folder,
+            dtype,
+            self.device,
+            load_weights=False,
+            max_len=length,
+            compile=options.engine == "compiled",
         )
         self.found: dict[str, Any] = {"start s": time.perf_counter() - start}
         self.found["engine GiB"] = (free - self.free()) / GIB
@@ -192,7 +199,7 @@ class Bench:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--engines", nargs="*", default=["native", "vllm", "sglang"])
+    parser.add_argument("--engines", nargs="*", default=list(OPTIONS))
     parser.add_argument("--engine", help="run this one here and print JSON")
     parser.add_argument("--model", default="1.5b", choices=sorted(SHAPES))
     parser.add_argument("--sequences", type=int, nargs="*", default=[8, 256, 1024])

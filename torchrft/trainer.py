@@ -106,6 +106,7 @@ class Trainer:
             self.world.device,
             load_weights=False,
             max_len=self.config.data.max_len,
+            compile=self.config.training.compile,
         )
         if self.config.rollout.enable_engine_sleep:
             self.engine.sleep()

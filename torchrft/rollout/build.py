@@ -19,11 +19,13 @@ def build_engine(
     device: torch.device | str = "cpu",
     load_weights: bool = True,
     max_len: int = 4096,
+    compile: bool = False,
 ) -> RolloutEngine:
     """The engine of `config.engine_type` for the model in the folder or hub id `pretrain`.
 
     Args: load_weights, false for an engine that waits for `update_weights`, as in the trainer: no
-        weights are read; max_len, tokens of the longest prompt with its response (vLLM only).
+        weights are read; max_len, tokens of the longest prompt with its response, for vLLM
+    and SGLang; compile, whether the native engine compiles its layers, on a GPU.
     Raises ValueError for an engine that is not installed or does not start.
     """
     if problem := engine_missing(config.engine_type):
@@ -34,7 +36,7 @@ def build_engine(
     engine: RolloutEngine
     if config.engine_type == "native":
         engine = NativeEngine(
-            model_config, tokenizer, stop_ids, config.max_num_seqs, dtype=dtype, device=device
+            model_config, tokenizer, stop_ids, config.max_num_seqs, dtype, device, compile
         )
     elif config.engine_type == "vllm":
         from torchrft.rollout.vllm import VllmEngine

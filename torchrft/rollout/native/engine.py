@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from torchrft.models.loader import empty_model
 from torchrft.models.policy import refuse_unsupported
+from torchrft.parallel.compile import apply_compile
 from torchrft.rollout.engine import check_prompts, texts
 from torchrft.rollout.native.generation import Generation
 from torchrft.rollout.native.graphs import GraphGeneration, supports
@@ -36,6 +37,7 @@ class NativeEngine:
         max_num_seqs: int = 256,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        compile: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.stop_token_ids = stop_token_ids
@@ -44,6 +46,8 @@ class NativeEngine:
         model: Any = empty_model(config, dtype)
         refuse_unsupported(model)
         self.model = model.to(self.device).eval().requires_grad_(False)
+        if compile and self.device.type == "cuda":
+            apply_compile(self.model)
         self.version: int | None = None  # None: no weights yet
         self.asleep = False
 

@@ -66,23 +66,24 @@ def sample(
     Returns: tokens int64 [B]; logprobs float32 [B] at `temperature` (at 1 when greedy), over all
         tokens: neither top-p, top-k nor `forbidden` changes them.
     """
-    scaled = logits.float()
-    if temperature > 0 and temperature != 1:
-        scaled = scaled / temperature
-    total = scaled.logsumexp(-1, keepdim=True)
+    # At T = 1 the softmax reads 16-bit logits directly: a step is bound by passes over [B, V].
+    scaled = logits if temperature in (0, 1) else logits.float() / temperature
+    probs = scaled.softmax(-1, dtype=torch.float32)
+    highest, likeliest = scaled.max(-1, keepdim=True)
     if temperature == 0:
-        allowed = scaled if forbidden is None else scaled.masked_fill(forbidden, -torch.inf)
-        tokens = allowed.argmax(-1)
-    else:
-        drawn, drawn_total = scaled, total
-        if draw_temperature is not None:
-            drawn = logits.float() / draw_temperature
-            drawn_total = drawn.logsumexp(-1, keepdim=True)
-        probs = (drawn - drawn_total).exp_()
+        tokens = likeliest.squeeze(1)
         if forbidden is not None:
-            probs.masked_fill_(forbidden, 0.0)
-        tokens = draw(keep_likely(probs, top_p, top_k), uniforms(seeds, positions))
-    return tokens, (scaled.gather(-1, tokens[:, None]) - total).squeeze(1)
+            tokens = logits.masked_fill(forbidden, -torch.inf).argmax(-1)
+    else:
+        drawn = probs
+        if draw_temperature is not None:
+            drawn = (logits.float() / draw_temperature).softmax(-1)
+        if forbidden is not None:
+            drawn = drawn.masked_fill(forbidden, 0.0)
+        tokens = draw(keep_likely(drawn, top_p, top_k), uniforms(seeds, positions))
+    # Against the likeliest token, since a probability of its own may be too small for float32.
+    behind = scaled.gather(-1, tokens[:, None]).float() - highest.float()
+    return tokens, (behind + probs.gather(-1, likeliest).log()).squeeze(1)
 
 
 def draw(probs: Tensor, points: Tensor) -> Tensor:
