@@ -95,7 +95,7 @@ class Server:
         assert (body["return_logprob"], body["logprob_start_len"]) == (True, -1)
         answers = []
         for ids, options in zip(body["input_ids"], body["sampling_params"], strict=True):
-            assert options.pop("ignore_eos") is True
+            assert "ignore_eos" not in options  # SGLang would ignore the stop ids as well
             options["top_k"] = max(options["top_k"], 0)
             options["min_new_tokens"] = options.pop("min_new_tokens")
             options["stop"] = tuple(options.pop("stop") or ())

@@ -212,7 +212,6 @@ class SglangEngine:
                 "min_new_tokens": sampling.min_new_tokens,
                 "stop": list(sampling.stop) or None,
                 "stop_token_ids": sorted({*self.stop_token_ids, *sampling.stop_token_ids}),
-                "ignore_eos": True,  # the end-of-sequence tokens are among the stop ids
             }
             for token_ids in prompts
         ]

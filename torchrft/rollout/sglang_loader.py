@@ -53,13 +53,15 @@ def load(model: nn.Module, named_tensors: Sequence[tuple[str, Any]]) -> None:
 
 def _first_wrong(model: nn.Module, received: Sequence[tuple[str, Tensor, int]]) -> int:
     """Place of the first tensor that is not held as it was sent; -1 if there is none."""
-    for place, (name, tensor, mark) in enumerate(received):
-        if int(fingerprint(tensor)) != mark:  # on its way
-            return place
+    places = list(range(len(received)))
+    sent = torch.tensor([mark for _, _, mark in received], device=received[0][1].device)
+    agree = [torch.stack([fingerprint(tensor) for _, tensor, _ in received]) == sent]  # on its way
+    for place, (name, tensor, _) in enumerate(received):
         for part in held(model, name):  # in the model
-            if not bool(part.agrees(part.sent(tensor), part.found())):
-                return place
-    return -1
+            agree.append(part.agrees(part.sent(tensor), part.found()).view(1))
+            places.append(place)
+    wrong = (~torch.cat(agree)).nonzero().flatten().tolist()  # one transfer to the host
+    return min((places[i] for i in wrong), default=-1)
 
 
 def _rank_of(model: nn.Module) -> int:

@@ -126,6 +126,9 @@ class GraphGeneration(Generation):
         self.logprobs = zeros(count, self.longest, dtype=torch.float32)
         self.sizes = zeros(count)
         self.request = [-1] * slots  # by slot; -1: free
+        # A table, since torch.isin sorts many ids, which cannot be captured.
+        self.is_stop = zeros(self.head.weight.shape[0], dtype=torch.bool)
+        self.is_stop[self.stop_ids[self.stop_ids < len(self.is_stop)]] = True
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.batch = slots
@@ -212,7 +215,7 @@ class GraphGeneration(Generation):
         self.out_token[slots, place] = kept
         self.out_logprob[slots, place] = torch.where(live, logprob, self.out_logprob[slots, place])
         generated = generated + live
-        stopped = live & torch.isin(token, self.stop_ids)
+        stopped = live & self.is_stop[token]
         self.token[slots], self.generated[slots] = token, generated
         self.by_stop[slots] |= stopped
         self.live[slots] = live & ~stopped & (generated < self.budget[slots])
