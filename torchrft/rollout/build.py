@@ -33,6 +33,23 @@ def build_engine(
         engine = NativeEngine(
             model_config, tokenizer, stop_ids, config.max_num_seqs, dtype=dtype, device=device
         )
+    elif config.engine_type == "vllm" and config.server_urls:
+        from torchrft.rollout.remote import RemoteVllmEngine
+
+        engine = RemoteVllmEngine(
+            config.server_urls,
+            pretrain,
+            model_config,
+            tokenizer,
+            stop_ids,
+            max_len,
+            config.max_num_seqs,
+            timeout=config.request_timeout,
+            retries=config.request_retries,
+            temperature=config.temperature,
+            folder=config.weight_folder,
+            dtype=dtype,
+        )
     elif config.engine_type == "vllm":
         from torchrft.rollout.vllm import VllmEngine
 
