@@ -34,7 +34,7 @@ ENGINES: dict[str, tuple[tuple[str, ...], tuple[int, ...], tuple[int, ...], str]
 def _engine(config: JobConfig) -> list[str]:
     """Whether the engine's package is there, in a version that is supported."""
     engine = config.rollout.engine_type
-    if engine not in ENGINES:
+    if engine not in ENGINES or config.rollout.server_urls:  # which have it, wherever they run
         return []
     names, first, below, remedy = ENGINES[engine]
     selected = label(config, "engine_type")
