@@ -203,8 +203,10 @@ class RemoteVllmEngine:
         except ConnectionError as error:
             return str(error)
         except ServerError as error:
-            if "weight update:" in error.message:  # the canary, or weights of another model
-                raise WeightSyncError(f"{server.url}: {error.message}") from None
+            _, canary, said = error.message.partition("weight update: ")
+            if canary:  # out of what vLLM wraps around it
+                said = said.partition("', please check")[0]
+                raise WeightSyncError(f"weight update of {server.url}: {said}") from None
             return str(error)
         return None
 

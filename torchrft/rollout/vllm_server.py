@@ -116,7 +116,7 @@ def _read(files: Files) -> Iterator[tuple[str, Tensor]]:
                 tensor = file.get_tensor(name)
                 if int(fingerprint(tensor)) != files.marks.get(name):
                     raise WeightSyncError(
-                        f'weight update: "{name}" in {path} is not what the trainer sent'
+                        f'weight update: "{name}" in the files is not what the trainer sent'
                     )
                 yield name, tensor
 
