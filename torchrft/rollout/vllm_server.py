@@ -26,7 +26,7 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
-from torchrft.rollout.canary import WeightSyncError, fingerprint
+from torchrft.rollout.canary import Canary, WeightSyncError, fingerprint
 from torchrft.rollout.vllm_model import load, scale_logits
 from torchrft.rollout.weight_sync import layout
 
@@ -94,8 +94,12 @@ class FileTransfer(WeightTransferEngine[Nothing, Files]):
 
     def receive_weights(self, update_info: Files) -> None:
         """Raises WeightSyncError for a tensor that the model does not hold as it was sent."""
+        expected = _expected(self.model_config)
+        # First without the model, which does not recover from a load that breaks off.
+        for _ in Canary(expected, lambda name: []).watch(_read(update_info)):
+            pass
         reload = self._reload if self.device.type == "cpu" else None
-        load(self.model, _expected(self.model_config), _read(update_info), reload)
+        load(self.model, expected, _read(update_info), reload)
 
     def _reload(self, pairs: Iterable[tuple[str, Tensor]]) -> None:
         initialize_layerwise_reload(self.model)
