@@ -17,6 +17,8 @@ import pytest
 import tiny
 import tiny_job
 import torch
+import torch.distributed as dist
+from helpers import run_ranks
 
 from torchrft.config.job_config import Rollout
 from torchrft.rollout import build_engine
@@ -26,7 +28,7 @@ from torchrft.rollout.weight_sync import WeightFiles, named_full_tensors
 from torchrft.types import Prompt, SamplingParams
 
 if importlib.util.find_spec("uvicorn") is None:
-    pytest.skip("vLLM's HTTP server needs uvicorn: see CONTRIBUTING.md", allow_module_level=True)
+    pytest.skip("vLLM's HTTP server needs uvicorn: see docs/remote_engines.md", allow_module_level=True)
 
 ROOT = Path(__file__).parents[2]
 MAX_LEN = 256
@@ -334,6 +336,48 @@ def test_retries_have_their_back_off(servers):
         took.append(time.monotonic() - began)
     assert took[0] < 0.4
     assert 1.5 <= took[1] < 2.5
+
+
+def two_ranks(rank, folder, url):
+    """What a rank gets: tokens and versions, its view of a failed update, and how far it read."""
+    engine, gathered = remote(folder, url), []
+
+    def gathering(model):
+        for name, tensor in named_full_tensors(model):
+            dist.barrier()  # as the gathering of shards: all ranks or none
+            gathered.append(name)
+            yield name, tensor
+
+    engine.update_weights(gathering(weights(False, seed=1)), 4)
+    sampling = SamplingParams(temperature=0.8, seeds=((3,),), max_total_tokens=40)
+    (completion,) = engine.generate([PROMPTS[rank]], sampling)
+    if rank == 0:
+        engine.servers[0].ask(
+            "/collective_rpc", {"method": "test_fault", "args": ["lm_head.weight", "permuted"]}
+        )
+    failure = None
+    try:
+        engine.update_weights(gathering(weights(False, seed=2)), 5)
+    except RuntimeError as error:
+        failure = f"{type(error).__name__}: {error}"
+    if rank == 0:
+        engine.servers[0].ask("/collective_rpc", {"method": "test_fault", "args": ["", "none"]})
+    return completion.token_ids, completion.policy_version, failure, len(gathered)
+
+
+def test_two_ranks(servers):
+    """Rank 0 alone sends, both gather every tensor and generate, and a fault ends both."""
+    running, base = servers
+    results = run_ranks(two_ranks, 2, base / "untied", running["untied"].url)
+    engine = remote(base / "untied", running["untied"])
+    engine.update_weights(named_full_tensors(weights(False, seed=1)), 0)
+    for rank, (token_ids, version, failure, read) in enumerate(results):
+        sampling = SamplingParams(temperature=0.8, seeds=((3,),), max_total_tokens=40)
+        assert engine.generate([PROMPTS[rank]], sampling)[0].token_ids == token_ids
+        assert version == 4
+        assert failure.startswith("WeightSyncError" if rank == 0 else "RankError: rank 0 failed")
+        assert 'does not hold "lm_head.weight"' in failure
+        assert read == 2 * len(dict(weights(False, seed=1).named_parameters()))
 
 
 def test_a_job_trains_as_in_process(servers, tmp_path):
