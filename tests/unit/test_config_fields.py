@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 UNIT = "tests/unit/test_"
 
 LATER = "unavailable"
+REMOTE = "tests/engines/test_remote_engine.py::test_"
 RESUME = UNIT + "trainer_resume.py::test_resumed_run_is_bit_identical"
 WARNED = UNIT + "config_validation.py::test_options_without_effect"
 
@@ -89,6 +90,10 @@ FIELD_PROOF: dict[str, str] = {
     "enable_engine_sleep": UNIT + "trainer.py::test_engine_sleeps_while_training",
     "vllm": "tests/engines/test_vllm_engine.py::test_what_vllm_refuses_is_one_sentence",
     "sglang": UNIT + "rollout_sglang.py::test_options_reach_sglang",
+    "server_urls": REMOTE + "a_job_trains_as_in_process",
+    "request_timeout": REMOTE + "a_slow_server_has_a_deadline",
+    "request_retries": REMOTE + "retries_have_their_back_off",
+    "weight_folder": REMOTE + "servers_that_do_not_fit",
     "mismatch_alarm": UNIT + "trainer.py::test_mismatch_alarm",
     "dynamic_sampling": UNIT
     + "trainer_algorithms.py::test_dynamic_sampling_drops_equal_groups_and_refills",

@@ -1,5 +1,7 @@
 """Each rule over several fields: a config that passes, one that does not, and its message."""
 
+from importlib import metadata
+
 import pytest
 
 from torchrft.config.availability import AVAILABLE_VALUES, missing, unavailable
@@ -257,6 +259,14 @@ NEED_CASES = {
     ),
     "lr_min_ratio": (0.1, {"lr_decay": "linear"}, {"lr_decay": "constant"}),
     "engine_mem_util": (0.5, {"engine_type": "vllm"}, {"engine_type": "native"}),
+    "engine_tp_size": (1, {"engine_type": "vllm"}, {"engine_type": "native"}),
+    "vllm": ({"seed": 1}, {"engine_type": "vllm"}, {"engine_type": "sglang"}),
+    "sglang": ({"tp": 1}, {"engine_type": "sglang"}, {"engine_type": "vllm"}),
+    "first_token_temperature": (2.0, {"engine_type": "native"}, {"engine_type": "vllm"}),
+    "server_urls": (["http://a:1"], {"engine_type": "vllm"}, {"engine_type": "native"}),
+    "request_timeout": (9.0, {"engine_type": "vllm", "server_urls": ["http://a:1"]}, {}),
+    "request_retries": (2, {"engine_type": "vllm", "server_urls": ["http://a:1"]}, {}),
+    "weight_folder": ("w", {"engine_type": "vllm", "server_urls": ["http://a:1"]}, {}),
     "use_mp_opt": (True, {"bf16": True}, {"bf16": False}),
     "eval_steps": (5, {"eval_data": "e"}, {}),
     "ckpt_path": ("c", {"load_checkpoint": True}, {}),
@@ -322,11 +332,14 @@ def test_tables_of_what_is_not_available_name_real_fields_and_their_defaults():
         assert FIELDS[name].info.default in values or name == "engine_type"
 
 
-def test_unavailable_names_the_remedy():
+def test_unavailable_names_the_remedy(monkeypatch):
+    monkeypatch.setattr(metadata, "version", lambda name: "9.9")
     assert unavailable(make(engine_type="native")) == []
-    assert unavailable(make(engine_type="sglang", engine_tp_size=2, images_key="image")) == [
-        '[rollout] engine_type = "sglang" is not available yet in this version; use "native"',
-        "[rollout] engine_tp_size = 2 is not available yet in this version; use 1",
+    assert unavailable(make(engine_type="vllm", server_urls=["http://a:1"])) == []
+    assert unavailable(make(engine_type="sglang", images_key="image")) == [
+        '[rollout] engine_type = "sglang" needs sglang 0.5 to below 0.6, but 9.9 is installed: pip '
+        "install sglang, on a machine with a GPU (docs/rollout_engines.md), or use engine_type = "
+        '"native"',
         '[data] images_key = "image" is not available yet in this version; leave it out',
     ]
 

@@ -21,7 +21,7 @@ from torchrft.models.loader import load_tokenizer
 from torchrft.rollout import sglang_loader
 from torchrft.rollout.canary import WeightSyncError
 from torchrft.rollout.native.engine import NativeEngine
-from torchrft.rollout.sglang import HttpSglang, SglangEngine, start_sglang
+from torchrft.rollout.sglang import HttpSglang, SglangEngine, join_sglang, start_sglang
 from torchrft.rollout.weight_sync import named_full_tensors
 from torchrft.types import Prompt, SamplingParams
 
@@ -263,3 +263,15 @@ def test_options_reach_sglang(monkeypatch):
         ValueError, match=r"SGLang did not start: no memory; .*engine_mem_util = 0\.4"
     ):
         start("broken")
+
+
+def test_running_servers(server):
+    transport = join_sglang([server.url], timeout=9.0)
+    assert server.calls == [("/flush_cache", {})]
+    assert transport.timeout == 9.0
+    with pytest.raises(ValueError, match="server_urls names 2 SGLang servers for 1 ranks"):
+        join_sglang([server.url, server.url], timeout=9.0)
+    server.http.shutdown()
+    server.http.server_close()
+    with pytest.raises(ValueError, match=r"server_urls: SGLang at .*refused"):
+        join_sglang([server.url], timeout=9.0)

@@ -53,7 +53,9 @@ def engine_missing(engine: str) -> str | None:
 def unavailable(config: JobConfig) -> list[str]:
     """What the config selects and this version cannot run yet, a sentence each."""
     found = []
-    if problem := engine_missing(config.rollout.engine_type):
+    # Servers have it, wherever they run.
+    problem = None if config.rollout.server_urls else engine_missing(config.rollout.engine_type)
+    if problem:
         default = "" if is_set(config, "engine_type") else " (the default)"
         found.append(f"{label(config, 'engine_type')}{default} {problem}")
     for name, values in AVAILABLE_VALUES.items():

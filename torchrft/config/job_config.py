@@ -185,6 +185,17 @@ class Rollout(Section):
     """Further arguments of `vllm.LLM`, as a table [rollout.vllm]."""
     sglang: dict[str, bool | int | float | str] = {}
     """Further arguments of `sglang.Engine`, as a table [rollout.sglang]."""
+    server_urls: Annotated[
+        list[Text],
+        BeforeValidator(text_to_list, json_schema_input_type=list[Text] | Text),
+    ] = []
+    """Running vLLM or SGLang servers that generate, as http://host:port."""
+    request_timeout: PositiveFloat = 600.0
+    """Seconds within which a server must answer a request; past it, others get its work."""
+    request_retries: NonNegativeInt = 3
+    """Retries of a request that found no connection or ended in a server's error."""
+    weight_folder: Text | None = None
+    """Folder that trainer and servers share, for weights; by default the temporary folder."""
     mismatch_alarm: PositiveFloat = 0.1
     """Warn when the engine's log-probs differ from the trainer's by more than this on average."""
     dynamic_sampling: bool = False

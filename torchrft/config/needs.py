@@ -67,6 +67,15 @@ def _has_kl(config: JobConfig) -> bool:
     return config.algorithm.init_kl_coef > 0
 
 
+def _own_engine(config: JobConfig) -> bool:
+    """Whether an engine other than the native one runs in the trainer's own process."""
+    return config.rollout.engine_type != "native" and not config.rollout.server_urls
+
+
+def _has_vllm_servers(config: JobConfig) -> bool:
+    return bool(config.rollout.server_urls) and config.rollout.engine_type == "vllm"
+
+
 def _clips(config: JobConfig) -> bool:
     return policy_loss(config) != "reinforce"
 
@@ -76,6 +85,7 @@ CRITIC_FIELDS = ("critic_pretrain", "freezing_actor_steps", "value_clip")
 _CRITIC = 'advantage_estimator = "gae"'
 _ADAPTIVE = 'kl_controller = "adaptive" or the cpgd policy loss'
 _RETURNS = 'advantage_estimator = "reinforce", "reinforce_plus_plus" or "gae"'
+_OWN_ENGINE = 'engine_type = "vllm" or "sglang" and no server_urls'
 _WEIGHTED = 'advantage_estimator = "cpgd"'
 
 # Only a warning where the guide's own examples set a field idly, or sweeps switch the need off.
@@ -140,19 +150,30 @@ NEEDS: tuple[Need, ...] = (
         False,
     ),
     Need("lr_min_ratio", lambda c: c.optimizer.lr_decay != "constant", "an lr_decay that decays"),
-    Need(
-        "engine_mem_util",
-        lambda c: c.rollout.engine_type != "native",
-        'engine_type = "vllm" or "sglang"',
-        False,
-    ),
+    Need("engine_mem_util", _own_engine, _OWN_ENGINE, False),
     Need(
         "engine_tp_size",
-        lambda c: c.rollout.engine_type != "native",
-        'engine_type = "vllm" or "sglang"; the native engine runs whole on every rank',
+        _own_engine,
+        f"{_OWN_ENGINE}; the native engine runs whole on every rank, servers have their own",
     ),
-    Need("sglang", lambda c: c.rollout.engine_type == "sglang", 'engine_type = "sglang"'),
-    Need("vllm", lambda c: c.rollout.engine_type == "vllm", 'engine_type = "vllm"'),
+    Need(
+        "sglang",
+        lambda c: _own_engine(c) and c.rollout.engine_type == "sglang",
+        'engine_type = "sglang" and no server_urls',
+    ),
+    Need(
+        "vllm",
+        lambda c: _own_engine(c) and c.rollout.engine_type == "vllm",
+        'engine_type = "vllm" and no server_urls',
+    ),
+    Need(
+        "server_urls",
+        lambda c: c.rollout.engine_type != "native",
+        'engine_type = "vllm" or "sglang"',
+    ),
+    Need("request_timeout", lambda c: bool(c.rollout.server_urls), "server_urls"),
+    Need("request_retries", _has_vllm_servers, 'server_urls and engine_type = "vllm"'),
+    Need("weight_folder", _has_vllm_servers, 'server_urls and engine_type = "vllm"'),
     Need(
         "first_token_temperature",
         lambda c: c.rollout.engine_type == "native",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from torchrft.config.availability import engine_missing
@@ -28,7 +30,8 @@ def build_engine(
     and SGLang; compile, whether the native engine compiles its layers, on a GPU.
     Raises ValueError for an engine that is not installed or does not start.
     """
-    if problem := engine_missing(config.engine_type):
+    problem = None if config.server_urls else engine_missing(config.engine_type)
+    if problem:
         raise ValueError(f'engine_type = "{config.engine_type}" {problem}')
     tokenizer = load_tokenizer(pretrain)
     model_config = load_config(pretrain)
@@ -37,6 +40,23 @@ def build_engine(
     if config.engine_type == "native":
         engine = NativeEngine(
             model_config, tokenizer, stop_ids, config.max_num_seqs, dtype, device, compile
+        )
+    elif config.engine_type == "vllm" and config.server_urls:
+        from torchrft.rollout.remote import RemoteVllmEngine
+
+        engine = RemoteVllmEngine(
+            config.server_urls,
+            pretrain,
+            model_config,
+            tokenizer,
+            stop_ids,
+            max_len,
+            config.max_num_seqs,
+            timeout=config.request_timeout,
+            retries=config.request_retries,
+            temperature=config.temperature,
+            folder=config.weight_folder,
+            dtype=dtype,
         )
     elif config.engine_type == "vllm":
         from torchrft.rollout.vllm import VllmEngine
@@ -57,20 +77,23 @@ def build_engine(
             options=config.vllm,
         )
     else:
-        from torchrft.rollout.sglang import SglangEngine, start_sglang
+        from torchrft.rollout.sglang import SglangEngine, join_sglang, start_sglang
 
-        transport = start_sglang(
-            pretrain,
-            max_len,
-            config.max_num_seqs,
-            config.engine_tp_size,
-            config.engine_mem_util,
-            config.enable_engine_sleep,
-            dtype,
-            # Stop strings and a least length need text and its tokenizer there.
-            bool(config.stop) or config.min_new_tokens > 0,
-            config.sglang,
-        )
+        if config.server_urls:
+            transport: Any = join_sglang(config.server_urls, config.request_timeout)
+        else:
+            transport = start_sglang(
+                pretrain,
+                max_len,
+                config.max_num_seqs,
+                config.engine_tp_size,
+                config.engine_mem_util,
+                config.enable_engine_sleep,
+                dtype,
+                # Stop strings and a least length need text and its tokenizer there.
+                bool(config.stop) or config.min_new_tokens > 0,
+                config.sglang,
+            )
         engine = SglangEngine(
             transport, model_config, tokenizer, stop_ids, config.engine_tp_size, dtype, device
         )

@@ -259,6 +259,23 @@ def _serialize(tensors: list[tuple[str, Tensor]]) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
+def join_sglang(urls: Sequence[str], timeout: float) -> HttpSglang:
+    """This rank's server. Raises ValueError when there is not one server for every rank, or when it
+    does not answer."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    if len(urls) != ranks:
+        raise ValueError(
+            f"[rollout] server_urls names {len(urls)} SGLang servers for {ranks} ranks; give every "
+            "rank one on its own host, since weights travel by CUDA IPC"
+        )
+    transport = HttpSglang(urls[dist.get_rank() if dist.is_initialized() else 0], timeout)
+    try:
+        transport.post("/flush_cache", {})
+    except ConnectionError as error:
+        raise ValueError(f"[rollout] server_urls: {error}") from error
+    return transport
+
+
 def start_sglang(
     pretrain: str,
     max_len: int,

@@ -6,7 +6,7 @@ Tried with vLLM 0.25 (torch 2.11, CUDA) and 0.32 (torch 2.13, CPU).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
-from torchrft.rollout.canary import Canary
 from torchrft.rollout.engine import check_prompts, neighbors, texts
-from torchrft.rollout.fused_weights import held, is_a
+from torchrft.rollout.vllm_model import load, scale_logits
 from torchrft.tools.logging import logger
 from torchrft.tools.seeds import rng_state, set_rng_state
 from torchrft.types import Completion, FinishReason, Prompt, SamplingParams
@@ -121,23 +120,11 @@ class VllmEngine:
         self.version = version
 
     def _load(self, model: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-        canary = Canary(self.expected, lambda name: held(model, name))
-        pairs = canary.watch((name, tensor.to(self.dtype)) for name, tensor in named_tensors)
-        if self.on_cpu:
-            # Packed layers are unpacked, loaded and packed again; a tied head is packed by itself.
-            pairs = self._with_head(pairs)
+        def reload(pairs: Iterable[tuple[str, Tensor]]) -> None:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": pairs})
-        else:
-            model.load_weights(pairs)
-        canary.check()
 
-    def _with_head(self, pairs: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        parameters = dict(self.expected.named_parameters(remove_duplicate=False))
-        head = parameters.get("lm_head.weight")
-        for name, tensor in pairs:
-            yield name, tensor
-            if name != "lm_head.weight" and parameters[name] is head:
-                yield "lm_head.weight", tensor
+        pairs = ((name, tensor.to(self.dtype)) for name, tensor in named_tensors)
+        load(model, self.expected, pairs, reload if self.on_cpu else None)
 
     # ---------------------------------------------------------------- memory
 
@@ -172,7 +159,10 @@ class VllmEngine:
         if sampling.first_token_temperature is not None:
             raise ValueError("vLLM has no first_token_temperature; use the native engine")
         check_prompts(prompts, sampling, self.version)
-        requests = [self._request(place, prompt, sampling) for place, prompt in enumerate(prompts)]
+        requests = [
+            (prompt.token_ids, sampling_options(place, prompt, sampling, self.stop_token_ids))
+            for place, prompt in enumerate(prompts)
+        ]
         # The ranks of one engine must all run the same requests; each keeps its own.
         parts = self.ranks.gather(requests, "rollout")
         everything = [request for part in parts for request in part]
@@ -186,48 +176,22 @@ class VllmEngine:
             for output in sorted(request.outputs, key=lambda output: output.index)
         ]
 
-    def _request(self, place: int, prompt: Prompt, sampling: SamplingParams) -> _Request:
-        """Token ids and vLLM's sampling parameters, without the temperature."""
-        # Sample j has the seed of sample 0 plus j: vLLM takes one seed for a request.
-        seed = sampling.seeds[place][0] % 2**62 if sampling.seeds is not None else None
-        return prompt.token_ids, {
-            "n": sampling.n,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "seed": seed,
-            "max_tokens": sampling.budget(len(prompt.token_ids)),
-            "min_tokens": sampling.min_new_tokens,
-            "stop": list(sampling.stop),
-            "stop_token_ids": sorted({*self.stop_token_ids, *sampling.stop_token_ids}),
-            "ignore_eos": True,  # the end-of-sequence tokens are among the stop ids
-            "detokenize": bool(sampling.stop),
-            "logprobs": 0,  # of the sampled token
-            "flat_logprobs": True,
-        }
-
     def _run(self, requests: Sequence[_Request], temperature: float) -> list[Any]:
         import vllm
 
-        # The logits are divided by the temperature before vLLM sees them, so that its log-probs are
-        # those of the sampling temperature, and before top-p and top-k: the trainer's.
         self.temperature = temperature or 1.0
         sampled = 1.0 if temperature else 0.0
         return self.llm.generate(
             [{"prompt_token_ids": list(token_ids)} for token_ids, _ in requests],
-            [vllm.SamplingParams(temperature=sampled, **options) for _, options in requests],
+            [
+                vllm.SamplingParams(temperature=sampled, flat_logprobs=True, **options)
+                for _, options in requests
+            ],
             use_tqdm=False,
         )
 
     def _scale_logits(self, model: Any) -> None:
-        def scale(_module: Any, _inputs: Any, logits: Tensor | None) -> Tensor | None:
-            # In float32, since another rounding to bfloat16 would be another policy.
-            if logits is None or self.temperature == 1.0:
-                return logits
-            return logits.float() / self.temperature
-
-        for module in model.modules():
-            if is_a(module, "LogitsProcessor"):
-                module.register_forward_hook(scale)
+        scale_logits(model, lambda: self.temperature)
 
     def _completion(self, place: int, output: Any, sampling: SamplingParams) -> Completion:
         if output.finish_reason not in ("stop", "length"):
@@ -245,6 +209,27 @@ class VllmEngine:
             finish_reason=reason,
             policy_version=self.version,
         )
+
+
+def sampling_options(
+    place: int, prompt: Prompt, sampling: SamplingParams, stop_token_ids: tuple[int, ...]
+) -> dict[str, Any]:
+    """vLLM's sampling parameters for prompt number `place`, without the temperature."""
+    # Sample j has the seed of sample 0 plus j: vLLM takes one seed for a request.
+    seed = sampling.seeds[place][0] % 2**62 if sampling.seeds is not None else None
+    return {
+        "n": sampling.n,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "seed": seed,
+        "max_tokens": sampling.budget(len(prompt.token_ids)),
+        "min_tokens": sampling.min_new_tokens,
+        "stop": list(sampling.stop),
+        "stop_token_ids": sorted({*stop_token_ids, *sampling.stop_token_ids}),
+        "ignore_eos": True,  # the end-of-sequence tokens are among the stop ids
+        "detokenize": bool(sampling.stop),
+        "logprobs": 0,  # of the sampled token
+    }
 
 
 def _start(arguments: dict[str, Any], memory: float) -> Any:

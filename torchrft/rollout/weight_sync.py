@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from torchrft.rollout.canary import Canary, Held
+from torchrft.rollout.canary import Canary, Held, WeightSyncError, fingerprint
+
+_BUCKET = 256 << 20  # bytes held at a time while weights are written
 
 
 def named_full_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -35,3 +42,61 @@ def copy_weights(model: nn.Module, named_tensors: Iterable[tuple[str, Tensor]]) 
     for name, tensor in canary.watch(named_tensors):
         parameters[name].copy_(tensor)
     canary.check()
+
+
+def layout(model: nn.Module) -> str:
+    """A short digest of the parameters' names and shapes, equal for the same model only."""
+    shapes = sorted((name, tuple(p.shape)) for name, p in model.named_parameters())
+    return hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
+
+
+@dataclass
+class WeightFiles:
+    """All weights as safetensors files, and the mark (`fingerprint`) of every tensor."""
+
+    paths: list[str] = field(default_factory=list)
+    marks: dict[str, int] = field(default_factory=dict)
+    failure: str | None = None
+
+    @classmethod
+    def write(
+        cls, pairs: Iterable[tuple[str, Tensor]], folder: str, dtype: torch.dtype
+    ) -> WeightFiles:
+        """Writes the tensors, as `dtype`, in buckets of bounded size.
+
+        Gathering them is collective, so all are taken, even when the disk is full: that is told in
+        `failure`.
+        """
+        files, bucket, size = cls(), dict[str, Tensor](), 0
+        for name, tensor in pairs:
+            if files.failure is not None:
+                continue
+            tensor = tensor.to(dtype)
+            files.marks[name] = int(fingerprint(tensor))
+            bucket[name] = tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
+            size += tensor.nbytes
+            if size >= _BUCKET:
+                files._save(bucket, folder)
+                bucket, size = {}, 0
+        if bucket and files.failure is None:
+            files._save(bucket, folder)
+        return files
+
+    def _save(self, bucket: dict[str, Tensor], folder: str) -> None:
+        path = os.path.join(folder, f"{len(self.paths)}.safetensors")
+        self.paths.append(path)
+        try:
+            save_file(bucket, path)
+        except (OSError, SafetensorError) as error:
+            self.failure = f"weight update: {path} cannot be written ({error}); make room there, "
+            self.failure += "or set weight_folder to another folder"
+
+    def check(self) -> None:
+        """Raises WeightSyncError if not everything was written."""
+        if self.failure is not None:
+            raise WeightSyncError(self.failure)
+
+    def remove(self) -> None:
+        for path in self.paths:
+            if os.path.exists(path):
+                os.remove(path)

@@ -1,0 +1,389 @@
+"""Running vLLM servers as the rollout engine, over HTTP: see docs/remote_engines.md.
+
+A server names the weights that made a completion by a tag that the engine gives it: the run, the
+policy version and the temperature by which logits are divided. A completion with another tag, from
+a server that was restarted or belongs to another run, is never used.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+
+from torchrft.rollout.canary import Canary, WeightSyncError
+from torchrft.rollout.engine import check_prompts, texts
+from torchrft.rollout.server_client import Server, ServerError
+from torchrft.rollout.vllm import sampling_options
+from torchrft.rollout.weight_sync import WeightFiles, layout
+from torchrft.tools import distributed
+from torchrft.tools.logging import logger
+from torchrft.types import Completion, Prompt, SamplingParams
+
+_GENERATE = "/inference/v1/generate"  # vLLM's "tokens in, tokens out"
+
+
+class RemoteVllmEngine:
+    """Rollouts from vLLM servers that run on their own; see `RolloutEngine` for the calls.
+
+    `generate` may run in one thread while another calls `update_weights`: what is in flight ends on
+    the old weights, what comes later is made by the new ones, and each completion says which.
+
+    Args:
+        max_num_seqs: sequences that this rank keeps outstanding at each server, about.
+        timeout: seconds within which a server must answer a request, retries included.
+        retries: of a request that found no connection or ended in a 5xx.
+        temperature: the one expected of `generate`; others cost a pause of the servers.
+        folder: where weights pass; the servers must see it under the same path.
+
+    Raises ValueError at the start with a sentence for each server that cannot be used, and
+    ConnectionError from `generate` and `update_weights` when none is left.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        pretrain: str,
+        config: PreTrainedConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_token_ids: tuple[int, ...],
+        max_len: int,
+        max_num_seqs: int = 256,
+        timeout: float = 600.0,
+        retries: int = 3,
+        temperature: float = 1.0,
+        folder: str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.servers = [Server(url, timeout, retries) for url in urls]
+        self.pretrain, self.max_len, self.max_num_seqs = pretrain, max_len, max_num_seqs
+        self.tokenizer, self.stop_token_ids, self.dtype = tokenizer, stop_token_ids, dtype
+        self.temperature = temperature
+        self.version: int | None = None
+        self.newest = -1  # the version that is on its way to the servers, or there
+        with torch.device("meta"):  # names, shapes and ties of what will be sent
+            self.expected = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        if folder is not None and not os.path.isdir(folder):
+            raise ValueError(
+                f'weight_folder = "{folder}" is not a folder; make it, or name another'
+            )
+        # Every rank's, but rank 0's is used; it goes with the process.
+        self._own_folder = tempfile.TemporaryDirectory(prefix="torchrft-", dir=folder)
+        mine = (uuid.uuid4().hex, self._own_folder.name)
+        self.run, self.folder = distributed.broadcast_object(mine, "rollout servers")
+        self._control = threading.Condition()  # held while servers change their weights or scale
+        self._users = 0  # calls of generate that go on
+        self._lock = threading.Lock()  # guards what is outstanding, and who is left out
+        parts = distributed.on_all(lambda: [self._fault(s) for s in self.servers], "servers")
+        if faults := {fault for part in parts for fault in part if fault is not None}:
+            raise ValueError("\n".join(sorted(faults)))
+
+    # ---------------------------------------------------------------- servers
+
+    def _fault(self, server: Server) -> str | None:
+        """Why the server cannot be used, in a sentence with the remedy."""
+        extension = {"method": "torchrft_info", "args": [self.folder]}
+        try:
+            info = server.ask("/collective_rpc", extension)["results"][0]
+            server.ask("/weight_info")
+            _probe_generate(server)
+        except ConnectionError as error:
+            return f"{server.url} cannot be reached ({error}); start it or correct server_urls"
+        except ServerError as error:
+            return (
+                f"{server.url} is not a vLLM server for torchrft ({error}); start it with the "
+                "options of docs/remote_engines.md"
+            )
+        server.sleeps = info["sleeps"]
+        dtype = str(self.dtype).removeprefix("torch.")
+        backend = '{"backend":"torchrft"}'
+        checks = (
+            (
+                info["layout"] == layout(self.expected),
+                f"serves another model, {info['model']}: start it with --model {self.pretrain}",
+            ),
+            (
+                info["dtype"] == dtype,
+                f"computes in {info['dtype']}: start it with --dtype {dtype}",
+            ),
+            (
+                info["max_len"] >= self.max_len,
+                f"takes {info['max_len']} tokens, fewer than max_len = {self.max_len}: start it "
+                f"with --max-model-len {self.max_len}, or lower max_len",
+            ),
+            (
+                info["logprobs_mode"] == "raw_logprobs",
+                f"gives {info['logprobs_mode']}: start it with --logprobs-mode raw_logprobs",
+            ),
+            (
+                info["backend"] == "torchrft",
+                f"takes no weights: start it with --weight-transfer-config '{backend}'",
+            ),
+            (
+                info["sees_folder"],
+                f"does not see {self.folder}: set weight_folder to a folder that it shares",
+            ),
+            (
+                not info["cuts_prompts"],
+                "cuts prompts, which fails on a CPU: start it with --no-enable-chunked-prefill",
+            ),
+        )
+        return next((f"{server.url} {text}" for good, text in checks if not good), None)
+
+    def _drop(self, server: Server, reason: object) -> None:
+        with self._lock:
+            if server.failure is None:
+                server.failure = str(reason)
+                logger.warning(f"{server.url} is left out until the next weight update: {reason}")
+
+    def _least_busy(self) -> Server:
+        """A server to ask next; it counts as asked."""
+        with self._lock:
+            usable = [server for server in self.servers if server.failure is None]
+            if not usable:
+                raise self._all_failed()
+            turn = distributed.get_rank() % len(usable)  # not all ranks' first at the same one
+            server = min(usable[turn:] + usable[:turn], key=lambda server: server.outstanding)
+            server.outstanding += 1
+            return server
+
+    def _all_failed(self) -> ConnectionError:
+        reasons = "; ".join(f"{server.url}: {server.failure}" for server in self.servers)
+        return ConnectionError(f"no rollout server is left: {reasons}")
+
+    # ---------------------------------------------------------------- weights
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Rank 0 writes the weights and has every server load them; the others wait for it."""
+        pairs = Canary(self.expected, lambda name: []).watch(named_tensors)
+        files = WeightFiles()
+        if distributed.is_main():
+            files = WeightFiles.write(pairs, self.folder, self.dtype)
+        else:
+            for _ in pairs:
+                pass
+        with self._control:
+            self.newest, self.version = version, None  # unless it goes well
+            self.temperature, failures = distributed.on_main(
+                lambda: self._send(files, version), "weight sync"
+            )
+            for server, failure in zip(self.servers, failures, strict=True):
+                if failure is None:
+                    server.failure = None
+                else:
+                    self._drop(server, failure)
+            if all(failures):
+                raise self._all_failed()
+            self.version = version
+
+    def _send(self, files: WeightFiles, version: int) -> tuple[float, list[str | None]]:
+        """The temperature of the logits, and for each server why it did not take the weights."""
+        try:
+            files.check()
+            with ThreadPoolExecutor(len(self.servers)) as pool:
+                push = [pool.submit(self._push, server, files, version) for server in self.servers]
+                return self.temperature, [failure.result() for failure in push]
+        finally:
+            files.remove()
+
+    def _push(self, server: Server, files: WeightFiles, version: int) -> str | None:
+        if server.failure is not None and (fault := self._fault(server)) is not None:
+            return fault
+        try:
+            self._change(server, self._tag(version, self.temperature), self.temperature, files)
+        except ConnectionError as error:
+            return str(error)
+        except ServerError as error:
+            _, canary, said = error.message.partition("weight update: ")
+            if canary:  # out of what vLLM wraps around it
+                said = said.partition("', please check")[0]
+                raise WeightSyncError(f"weight update of {server.url}: {said}") from None
+            return str(error)
+        return None
+
+    def _change(
+        self, server: Server, tag: str, temperature: float, files: WeightFiles | None = None
+    ) -> None:
+        """Gives the server weights and a temperature, between what it was asked and will be.
+
+        If that fails it stays paused, so that nothing is made by whatever it holds.
+        """
+        server.ask("/pause?mode=wait", {})
+        server.ask("/update_weight_version", {"new_version": "changing"})
+        if files is not None:
+            _load(server, files)
+        scale = {"method": "torchrft_temperature", "args": [repr(temperature)]}
+        server.ask("/collective_rpc", scale)
+        server.ask("/update_weight_version", {"new_version": tag})
+        server.ask("/resume", {})
+
+    def _tag(self, version: int | None, temperature: float) -> str:
+        return f"{self.run}/{version}/{temperature!r}"
+
+    # ---------------------------------------------------------------- memory
+
+    def sleep(self) -> None:
+        """Servers that can sleep do; nothing happens at the others, which keep their weights."""
+        self._everywhere("/sleep?level=2")
+
+    def wake(self) -> None:
+        self._everywhere("/wake_up")
+
+    def _everywhere(self, path: str) -> None:
+        able = [server for server in self.servers if server.sleeps]
+        if not able:
+            return
+        self.version = None  # weights do not survive
+        distributed.barrier("rollout")  # nobody generates any more
+        for server in able if distributed.is_main() else []:
+            try:
+                server.ask(path, {})
+            except (ConnectionError, ServerError) as error:
+                self._drop(server, error)
+        distributed.barrier("rollout")
+
+    def close(self) -> None:
+        """The servers are the user's and go on; only the folder of the weights goes."""
+        self._own_folder.cleanup()
+
+    # ---------------------------------------------------------------- generation
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
+        if sampling.first_token_temperature is not None:
+            raise ValueError("vLLM has no first_token_temperature; use the native engine")
+        with self._control:  # not in the middle of a weight update
+            check_prompts(prompts, sampling, self.version)
+        if not prompts:
+            return []
+        threads = max(1, self.max_num_seqs // sampling.n) * len(self.servers)
+        with self._scaled(sampling.temperature or 1.0) as made_by:
+            pool = ThreadPoolExecutor(min(threads, len(prompts)))
+            try:
+                parts = pool.map(
+                    lambda place: self._complete(place, prompts[place], sampling, made_by),
+                    range(len(prompts)),
+                )
+                return [completion for part in parts for completion in part]
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    @contextmanager
+    def _scaled(self, temperature: float) -> Iterator[Callable[[str], int | None]]:
+        """Meanwhile all servers divide their logits by `temperature`.
+
+        Yields what gives the policy version of a tag, or None for a tag of anything else.
+        """
+        with self._control:
+            self._control.wait_for(lambda: not self._users or self.temperature == temperature)
+            if self.temperature != temperature:
+                self.temperature = temperature
+                for server in self.servers:
+                    if server.failure is None:
+                        self._rescale(server)
+            self._users += 1
+            oldest = self.version
+        assert oldest is not None
+        try:
+            yield lambda tag: next(
+                (v for v in range(oldest, self.newest + 1) if tag == self._tag(v, temperature)),
+                None,
+            )
+        finally:
+            with self._control:
+                self._users -= 1
+                self._control.notify_all()
+
+    def _rescale(self, server: Server) -> None:
+        tag = self._tag(self.version, self.temperature)
+        try:
+            if server.ask("/weight_info")["weight_version"] != tag:  # by another rank it may be
+                self._change(server, tag, self.temperature)
+        except (ConnectionError, ServerError) as error:
+            self._drop(server, error)
+
+    def _complete(
+        self,
+        place: int,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        made_by: Callable[[str], int | None],
+    ) -> list[Completion]:
+        """The completions of one prompt, from the first server that makes them."""
+        options = sampling_options(place, prompt, sampling, self.stop_token_ids)
+        # The server divides by the temperature itself, as VllmEngine does.
+        options["temperature"] = 1.0 if sampling.temperature else 0.0
+        body = {"token_ids": list(prompt.token_ids), "sampling_params": options}
+        while True:
+            server = self._least_busy()
+            try:
+                choices = server.ask(_GENERATE, body)["choices"]
+                versions = [_version(choice, made_by) for choice in choices]
+            except (ConnectionError, ServerError) as error:
+                self._drop(server, error)
+                continue
+            finally:
+                with self._lock:
+                    server.outstanding -= 1
+            made = sorted(zip(choices, versions, strict=True), key=lambda pair: pair[0]["index"])
+            return [self._completion(place, c, sampling, version) for c, version in made]
+
+    def _completion(
+        self, place: int, choice: dict[str, Any], sampling: SamplingParams, version: int
+    ) -> Completion:
+        tokens = tuple(choice["token_ids"])
+        logprobs = tuple(token["logprob"] for token in choice["logprobs"]["content"])
+        assert len(tokens) == len(logprobs)
+        return Completion(
+            prompt_index=place,
+            sample_index=choice["index"],
+            token_ids=tokens,
+            logprobs=logprobs,
+            text=texts(self.tokenizer, [tokens], sampling.stop)[0],
+            finish_reason=choice["finish_reason"],
+            policy_version=version,
+        )
+
+
+def _load(server: Server, files: WeightFiles) -> None:
+    """vLLM's weight update, from `files`."""
+    try:
+        server.ask("/start_weight_update", {}, retry=False)
+    except ServerError:  # a trainer that was killed in the middle of one has left it open
+        server.ask("/finish_weight_update", {}, retry=False)
+        server.ask("/start_weight_update", {}, retry=False)
+    info = {"paths": files.paths, "marks": files.marks}
+    server.ask("/update_weights", {"update_info": info}, retry=False)
+    server.ask("/finish_weight_update", {}, retry=False)
+    # What was computed by the old weights.
+    server.ask("/reset_encoder_cache", {})
+    if not server.ask("/reset_prefix_cache", {})["success"]:
+        raise ConnectionError("it keeps the KV cache of the old weights")
+
+
+def _version(choice: dict[str, Any], made_by: Callable[[str], int | None]) -> int:
+    """The policy version of a completion. Raises ConnectionError for one that must not be used."""
+    if choice["finish_reason"] not in ("stop", "length"):
+        raise ConnectionError(f"it ended a request with {choice['finish_reason']!r}")
+    tags = [span["version"] for span in choice["weight_versions"] or ()]
+    version = made_by(tags[0]) if len(tags) == 1 else None
+    if version is None:
+        raise ConnectionError(f"it does not hold this run's weights, but {tags}")
+    return version
+
+
+def _probe_generate(server: Server) -> None:
+    """Raises ServerError if token ids cannot be sent: an empty request must only be a bad one."""
+    try:
+        server.ask(_GENERATE, {})
+    except ServerError as error:
+        if error.status not in (400, 422):
+            raise

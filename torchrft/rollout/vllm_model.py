@@ -1,0 +1,55 @@
+"""What torchrft does to the model inside a vLLM engine, in the trainer's process or a server's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from torchrft.rollout.canary import Canary
+from torchrft.rollout.fused_weights import held, is_a
+
+Pairs = Iterable[tuple[str, Tensor]]
+
+
+def load(
+    model: Any, expected: nn.Module, pairs: Pairs, reload: Callable[[Pairs], object] | None
+) -> None:
+    """Loads all weights into vLLM's model and proves that it holds them.
+
+    Args: expected, a Hugging Face model with the names, shapes and ties of `pairs`; reload, how to
+        load on a CPU, where packed layers are unpacked, loaded and packed again.
+    """
+    canary = Canary(expected, lambda name: held(model, name))
+    watched = canary.watch(pairs)
+    if reload is None:
+        model.load_weights(watched)
+    else:
+        reload(_with_head(expected, watched))
+    canary.check()
+
+
+def _with_head(expected: nn.Module, pairs: Pairs) -> Iterator[tuple[str, Tensor]]:
+    """A tied head is packed by itself, so it is loaded by itself."""
+    parameters = dict(expected.named_parameters(remove_duplicate=False))
+    head = parameters.get("lm_head.weight")
+    for name, tensor in pairs:
+        yield name, tensor
+        if name != "lm_head.weight" and parameters[name] is head:
+            yield "lm_head.weight", tensor
+
+
+def scale_logits(model: nn.Module, temperature: Callable[[], float]) -> None:
+    """From now on the logits are divided by `temperature()` before vLLM sees them, so that its
+    log-probs are those of the sampling temperature, and before top-p and top-k: the trainer's."""
+
+    def scale(_module: Any, _inputs: Any, logits: Tensor | None) -> Tensor | None:
+        # In float32, since another rounding to bfloat16 would be another policy.
+        if logits is None or temperature() == 1.0:
+            return logits
+        return logits.float() / temperature()
+
+    for module in model.modules():
+        if is_a(module, "LogitsProcessor"):  # its output are the logits that are sampled
+            module.register_forward_hook(scale)
