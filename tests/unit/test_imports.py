@@ -4,8 +4,10 @@ Imports inside functions and under TYPE_CHECKING count as well.
 """
 
 import ast
+import io
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -92,3 +94,24 @@ def test_config_needs_no_heavy_imports():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def code_lines(source: str) -> int:
+    """Lines of code: no blank lines, comments or docstrings."""
+    docs: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            docs |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    skip = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in skip | {tokenize.ENDMARKER}:
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    return len(lines - docs)
+
+
+def test_the_package_stays_small():
+    assert code_lines('"""A\nb"""\n# c\n\nx = 1\ny = (\n  2)\n') == 3
+    sources = [path.read_text() for path in ROOT.rglob("*.py")]
+    assert sum(map(code_lines, sources)) < 10_000
+    assert max(source.count("\n") for source in sources) <= 400
