@@ -24,7 +24,7 @@ from torchrft.metrics.files import METRICS_FILE, read_metrics
 from torchrft.metrics.logger import MetricLogger
 from torchrft.metrics.plots import plot_curves, plot_lengths
 from torchrft.metrics.rollout_dump import dump
-from torchrft.metrics.rollout_stats import dump_rows, rollout_metrics
+from torchrft.metrics.rollout_stats import dump_rows, rollout_metrics, warn_of_mismatch
 from torchrft.metrics.timing import PhaseTimer, peak_memory_gib
 from torchrft.model_builder import ModelBuilder
 from torchrft.models.loader import load_tokenizer
@@ -66,9 +66,8 @@ class Trainer:
         self.pending_rollouts = 0
         self.step_began = 0  # place in the stream of prompts
         self._build_data()
-        self._build_engine()
+        self._build_rollout()  # first: an engine that does not start or fit shows at once
         self._build_models()
-        self._build_rollout()
         self._build_output()
 
     # ---------------------------------------------------------------- build
@@ -80,13 +79,8 @@ class Trainer:
         self.shaper = RewardShaper(config.reward)
         assert config.data.prompt_data is not None
         prompts = load_prompts(config.data.prompt_data, config.data, self.tokenizer)
-        self.prompts = PromptLoader(
-            prompts,
-            config.rollout.rollout_batch_size,
-            config.training.seed,
-            rank=self.ranks.rank,
-            world_size=self.ranks.size,
-        )
+        size, seed = config.rollout.rollout_batch_size, config.training.seed
+        self.prompts = PromptLoader(prompts, size, seed, self.ranks.rank, self.ranks.size)
         self.eval_prompts: list[Prompt] = []
         self.evaluates = config.evaluation.eval_data is not None
         if config.evaluation.eval_data is not None:
@@ -96,20 +90,6 @@ class Trainer:
             self.eval_prompts = list(held_out[world.rank :: world.world_size])
         self.schedule_steps = self.prompts.total_steps(config.training.num_episodes)
         self.last_step = min(self.schedule_steps, config.training.max_steps or self.schedule_steps)
-
-    def _build_engine(self) -> None:
-        """Before the models: an engine that does not start or fit shows while nothing is loaded."""
-        self.engine = build_engine(
-            self.config.rollout,
-            self.config.model.pretrain,
-            self.dtype,
-            self.world.device,
-            load_weights=False,
-            max_len=self.config.data.max_len,
-            compile=self.config.training.compile,
-        )
-        if self.config.rollout.enable_engine_sleep:
-            self.engine.sleep()
 
     def _build_models(self) -> None:
         config, model = self.config, self.config.model
@@ -162,6 +142,17 @@ class Trainer:
         config = self.config
         phases = ("rollout", "reward", "logprob", "update", "weight_sync", "step")
         self.timer = PhaseTimer(self.world.device, phases)
+        self.engine = build_engine(
+            config.rollout,
+            config.model.pretrain,
+            self.dtype,
+            self.world.device,
+            load_weights=False,
+            max_len=config.data.max_len,
+            compile=config.training.compile,
+        )
+        if config.rollout.enable_engine_sleep:
+            self.engine.sleep()
         self.collector = Collector(
             config,
             self.engine,
@@ -314,12 +305,7 @@ class Trainer:
         """Records the step, and saves when a checkpoint is due."""
         # In this order, a kill in between costs nothing: a step that was logged but not saved is
         # dropped from the log and run again when the run resumes.
-        if metrics.get("mismatch/logprob_abs_mean", 0.0) > self.config.rollout.mismatch_alarm:
-            logger.warning(
-                f"step {self.step}: the engine's log-probs differ from the trainer's by "
-                f"{metrics['mismatch/logprob_abs_mean']:.3g} on average, above mismatch_alarm = "
-                f"{self.config.rollout.mismatch_alarm:g}; rollout_correction weighs such samples"
-            )
+        warn_of_mismatch(self.step, metrics, self.config.rollout.mismatch_alarm)
         self.logger.log(self.step, metrics)
         self.console.step(self.step, metrics)
         if self._save_is_due():

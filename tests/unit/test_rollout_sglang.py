@@ -180,7 +180,9 @@ def test_the_order_of_sleep_and_wake(server):
 
 
 @pytest.mark.parametrize(
-    "change", [lambda t: t.flip(0), lambda t: t + 1e-6, lambda t: None], ids=str
+    "change",
+    [lambda t: t.flip(0), lambda t: t + 1e-6, lambda t: None],
+    ids=["permuted", "stale", "dropped"],
 )
 def test_a_fault_in_the_model_is_named(server, change):
     engine = make(server)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -18,8 +18,7 @@ def list_to_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def text_to_list(value: Any) -> Any:
-    """A lone string may stand for a list of one."""
+def _text_to_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
@@ -53,3 +52,8 @@ PythonFunction = Annotated[str, Field(pattern=r"^.+\.py:\w+$")]
 RawText = Annotated[str, Field(min_length=1), AfterValidator(_no_null)]
 """Any text, also blanks: a stop string may be a line break."""
 Text = Annotated[RawText, AfterValidator(_not_blank)]
+TextOrList = Annotated[
+    list[Text],
+    BeforeValidator(_text_to_list, json_schema_input_type=list[Text] | Text),
+]
+"""Several texts; a lone one may stand for a list of one."""

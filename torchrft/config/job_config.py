@@ -20,10 +20,10 @@ from torchrft.config.field_types import (
     PythonFunction,
     RawText,
     Text,
+    TextOrList,
     exact_int,
     list_to_tuple,
     name_to_table,
-    text_to_list,
 )
 
 
@@ -185,10 +185,7 @@ class Rollout(Section):
     """Further arguments of `vllm.LLM`, as a table [rollout.vllm]."""
     sglang: dict[str, bool | int | float | str] = {}
     """Further arguments of `sglang.Engine`, as a table [rollout.sglang]."""
-    server_urls: Annotated[
-        list[Text],
-        BeforeValidator(text_to_list, json_schema_input_type=list[Text] | Text),
-    ] = []
+    server_urls: TextOrList = []
     """Running vLLM or SGLang servers that generate, as http://host:port."""
     request_timeout: PositiveFloat = 600.0
     """Seconds within which a server must answer a request; past it, others get its work."""
@@ -303,10 +300,7 @@ class Reward(Section):
     counts with weight 1."""
     reward_pretrain: Text | None = None
     """Folder or hub id of a scalar reward model."""
-    remote_rm_url: Annotated[
-        list[Text],
-        BeforeValidator(text_to_list, json_schema_input_type=list[Text] | Text),
-    ] = []
+    remote_rm_url: TextOrList = []
     """One or several URLs of a remote reward server."""
     rm_use_engine: bool = False
     """The reward model (`reward_pretrain`, by default `pretrain`) runs in the inference engine."""

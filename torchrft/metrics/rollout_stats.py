@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torchrft.tools.logging import logger
 from torchrft.types import Sample
 
 
@@ -49,3 +50,13 @@ def dump_rows(samples: Sequence[Sample]) -> list[dict[str, Any]]:
         }
         for sample in samples
     ]
+
+
+def warn_of_mismatch(step: int, metrics: Mapping[str, float], alarm: float) -> None:
+    """Says so when the engine's log-probs are further than `alarm` from the trainer's."""
+    found = metrics.get("mismatch/logprob_abs_mean", 0.0)
+    if found > alarm:
+        logger.warning(
+            f"step {step}: the engine's log-probs differ from the trainer's by {found:.3g} on "
+            f"average, above mismatch_alarm = {alarm:g}; rollout_correction weighs such samples"
+        )
