@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from torchrft.config.job_config import JobConfig
 from torchrft.data.loader import PromptLoader
@@ -16,6 +17,14 @@ from torchrft.tools import distributed
 from torchrft.tools.distributed import DataRanks
 from torchrft.tools.seeds import derive_seed
 from torchrft.types import Completion, Prompt, Sample, SamplingParams
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flight:
+    """A round of generation that runs in another thread while the trainer computes."""
+
+    place: int  # in the stream of prompts
+    completions: Future[list[Completion]]
 
 
 class Collector:
@@ -46,13 +55,18 @@ class Collector:
         self.scorer, self.shaper = scorer, shaper
         self.ranks, self.dp, self.helpers = ranks, ranks.size, helpers
         self.helper = distributed.get_rank() % helpers
+        self.flight: _Flight | None = None
+        self.thread = ThreadPoolExecutor(1, "rollout")
 
-    def collect(self) -> tuple[list[Sample], dict[str, float]]:
+    def collect(self, ahead: bool = False) -> tuple[list[Sample], dict[str, float]]:
         """All ranks' samples of a rollout, ordered by prompt, and what dynamic sampling did.
 
         Dynamic sampling (DAPO, arXiv:2503.14476) drops groups whose rewards are all equal and
         generates on until the rollout is full or its rounds are used up. The choice is made among
         all ranks' groups in the order of their prompts, so it is the same for any number of ranks.
+
+        With `ahead` the next rollout's first round is started, by the weights of now, and this one
+        may have been. `wait` must then be called before the engine gets other weights.
         """
         size, rollout = self.rollout.rollout_batch_size, self.rollout
         rounds = rollout.dynamic_sampling_max_rounds if rollout.dynamic_sampling else 1
@@ -69,7 +83,17 @@ class Collector:
             metrics["dynamic_sampling/groups_missing"] = float(max(size - len(kept), 0))
             if not kept:  # every rank needs something to compute
                 kept = [[dataclasses.replace(sample, filler=True) for sample in drawn[0]]]
+        if ahead:
+            prompts, _, sampling = self._round()
+            completions = self.thread.submit(self.engine.generate, prompts, sampling)
+            self.flight = _Flight(self.prompts.position, completions)
         return [sample for group in kept[:size] for sample in group], metrics
+
+    def wait(self) -> None:
+        """Until nothing is generated any more."""
+        if self.flight is not None:
+            with self.timer.phase("rollout"):
+                self.flight.completions.result()
 
     def share(self, samples: Sequence[Sample]) -> list[Sample]:
         """This rank's part of all ranks' samples; all ranks get equally many.
@@ -103,14 +127,14 @@ class Collector:
 
     def _draw(self) -> list[list[Sample]]:
         """One round: all ranks' groups, in the order of their prompts."""
-        first = self.prompts.position
-        prompts = self.prompts.next()
-        places = [first + index * self.dp + self.ranks.rank for index in range(len(prompts))]
-        mine = slice(self.helper, None, self.helpers)
-        prompts, places = prompts[mine], places[mine]
-        sampling = self.sampling(places)
+        prompts, places, sampling = self._round()
+        flight, self.flight = self.flight, None
         with self.timer.phase("rollout"):
-            completions = self.engine.generate(prompts, sampling)
+            if flight is not None and flight.place == self.prompts.position:
+                completions = flight.completions.result()
+            else:
+                completions = self.engine.generate(prompts, sampling)
+        self.prompts.next()
         with self.timer.phase("reward"):
             # A reward that fails on one rank ends the job on all.
             gathered = distributed.on_all(
@@ -120,6 +144,13 @@ class Collector:
         for sample in (sample for part in gathered for sample in part):
             groups.setdefault(sample.group, []).append(sample)
         return [groups[place] for place in sorted(groups)]
+
+    def _round(self) -> tuple[list[Prompt], list[int], SamplingParams]:
+        """This rank's prompts at the stream's position, their places, and how to sample them."""
+        first, prompts = self.prompts.position, self.prompts.peek()
+        places = [first + index * self.dp + self.ranks.rank for index in range(len(prompts))]
+        mine = slice(self.helper, None, self.helpers)
+        return prompts[mine], places[mine], self.sampling(places[mine])
 
     def _score(
         self,

@@ -121,9 +121,8 @@ class Trainer:
         samples = config.rollout.rollout_batch_size * config.rollout.n_samples_per_prompt
         optimizer_steps = self.schedule_steps * samples * training.max_epochs
         total = max(1, -(-optimizer_steps // training.train_batch_size))
-        optimizer = build_optimizer(
-            model, config.optimizer, learning_rate, config.optimizer.use_mp_opt
-        )
+        masters = config.optimizer.use_mp_opt
+        optimizer = build_optimizer(model, config.optimizer, learning_rate, masters)
         return OptimizerStep(
             model,
             optimizer,
@@ -150,8 +149,9 @@ class Trainer:
             load_weights=False,
             max_len=config.data.max_len,
             compile=config.training.compile,
-        )
-        if config.rollout.enable_engine_sleep:
+        )  # servers that generate while the trainer computes cannot sleep then:
+        self.sleeps = config.rollout.enable_engine_sleep and not config.rollout.async_level
+        if self.sleeps:
             self.engine.sleep()
         self.collector = Collector(
             config,
@@ -208,8 +208,7 @@ class Trainer:
             "checkpoints": self.checkpoints.checkpoints,
             "Hugging Face": self.checkpoints.exports / f"step-{self.step}",
             "metrics": self.log_dir / METRICS_FILE,
-            "rollouts": self.log_dir / "rollouts",
-            "plots": self.log_dir / "plots",
+            **{name: self.log_dir / name for name in ("rollouts", "plots")},
         }
         paths = {name: path for name, path in paths.items() if path.exists()}
         self.console.summary(paths, read_metrics(self.log_dir))
@@ -217,8 +216,9 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """One rollout and what is learned from it."""
         self.step_began = self.prompts.position
-        samples, metrics = self.collector.collect()
-        if self.config.rollout.enable_engine_sleep:
+        ahead = self.config.rollout.async_level > 0 and self.step + 1 < self.last_step
+        samples, metrics = self.collector.collect(ahead)
+        if self.sleeps:
             self.engine.sleep()
         metrics |= self._log_samples(samples)
         self.pending += self.collector.share(samples)
@@ -247,6 +247,7 @@ class Trainer:
                     stepper.rest()
         else:
             metrics |= self.update.waiting()
+        self.collector.wait()
         self.step += 1
         with self.timer.phase("weight_sync"):
             self._sync_weights()
@@ -280,13 +281,12 @@ class Trainer:
 
     def _batch_is_full(self) -> bool:
         """Whether an optimizer step is due; what is left over at the end of the run makes one."""
-        rollout = self.config.rollout
-        samples = rollout.rollout_batch_size * rollout.n_samples_per_prompt
+        samples = self.config.rollout.rollout_batch_size * self.config.rollout.n_samples_per_prompt
         enough = self.pending_rollouts * samples >= self.config.training.train_batch_size
         return enough or self.step + 1 == self.schedule_steps
 
     def _sync_weights(self) -> None:
-        if self.config.rollout.enable_engine_sleep:
+        if self.sleeps:
             self.engine.wake()
         self.engine.update_weights(named_full_tensors(self.policy.model), version=self.step)
 
@@ -299,7 +299,7 @@ class Trainer:
                 lengths = [len(sample.completion.token_ids) for sample in samples]
                 plot_lengths(self.log_dir, step, lengths, self.config.data.max_len)
         tokens = sum(len(s.prompt.token_ids) + len(s.completion.token_ids) for s in samples)
-        return {**rollout_metrics(samples), "tokens": float(tokens)}
+        return {**rollout_metrics(samples, self.step), "tokens": float(tokens)}
 
     def _finish_step(self, metrics: dict[str, float]) -> None:
         """Records the step, and saves when a checkpoint is due."""

@@ -401,6 +401,24 @@ def test_a_job_trains_as_in_process(servers, tmp_path):
                 assert far[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
 
 
+def test_one_step_off_policy(servers, tmp_path):
+    """From the second step on samples are one version late; the prompts are the same ones."""
+    running, base = servers
+    job = {"pretrain": base / "untied", "engine_type": "vllm", "max_steps": 4}
+    job |= {"server_urls": running["untied"].url, "rollout_correction": "token_tis"}
+    for level in (0, 1):
+        words = tiny_job.argv(save_path=tmp_path / str(level), async_level=level, **job)
+        log = tmp_path / "log"
+        assert tiny_job.run_process(words, log) == 0, log.read_text()
+    for step in (1, 2, 3, 4):
+        on, off = (tiny_job.rollout(tmp_path / level, step) for level in "01")
+        assert [row["row"] for row in on] == [row["row"] for row in off]
+        assert {row["policy_version"] for row in on} == {step - 1}
+        assert {row["policy_version"] for row in off} == {max(step - 2, 0)}
+    late = [record["rollout/staleness"] for record in tiny_job.records(tmp_path / "1")]
+    assert late == [0.0, 1.0, 1.0, 1.0]
+
+
 def test_an_update_while_requests_are_in_flight(twins):
     server, twin = twins
     engine = remote(server.folder, server, twin, max_num_seqs=8)

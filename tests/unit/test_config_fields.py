@@ -93,6 +93,7 @@ FIELD_PROOF: dict[str, str] = {
     "server_urls": REMOTE + "a_job_trains_as_in_process",
     "request_timeout": REMOTE + "a_slow_server_has_a_deadline",
     "request_retries": REMOTE + "retries_have_their_back_off",
+    "async_level": REMOTE + "one_step_off_policy",
     "weight_folder": REMOTE + "servers_that_do_not_fit",
     "mismatch_alarm": UNIT + "trainer.py::test_mismatch_alarm",
     "dynamic_sampling": UNIT

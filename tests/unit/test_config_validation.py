@@ -266,6 +266,11 @@ NEED_CASES = {
     "server_urls": (["http://a:1"], {"engine_type": "vllm"}, {"engine_type": "native"}),
     "request_timeout": (9.0, {"engine_type": "vllm", "server_urls": ["http://a:1"]}, {}),
     "request_retries": (2, {"engine_type": "vllm", "server_urls": ["http://a:1"]}, {}),
+    "async_level": (
+        1,
+        {"engine_type": "vllm", "server_urls": ["http://a:1"], "rollout_correction": "token_tis"},
+        {"rollout_correction": "token_tis"},
+    ),
     "weight_folder": ("w", {"engine_type": "vllm", "server_urls": ["http://a:1"]}, {}),
     "use_mp_opt": (True, {"bf16": True}, {"bf16": False}),
     "eval_steps": (5, {"eval_data": "e"}, {}),

@@ -13,7 +13,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-def list_to_tuple(value: Any) -> Any:
+def _list_to_tuple(value: Any) -> Any:
     """TOML has no tuples."""
     return tuple(value) if isinstance(value, list) else value
 
@@ -57,3 +57,5 @@ TextOrList = Annotated[
     BeforeValidator(_text_to_list, json_schema_input_type=list[Text] | Text),
 ]
 """Several texts; a lone one may stand for a list of one."""
+_Rate = Annotated[float, Field(ge=0, lt=1)]
+TwoRates = Annotated[tuple[_Rate, _Rate], BeforeValidator(_list_to_tuple)]

@@ -21,8 +21,8 @@ from torchrft.config.field_types import (
     RawText,
     Text,
     TextOrList,
+    TwoRates,
     exact_int,
-    list_to_tuple,
     name_to_table,
 )
 
@@ -135,10 +135,7 @@ class Optimizer(Section):
     """Gradients are clipped to this norm, over all parameters and ranks together."""
     l2: NonNegativeFloat = 0.0
     """Decoupled weight decay (AdamW), on matrices only."""
-    adam_betas: Annotated[
-        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
-        BeforeValidator(list_to_tuple),
-    ] = (0.9, 0.95)
+    adam_betas: TwoRates = (0.9, 0.95)
     """AdamW's two decay rates."""
     adam_offload: bool = False
     """Keep the optimizer's state in host memory between updates."""
@@ -191,6 +188,8 @@ class Rollout(Section):
     """Seconds within which a server must answer a request; past it, others get its work."""
     request_retries: NonNegativeInt = 3
     """Retries of a request that found no connection or ended in a server's error."""
+    async_level: Annotated[Literal[0, 1], BeforeValidator(exact_int)] = 0
+    """1 generates the next rollout on servers while the trainer updates, one step off-policy."""
     weight_folder: Text | None = None
     """Folder that trainer and servers share, for weights; by default the temporary folder."""
     mismatch_alarm: PositiveFloat = 0.1

@@ -171,6 +171,7 @@ NEEDS: tuple[Need, ...] = (
         lambda c: c.rollout.engine_type != "native",
         'engine_type = "vllm" or "sglang"',
     ),
+    Need("async_level", lambda c: bool(c.rollout.server_urls), "server_urls"),
     Need("request_timeout", lambda c: bool(c.rollout.server_urls), "server_urls"),
     Need("request_retries", _has_vllm_servers, 'server_urls and engine_type = "vllm"'),
     Need("weight_folder", _has_vllm_servers, 'server_urls and engine_type = "vllm"'),

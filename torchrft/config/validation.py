@@ -202,6 +202,23 @@ def _combinations(config: JobConfig, world_size: int) -> Iterator[Finding]:
             f"{label(config, 'adam_offload')} moves what fsdp_cpu_offload = true keeps in host "
             "memory anyway; leave one out",
         )
+    rollout = config.rollout
+    if (
+        rollout.async_level
+        and is_set(config, "enable_engine_sleep")
+        and rollout.enable_engine_sleep
+    ):
+        yield Finding(
+            True,
+            f"{label(config, 'enable_engine_sleep')} and async_level = 1 exclude each other: the "
+            "servers generate while the trainer computes; leave one out",
+        )
+    if rollout.async_level and algorithm.rollout_correction == "none":
+        yield Finding(
+            False,
+            f"{label(config, 'async_level')} trains on samples that are one policy version late; "
+            'a rollout_correction, e.g. "token_tis", weighs them',
+        )
     if algorithm.kl_controller == "adaptive" and not algorithm.init_kl_coef:
         yield Finding(
             True,

@@ -102,6 +102,14 @@ class PromptLoader:
         """This rank's prompts of the next step."""
         return next(self._batches)
 
+    def peek(self) -> list[Prompt]:
+        """What the next call of `next` returns; the position stays."""
+        position = self._stream.position
+        try:
+            return self.next()
+        finally:
+            self._stream.position = position
+
     @property
     def position(self) -> int:
         """Prompts taken so far, over all ranks."""

@@ -10,8 +10,10 @@ from torchrft.tools.logging import logger
 from torchrft.types import Sample
 
 
-def rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
+def rollout_metrics(samples: Sequence[Sample], version: int | None = None) -> dict[str, float]:
     """Rewards, their parts and response lengths over `samples`, which must not be empty.
+
+    With `version`, the policy's, also `rollout/staleness`: by how many versions the oldest is late.
 
     Fillers do not count, unless there is nothing else.
     `reward/std` is the population's; lengths are in tokens; `response/truncated_ratio` is the share
@@ -28,6 +30,9 @@ def rollout_metrics(samples: Sequence[Sample]) -> dict[str, float]:
         "response_length/max": float(max(lengths)),
         "response/truncated_ratio": statistics.fmean(truncated),
     }
+    if version is not None:
+        oldest = min(sample.completion.policy_version for sample in samples)
+        metrics["rollout/staleness"] = float(version - oldest)
     for name in samples[0].score.parts:
         metrics[f"reward_parts/{name}"] = statistics.fmean(s.score.parts[name] for s in samples)
     return metrics
