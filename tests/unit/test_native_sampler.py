@@ -208,3 +208,16 @@ def test_bfloat16_logits_are_computed_in_float32():
     tokens, logprobs = sample(logits, seeds, seeds, 0.7, 1.0, 0)
     wanted = (logits.double() / 0.7).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
     torch.testing.assert_close(logprobs.double(), wanted, rtol=0, atol=1e-5)
+
+
+def test_a_forbidden_token_of_all_probability_leaves_the_others():
+    """Beside it the others' probabilities are 0 in float32; among themselves they are not."""
+    logits = torch.tensor([[0.0, 500.0, 1.0, 0.5]]).repeat(400, 1)
+    forbidden = torch.tensor([[False, True, False, False]]).repeat(400, 1)
+    places = torch.arange(400)
+    tokens, logprobs = sample(logits, places, places, 1.0, 1.0, 0, forbidden)
+    counts = tokens.bincount(minlength=4)
+    assert counts[1] == 0
+    expected = 400 * torch.tensor([0.0, 1.0, 0.5]).softmax(0)
+    assert counts[[0, 2, 3]].tolist() == pytest.approx(expected.tolist(), abs=40)
+    assert logprobs[tokens == 2].tolist() == pytest.approx([-499.0] * int(counts[2]))

@@ -364,5 +364,5 @@ def decoder(rank):
 def test_a_transformers_model_is_sharded_layer_by_layer_in_bf16():
     for dtype, sharded, parameters in run_ranks(decoder, 2):
         assert dtype == "torch.bfloat16"
-        assert sharded == 3  # two layers and the root
+        assert sharded == 5  # embedding, two layers, head and the root
         assert parameters == {"torch.float32"}

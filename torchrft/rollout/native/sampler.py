@@ -76,10 +76,11 @@ def sample(
             tokens = logits.masked_fill(forbidden, -torch.inf).argmax(-1)
     else:
         drawn = probs
-        if draw_temperature is not None:
-            drawn = (logits.float() / draw_temperature).softmax(-1)
-        if forbidden is not None:
-            drawn = drawn.masked_fill(forbidden, 0.0)
+        if draw_temperature is not None or forbidden is not None:
+            allowed = scaled if draw_temperature is None else logits.float() / draw_temperature
+            if forbidden is not None:  # before the softmax: the others may be tiny beside it
+                allowed = allowed.masked_fill(forbidden, -torch.inf)
+            drawn = allowed.softmax(-1, dtype=torch.float32)
         tokens = draw(keep_likely(drawn, top_p, top_k), uniforms(seeds, positions))
     # Against the likeliest token, since a probability of its own may be too small for float32.
     behind = scaled.gather(-1, tokens[:, None]).float() - highest.float()
@@ -111,4 +112,5 @@ def _pass(cumulative: Tensor, share: Tensor) -> Tensor:
     total = cumulative[:, -1:]
     # Rounding must not lead past the last entry that adds anything.
     point = torch.minimum(share * total, total * (1 - 2.0**-40))
-    return torch.searchsorted(cumulative, point, right=True)
+    # Weights that hold NaN end in the last token, and in a loss that is skipped.
+    return torch.searchsorted(cumulative, point, right=True).clamp_(max=cumulative.shape[1] - 1)
