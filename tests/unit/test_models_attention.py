@@ -229,7 +229,8 @@ def call(**options):
 
 def test_attention_defaults():
     """Registered by name; causal rows, scaled by the root of the head dimension."""
-    assert AttentionInterface()[NAME] is attention.attention
+    assert AttentionInterface()[attention.TRACED] is attention.attention
+    assert AttentionInterface()[NAME].__wrapped__ is attention.attention
     out, weights = call()
     assert weights is None
     torch.testing.assert_close(out, dense(*qkv(4), causal(4), 4**-0.5))

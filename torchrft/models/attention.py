@@ -27,13 +27,13 @@ from transformers import AttentionInterface
 from torchrft.parallel.sequence_parallel import Split
 
 NAME = "torchrft"
+TRACED = "torchrft_traced"  # the same, for a layout that torch.compile may look into
 Layout = Callable[[int, Tensor, Tensor, Tensor, float, int | None], Tensor]
 
 # torch 2.13 has grouped queries here, 2.11 has not.
 _VARLEN_HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-@torch.compiler.disable  # layouts are Python objects that differ from batch to batch
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -61,14 +61,18 @@ def attention(
         what = ", ".join(unsupported) or f"attention_dropout = {dropout}"
         raise ValueError(f"{type(module).__name__} uses {what}, which torchrft does not support")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    layer: int = module.layer_idx  # type: ignore[assignment]
+    # A number is part of a compiled graph; a tensor lets all layers share one.
+    has_tensor = hasattr(module, "layer_index")
+    layer: Any = module.layer_index if has_tensor else module.layer_idx
     if split is not None:
         query, key, value = split.whole(query, key, value)
     out = (layout or padded)(layer, query, key, value, scale, sliding_window)
     return out if split is None else split.part(out), None
 
 
-AttentionInterface.register(NAME, attention)
+# Layouts are Python objects that differ from batch to batch, so they stay out of compiled graphs.
+AttentionInterface.register(NAME, torch.compiler.disable(attention))
+AttentionInterface.register(TRACED, attention)
 
 
 def causal_mask(length: int, window: int | None, device: torch.device) -> Tensor | None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -74,12 +77,21 @@ def load_model(
     return model
 
 
-def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A model of that config whose weights are still to be filled in."""
+def empty_model(
+    config: PreTrainedConfig, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """A model of that config on `device`, its weights still to be filled in (they are 0)."""
     config = copy.deepcopy(config)
     config._attn_implementation = attention.NAME
-    with torch.random.fork_rng(devices=[]):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with parameters_on_meta():  # where drawing them costs nothing
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) not in made:
+                made[id(parameter)] = nn.Parameter(torch.zeros_like(parameter, device=device))
+            module.register_parameter(name, made[id(parameter)])
+    return model.to(device)
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
@@ -109,6 +121,23 @@ def stop_token_ids(model_config: PreTrainedConfig, source: str, eos: int) -> tup
         value = getattr(config, "eos_token_id", None)
         found.update(value if isinstance(value, list) else [] if value is None else [value])
     return tuple(sorted(found))
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Parameters go to the meta device as they are made; buffers, which files lack, are real."""
+    original = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, parameter: Any) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        original(module, name, parameter)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
 def _not_found(source: str, what: str) -> str:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -15,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from torchrft.models.loader import load_config
+from torchrft.models.loader import load_config, parameters_on_meta
 from torchrft.tools.logging import logger
 
 
@@ -56,7 +53,7 @@ class ShardedWeights:
 
     def model(self, dtype: torch.dtype) -> PreTrainedModel:
         """The model, its parameters on the meta device and its buffers real."""
-        with _parameters_on_meta():
+        with parameters_on_meta():
             model = AutoModelForCausalLM.from_config(load_config(self.source), dtype=dtype)
         self.owners = [*model.named_modules()]
         return model
@@ -98,20 +95,3 @@ class ShardedWeights:
         for name, parameter in self.model(dtype).named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), set()).add(name)
         return list(names.values())
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Parameters go to the meta device as they are made; buffers, which files lack, are real."""
-    original = nn.Module.register_parameter
-
-    def register(module: nn.Module, name: str, parameter: Any) -> None:
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-        original(module, name, parameter)
-
-    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = original  # type: ignore[method-assign]

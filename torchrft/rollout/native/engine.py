@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torchrft.parallel.compile import apply_compile
 from torchrft.rollout.engine import check_prompts, texts
 from torchrft.rollout.native.generation import Generation
 from torchrft.rollout.native.graphs import GraphGeneration, supports
+from torchrft.rollout.native.joined import join_projections
 from torchrft.rollout.weight_sync import copy_weights
 from torchrft.types import Completion, FinishReason, Prompt, SamplingParams
 
@@ -43,11 +45,20 @@ class NativeEngine:
         self.stop_token_ids = stop_token_ids
         self.max_num_seqs = max_num_seqs
         self.device = torch.device(device)
-        model: Any = empty_model(config, dtype)
+        model: Any = empty_model(config, dtype, self.device)
         refuse_unsupported(model)
-        self.model = model.to(self.device).eval().requires_grad_(False)
-        if compile and self.device.type == "cuda":
+        self.model = model.eval().requires_grad_(False)
+        join_projections(self.model.get_decoder())
+        self.compiled = compile and self.device.type == "cuda"
+        self.warm: set[tuple[int, ...]] = set()  # see GraphGeneration
+        if self.compiled:
+            for module in self.model.modules():
+                if hasattr(module, "layer_idx"):
+                    index = torch.tensor([module.layer_idx], device=self.device)
+                    module.register_buffer("layer_index", index, persistent=False)
             apply_compile(self.model)
+        storages = [parameter.untyped_storage() for parameter in self.model.parameters()]
+        self.storages = [(storage, storage.nbytes()) for storage in storages]
         self.version: int | None = None  # None: no weights yet
         self.asleep = False
 
@@ -61,25 +72,28 @@ class NativeEngine:
     def sleep(self) -> None:
         """Frees the weights; the KV cache lives only while `generate` runs."""
         self.version, self.asleep = None, True
-        for parameter in self.model.parameters():
-            parameter.data.untyped_storage().resize_(0)
+        for storage, _ in self.storages:
+            storage.resize_(0)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def wake(self) -> None:
         self.asleep = False
-        for parameter in self.model.parameters():
-            parameter.data.untyped_storage().resize_(parameter.numel() * parameter.itemsize)
+        for storage, size in self.storages:
+            storage.resize_(size)
 
     def close(self) -> None:
         self.sleep()
 
     @torch.inference_mode()
+    @torch._dynamo.config.patch(recompile_limit=64)  # shapes of caches differ
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
         check_prompts(prompts, sampling, self.version)
         if not prompts:
             return []
-        kind = GraphGeneration if supports(self.model, bool(sampling.stop)) else Generation
+        kind: Callable[..., Generation] = Generation
+        if supports(self.model, bool(sampling.stop)):
+            kind = partial(GraphGeneration, compiled=self.compiled, warm=self.warm)
         generation = kind(
             self.model,
             prompts,

@@ -13,12 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchrft.models import attention
 from torchrft.rollout.native.generation import Generation
-from torchrft.rollout.native.kv_cache import Prefill, attend_masked
+from torchrft.rollout.native.kv_cache import attend_masked
 from torchrft.rollout.native.sampler import sample
 
 _CHUNK = 16  # steps between two looks: at most so many are run in vain for a sequence
 _FEWEST = 8  # slots of the smallest graph
+_ROOM = 64  # a slot's room is a multiple: fewer shapes to compile for
+_FEW, _LONG = 64, 512  # (sequence, KV head) pairs and tokens for which split keys are faster
 
 
 def supports(model: Any, stop_strings: bool) -> bool:
@@ -43,29 +46,29 @@ def _is_off(text: Any) -> bool:
 class _SlotAttention:
     """Attention layout of one new token for each of the first slots.
 
-    keys, values: per layer [slots, T, Hkv, D]; `begin` is called at the start of every step.
+    keys, values: [layers, slots, T, Hkv, D]; `begin` is called at the start of every step. The
+    layer is a number, or a tensor where a compiled layer runs for all of them.
     """
 
-    def __init__(self, keys: list[Tensor], values: list[Tensor], batch: int) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, batch: int, heads: int) -> None:
         self.keys, self.values, self.batch = keys, values, batch
-        device, self.room = keys[0].device, keys[0].shape[1]
-        self.first = torch.arange(batch, device=device) * self.room
-        self.cu_keys = (torch.arange(batch + 1, device=device) * self.room).int()
-        self.cu_queries: dict[int, Tensor] = {}
+        _, self.slots, self.room, kv_heads, _ = keys.shape
+        self.group = heads // kv_heads
+        layers = torch.arange(keys.shape[0], device=keys.device)[:, None]
+        places = torch.arange(batch + 1, device=keys.device)
+        self.places = places[:-1]
+        self.cu_keys = ((layers * self.slots + places) * self.room).int()  # by layer
+        # The kernel splits the keys of a single query token over the GPU, which takes two passes.
+        self.few = batch * kv_heads <= _FEW and self.room > _LONG
+        self.cu_queries = (places * (1 if self.few else self.group)).int()
 
     def begin(self, lengths: Tensor) -> None:
-        self.rows = self.first + lengths
         self.used = (lengths + 1).int()
         self.lengths = lengths
 
-    def _starts(self, group: int) -> Tensor:
-        if group not in self.cu_queries:
-            self.cu_queries[group] = self.cu_keys // self.room * group
-        return self.cu_queries[group]
-
     def __call__(
         self,
-        layer: int,
+        layer: int | Tensor,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -73,25 +76,30 @@ class _SlotAttention:
         window: int | None,
     ) -> Tensor:
         batch, heads, _, dim = query.shape
-        kv_heads = key.shape[1]
-        group = heads // kv_heads
-        keys, values = self.keys[layer], self.values[layer]
-        for cache, new in ((keys, key), (values, value)):
-            cache.view(-1, kv_heads, dim).index_copy_(0, self.rows, new[:, :, 0])
+        kv_heads, group = key.shape[1], self.group
+        # Into the whole cache: through a view, torch 2.11 would compile a copy of it.
+        self.keys[layer, self.places, self.lengths] = key[:, :, 0]
+        self.values[layer, self.places, self.lengths] = value[:, :, 0]
         # The query heads of a group become query tokens, so that keys are read once per group.
-        query = query.view(batch, kv_heads, group, dim)
+        grouped = query.view(batch, kv_heads, group, dim)
         if not query.is_cuda:
             width = int(self.lengths.max()) + 1
-            keys, values = (t[:batch, :width].transpose(1, 2) for t in (keys, values))
-            out = attend_masked(query, keys, values, self.lengths, scale)
+            keys, values = (
+                held[layer][:batch, :width].transpose(1, 2) for held in (self.keys, self.values)
+            )
+            out = attend_masked(grouped, keys, values, self.lengths, scale)
             return out.reshape(batch, 1, heads, dim)
+        queries, tokens = query[:, :, 0], 1
+        if not self.few:
+            queries = grouped.transpose(1, 2).reshape(batch * group, kv_heads, dim)
+            tokens = group
         out = torch.ops.aten._flash_attention_forward(
-            query.transpose(1, 2).reshape(batch * group, kv_heads, dim),
-            keys[:batch].view(-1, kv_heads, dim),
-            values[:batch].view(-1, kv_heads, dim),
-            self._starts(group),
-            self.cu_keys,
-            group,
+            queries,
+            self.keys.view(-1, kv_heads, dim),
+            self.values.view(-1, kv_heads, dim),
+            self.cu_queries,
+            self.cu_keys[layer].view(-1),
+            tokens,
             self.room,
             0.0,
             False,
@@ -99,7 +107,9 @@ class _SlotAttention:
             scale=scale,
             seqused_k=self.used,
         )[0]
-        return out.view(batch, group, kv_heads, dim).transpose(1, 2).reshape(batch, 1, heads, dim)
+        if not self.few:
+            out = out.view(batch, group, kv_heads, dim).transpose(1, 2)
+        return out.reshape(batch, 1, heads, dim)
 
 
 class GraphGeneration(Generation):
@@ -108,8 +118,11 @@ class GraphGeneration(Generation):
     Without CUDA the same steps run one by one, so that they can be tested.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    def __init__(self, *args: Any, compiled: bool, warm: set[tuple[int, ...]], **options: Any):
         super().__init__(*args, **options)
+        self.warm = warm  # batch and cache of the steps that ran before, by any call
+        self.sample = torch.compile(sample) if compiled else sample
+        self.attention = attention.TRACED if compiled else attention.NAME
         slots, device = self.slots, self.device
         self.longest = int(self.budgets.max())
 
@@ -129,8 +142,7 @@ class GraphGeneration(Generation):
         # A table, since torch.isin sorts many ids, which cannot be captured.
         self.is_stop = zeros(self.head.weight.shape[0], dtype=torch.bool)
         self.is_stop[self.stop_ids[self.stop_ids < len(self.is_stop)]] = True
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
+        self.keys = self.values = torch.empty(0)
         self.batch = slots
         self.replays: dict[int, Callable[[], None]] = {}
         self.pool: Any = None
@@ -163,8 +175,8 @@ class GraphGeneration(Generation):
         free = [slot for slot, request in enumerate(self.request) if request < 0]
         if not self.waiting_samples:
             self.prefill_prompts(len(free))
-        if not self.keys:
-            self.allocate(self.prefill)
+        if not self.keys.numel():
+            self.keys, self.values = map(self.allocate, (self.prefill.keys, self.prefill.values))
         count = min(len(free), len(self.waiting_samples))
         taken = [self.waiting_samples.popleft() for _ in range(count)]
         slots, rows, requests = free[:count], [row for row, _ in taken], [r for _, r in taken]
@@ -184,11 +196,13 @@ class GraphGeneration(Generation):
         if max(slots) >= self.batch:  # a larger graph again
             self.batch = self.slots
 
-    def allocate(self, like: Prefill) -> None:
-        for new, cache in ((like.keys, self.keys), (like.values, self.values)):
-            for tensor in new:
-                _, heads, _, dim = tensor.shape
-                cache.append(tensor.new_zeros(self.slots, self.cache.limit, heads, dim))
+    def allocate(self, like: list[Tensor]) -> Tensor:
+        """The cache [layers, slots, T, Hkv, D]; `like` is [P, Hkv, L, D] of every layer."""
+        (_, heads, _, dim), *others = (tensor.shape for tensor in like)
+        if any((shape[1], shape[3]) != (heads, dim) for shape in others):
+            raise ValueError(f"{type(self.base).__name__}: its layers differ in their heads")
+        room = -(-self.cache.limit // _ROOM) * _ROOM
+        return like[0].new_zeros(len(like), self.slots, room, heads, dim)
 
     # ---------------------------------------------------------------- one step
 
@@ -200,7 +214,7 @@ class GraphGeneration(Generation):
             early = generated < self.sampling.min_new_tokens
             forbidden = torch.zeros_like(logits, dtype=torch.bool)
             forbidden[:, self.stop_ids] = early[:, None]
-        token, logprob = sample(
+        token, logprob = self.sample(
             logits,
             self.seed[slots],
             generated,
@@ -220,48 +234,58 @@ class GraphGeneration(Generation):
         self.by_stop[slots] |= stopped
         self.live[slots] = live & ~stopped & (generated < self.budget[slots])
 
-    def step(self, batch: int, attention: _SlotAttention, slots: Tensor) -> None:
+    def step(self, batch: int, layout: _SlotAttention, slots: Tensor) -> None:
         lengths = self.length[:batch]
-        attention.begin(lengths)
-        hidden = self._forward(self.token[:batch, None], lengths[:, None], attention)
+        layout.begin(lengths)
+        config = self.base.config
+        config._attn_implementation = self.attention
+        hidden = self._forward(self.token[:batch, None], lengths[:, None], layout)
+        config._attn_implementation = attention.NAME
         # The token that was read is in the cache now; sequences that ended stay where they are.
         self.length[:batch] += self.live[:batch]
         self.record(slots, self.head(hidden[:, 0]))
 
     def capture(self, batch: int) -> Callable[[], None]:
         """A function that runs a step of the first `batch` slots; on a GPU, a graph's replay."""
-        attention = _SlotAttention(self.keys, self.values, batch)
+        heads = self.base.config.get_text_config().num_attention_heads
+        layout = _SlotAttention(self.keys, self.values, batch, heads)
         slots = torch.arange(batch, device=self.device)
 
         def once() -> None:
-            self.step(batch, attention, slots)
+            self.step(batch, layout, slots)
 
+        self.replays[batch] = once
         if self.device.type == "cuda":
-            # A run ahead of the capture makes what is made once; it must not change the state.
-            state = (self.token, self.length, self.generated, self.live, self.by_stop)
-            before = [tensor.clone() for tensor in state]
-            written = self.out_token.clone(), self.out_logprob.clone()
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                once()
-            torch.cuda.current_stream().wait_stream(side)
+            self.warm_up(batch, once)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):
                 once()
             self.pool = self.pool or graph.pool()
-            for tensor, value in zip(state, before, strict=True):
-                tensor.copy_(value)
-            self.out_token.copy_(written[0])
-            self.out_logprob.copy_(written[1])
 
             def replay(_holds: object = once) -> None:  # a graph does not keep its tensors alive
                 graph.replay()
 
             self.replays[batch] = replay
-        else:
-            self.replays[batch] = once
         return self.replays[batch]
+
+    def warm_up(self, batch: int, once: Callable[[], None]) -> None:
+        """The first run of a step compiles and allocates, which cannot be captured."""
+        key = (batch, *self.keys.shape)
+        if key in self.warm:
+            return
+        self.warm.add(key)
+        state = (
+            *(self.token, self.length, self.generated, self.live, self.by_stop),
+            *(self.out_token, self.out_logprob),
+        )
+        before = [tensor.clone() for tensor in state]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            once()
+        torch.cuda.current_stream().wait_stream(side)
+        for tensor, value in zip(state, before, strict=True):
+            tensor.copy_(value)
 
     # ---------------------------------------------------------------- between the steps
 
@@ -300,7 +324,7 @@ class GraphGeneration(Generation):
         for tensor in (
             *(self.token, self.length, self.generated, self.budget, self.seed),
             *(self.live, self.by_stop, self.out_token, self.out_logprob),
-            *self.keys,
+            *self.keys,  # layer by layer
             *self.values,
         ):
             tensor[entered] = tensor[left]
