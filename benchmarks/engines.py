@@ -78,7 +78,9 @@ class Bench:
                 **OPTIONS[options.engine],
             }
         )
-        free = self.free()
+        if self.device.type == "cuda":
+            torch.ones(64, 64, device=self.device).matmul(torch.ones(64, 64, device=self.device))
+        self.unused = free = self.free()
         start = time.perf_counter()
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.engine = build_engine(
@@ -117,21 +119,26 @@ class Bench:
         return self.wait() - start
 
     def memory(self) -> None:
-        """Seconds of sleep, wake and hand-over, and the memory that sleep gives back."""
+        """Seconds of sleep, wake and hand-over, the memory that sleep gives back, and what an
+        engine that sleeps still holds."""
         self.sync(0)
         self.rollout(8, ragged=False)
-        found: dict[str, list[float]] = {"sleep s": [], "wake s": [], "freed GiB": []}
+        names = ("sleep s", "wake s", "freed GiB", "asleep GiB")
+        found: dict[str, list[float]] = {name: [] for name in names}
+        trainer = sum(p.nbytes for p in self.model.parameters()) / GIB
         before = self.free()
         for version in (1, 2, 3):
             start = self.wait()
             self.engine.sleep()
             found["sleep s"].append(self.wait() - start)
             found["freed GiB"].append((self.free() - before) / GIB)
+            found["asleep GiB"].append((self.unused - self.free()) / GIB - trainer)
             start = self.wait()
             self.engine.wake()
             found["wake s"].append(self.wait() - start)
             self.sync(version)
-        found["sync s"] = [self.sync(version) for version in (4, 5, 6, 7)]
+        self.found |= {name: median(values) for name, values in found.items()}
+        found = {"sync s": [self.sync(version) for version in (4, 5, 6, 7)]}
         self.found |= {name: median(values) for name, values in found.items()}
         size = sum(p.numel() for p in self.model.parameters()) * 2
         self.found["sync GB/s"] = size / self.found["sync s"] / 1e9

@@ -1,12 +1,16 @@
 """One optimizer step of the policy on a GPU: tokens/s, share of the matmul rate, peak memory.
 
     python benchmarks/train_step.py [--model 1.5b] [--tokens 16384] [--repeats 5]
+    torchrun --nproc_per_node 2 benchmarks/train_step.py --layouts zero2 fsdp tp sp
 
 Random weights in the shape of Qwen2.5, packed sequences, bf16 with float32 master weights; a step
 is forward, loss, backward, clipping and AdamW. The matmul rate is that of 8192^3 in bf16, measured
 in the same process; TFLOP/s counts what the mathematics asks for (recomputation not): 6 per
 parameter of a matrix and token (head included), and causal attention. Then the head alone, at the
 same V: log-probs and entropy with backward, plain and fused. `--model tiny` runs on a CPU.
+
+Under torchrun, the same by layout: data parallel ranks have `--tokens` each, tensor and sequence
+parallel ones share them. Tokens and TFLOP/s are a GPU's.
 """
 
 from __future__ import annotations
@@ -50,6 +54,12 @@ WAYS: dict[str, dict[str, Any]] = {
     "checkpointing, fused, compile": {"checkpointing": "full", "fused": True, "compile": True},
     "selective, fused, compile": {"checkpointing": "selective", "fused": True, "compile": True},
     "padded, compile, fused": {"compile": True, "fused": True, "packed": False},
+}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "zero2": {"zero_stage": 2},
+    "fsdp": {"fsdp": True},
+    "tp": {"tp_size": -1},
+    "sp": {"sp_size": -1},
 }
 
 
@@ -106,8 +116,15 @@ def work(config: Qwen2Config, count: int, length: int) -> float:
     return count * (6 * matrices * length + 3 * scores)
 
 
-def step_row(name: str, way: dict[str, Any], options: argparse.Namespace, rate: float) -> list[str]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def step_row(
+    name: str,
+    way: dict[str, Any],
+    options: argparse.Namespace,
+    rate: float,
+    parallel: Parallel = Parallel(),  # noqa: B008
+) -> list[str]:
+    device = options.world.device
+    dims = ParallelDims.of(parallel, options.world.world_size)
     config = Qwen2Config(**SHAPES[options.model])
     config._attn_implementation = attention.NAME
     torch.manual_seed(0)
@@ -116,8 +133,8 @@ def step_row(name: str, way: dict[str, Any], options: argparse.Namespace, rate: 
     policy = PolicyModel(model, fused=way.get("fused", False), chunk_size=options.chunk_size)
     parallelize(
         policy,
-        ParallelDims(),
-        Parallel(),
+        dims,
+        parallel,
         torch.bfloat16,
         gradient_checkpointing=way.get("checkpointing"),
         compile=way.get("compile", False),
@@ -143,14 +160,14 @@ def step_row(name: str, way: dict[str, Any], options: argparse.Namespace, rate: 
         torch.cuda.reset_peak_memory_stats()
     spent = timed(step, device, options.repeats)
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
-    flops = work(config, len(batch), options.length) / spent
-    tokens = len(batch) * options.length / spent
+    flops = work(config, len(batch), options.length) / spent / dims.model_ranks
+    tokens = len(batch) * options.length / spent / dims.model_ranks
     return [name, f"{tokens:,.0f}", f"{flops / 1e12:.0f}", f"{flops / rate:.0%}", f"{peak:.1f}"]
 
 
 def head_rows(options: argparse.Namespace) -> list[list[str]]:
     """Log-probs alone, forward and backward: seconds and memory beyond inputs and gradients."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = options.world.device
     shape = SHAPES[options.model]
     rows, width, vocabulary = options.tokens, shape["hidden_size"], shape["vocab_size"]
     hidden = torch.randn(rows, width, device=device, dtype=torch.bfloat16, requires_grad=True)
@@ -182,6 +199,26 @@ def head_rows(options: argparse.Namespace) -> list[list[str]]:
     ]
 
 
+def rows_of(options: argparse.Namespace, rate: float) -> list[list[str]]:
+    """One row for every way, on one GPU; for every layout, on several."""
+    ranks, rows = options.world.world_size, []
+    cases = [(way, way, Parallel()) for way in options.ways]
+    if ranks > 1:
+        cases = []
+        for layout in options.layouts:
+            sizes = {k: ranks if v == -1 else v for k, v in LAYOUTS[layout].items()}
+            cases += [(f"{layout}: {way}", way, Parallel(**sizes)) for way in options.ways]
+    for name, way, parallel in cases:
+        try:
+            rows.append(step_row(name, WAYS[way], options, rate, parallel))
+        except torch.OutOfMemoryError:
+            rows.append([name, "-", "-", "-", "out of memory"])
+        torch._dynamo.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=list(SHAPES), default="1.5b")
@@ -190,24 +227,19 @@ def main() -> None:
     parser.add_argument("--chunk_size", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--ways", nargs="*", default=list(WAYS))
+    parser.add_argument("--layouts", nargs="*", default=list(LAYOUTS), choices=list(LAYOUTS))
     options = parser.parse_args()
-    world = distributed.setup()
+    options.world = world = distributed.setup()
     name = torch.cuda.get_device_name() if world.device.type == "cuda" else "no GPU"
-    print(f"{name}; {machine('torch', 'transformers')}")
     rate = matmul_rate(world.device)
-    print(f"bf16 matmul: {rate / 1e12:.0f} TFLOP/s; {options.tokens} tokens a step")
-    rows = []
-    for way in options.ways:
-        try:
-            rows.append(step_row(way, WAYS[way], options, rate))
-        except torch.OutOfMemoryError:
-            rows.append([way, "-", "-", "-", "out of memory"])
-        torch._dynamo.reset()
-        gc.collect()
-        torch.cuda.empty_cache()
-    print(table(["step", "tokens/s", "TFLOP/s", "of matmul", "peak GiB"], rows))
-    print()
-    print(table(["head", "ms", "of plain", "GiB", "of plain"], head_rows(options)))
+    rows = rows_of(options, rate)
+    heads = head_rows(options) if world.world_size == 1 else []
+    if world.is_main:
+        print(f"{world.world_size} x {name}; {machine('torch', 'transformers')}")
+        print(f"bf16 matmul: {rate / 1e12:.0f} TFLOP/s; {options.tokens} tokens a step")
+        print(table(["step", "tokens/s", "TFLOP/s", "of matmul", "peak GiB"], rows))
+        if heads:
+            print("\n" + table(["head", "ms", "of plain", "GiB", "of plain"], heads))
     distributed.teardown()
 
 

@@ -50,7 +50,7 @@ class NativeEngine:
         self.model = model.eval().requires_grad_(False)
         join_projections(self.model.get_decoder())
         self.compiled = compile and self.device.type == "cuda"
-        self.warm: set[tuple[int, ...]] = set()  # see GraphGeneration
+        self.warm: set[tuple[float, ...]] = set()  # see GraphGeneration
         if self.compiled:
             for module in self.model.modules():
                 if hasattr(module, "layer_idx"):

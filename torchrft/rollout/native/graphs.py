@@ -118,9 +118,9 @@ class GraphGeneration(Generation):
     Without CUDA the same steps run one by one, so that they can be tested.
     """
 
-    def __init__(self, *args: Any, compiled: bool, warm: set[tuple[int, ...]], **options: Any):
+    def __init__(self, *args: Any, compiled: bool, warm: set[tuple[float, ...]], **options: Any):
         super().__init__(*args, **options)
-        self.warm = warm  # batch and cache of the steps that ran before, by any call
+        self.warm = warm  # what steps of any call ran with before
         self.sample = torch.compile(sample) if compiled else sample
         self.attention = attention.TRACED if compiled else attention.NAME
         slots, device = self.slots, self.device
@@ -160,6 +160,7 @@ class GraphGeneration(Generation):
             replay = self.replays.get(self.batch) or self.capture(self.batch)
             for _ in range(_CHUNK):
                 replay()
+        self.replays.clear()  # they refer to this object: only a garbage collection would free it
         sizes = self.sizes.tolist()
         tokens = [row[:n] for row, n in zip(self.tokens.tolist(), sizes, strict=True)]
         logprobs = [row[:n] for row, n in zip(self.logprobs.tolist(), sizes, strict=True)]
@@ -270,7 +271,9 @@ class GraphGeneration(Generation):
 
     def warm_up(self, batch: int, once: Callable[[], None]) -> None:
         """The first run of a step compiles and allocates, which cannot be captured."""
-        key = (batch, *self.keys.shape)
+        how = self.sampling
+        kind = (how.temperature, how.top_p, how.top_k, how.min_new_tokens > 0)
+        key = (batch, *self.keys.shape, *kind)
         if key in self.warm:
             return
         self.warm.add(key)

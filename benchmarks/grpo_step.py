@@ -1,0 +1,120 @@
+"""Whole GRPO steps on GPUs: seconds by phase and peak memory, through the trainer itself.
+
+    python benchmarks/grpo_step.py [--engine native] [--gpus 1] [--engine_tp_size 1]
+
+Random weights in the shape of Qwen2.5, bf16, 128 prompts x 8 samples x 512 tokens, prompts of 128
+tokens, one optimizer step a rollout; further flags go to torchrft.train as they are. The first step
+compiles; the table has the others' median. `--model tiny` runs on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+
+from common import REPOSITORY, machine, table
+from engines import OPTIONS, folder_of
+
+PROMPT = 128
+PHASES = ("rollout", "reward", "logprob", "update", "weight_sync", "step")
+
+
+def prompt_file(folder: str, count: int) -> str:
+    """Prompts of 127 random digits and "=": one token each for the debug tokenizer."""
+    draw = random.Random(0)
+    path = Path(folder, "prompts.jsonl")
+    rows = ("".join(draw.choices("0123456789", k=PROMPT - 1)) + "=" for _ in range(count))
+    path.write_text("".join(json.dumps({"prompt": row}) + "\n" for row in rows))
+    return str(path)
+
+
+def command(options: argparse.Namespace, folder: str, model: str) -> list[str]:
+    engine = dict(OPTIONS[options.engine])
+    tables = [
+        f"[rollout.{name}]\n" + "\n".join(f"{k} = {json.dumps(v)}" for k, v in table.items())
+        for name, table in engine.items()
+        if isinstance(table, dict)
+    ]
+    if options.eager:
+        tables = ["[rollout.vllm]\nenforce_eager = true"] if options.engine == "vllm" else tables
+    toml = Path(folder, "engine.toml")
+    toml.write_text("\n".join(tables) + "\n")
+    on_gpu = options.model != "tiny"
+    flags = {
+        "config_file": toml,
+        "pretrain": model,
+        "init": "random",
+        "prompt_data": prompt_file(folder, options.prompts * (options.steps + 1)),
+        "save_path": f"{folder}/run",
+        "functions": f"{REPOSITORY}/tests/tiny_rewards.py:spread",
+        "engine_type": options.engine.replace("compiled", "native"),
+        "max_num_seqs": options.prompts * 8 // options.gpus * options.engine_tp_size,
+        "max_steps": options.steps,
+        "rollout_batch_size": options.prompts,
+        "n_samples_per_prompt": 8,
+        "train_batch_size": options.prompts * 8,
+        "max_len": PROMPT + options.tokens,
+        "prompt_max_len": PROMPT,
+        "max_new_tokens": options.tokens,
+        "top_p": 1.0,
+        "init_kl_coef": 0.0,
+        "mismatch_alarm": 1.0,
+        "packing_samples": "true",
+        "max_tokens_per_microbatch": options.micro,
+        "fused_linear_logprob": "true",
+        "bf16": str(on_gpu).lower(),
+        "compile": str(on_gpu).lower(),
+        "save_interval": 1000000,
+    }
+    if options.engine_tp_size > 1:
+        flags["engine_tp_size"] = options.engine_tp_size
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(options.gpus)]
+    return [*run, "-m", "torchrft.train", *words, *options.more]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--engine", default="native", choices=list(OPTIONS))
+    parser.add_argument("--model", default="1.5b")
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--engine_tp_size", type=int, default=1)
+    parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--micro", type=int, default=16384, help="tokens of a micro-batch")
+    parser.add_argument("--eager", action="store_true", help="vLLM starts without graphs")
+    options, options.more = parser.parse_known_args()
+    folder = tempfile.mkdtemp()
+    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}"}
+    words = command(options, folder, folder_of(options.model))
+    out = subprocess.run(words, env=environment, capture_output=True, text=True)
+    log = Path(folder, "run/logs/metrics.jsonl")
+    if out.returncode or not log.exists():
+        sys.exit(f"exit code {out.returncode}\n{out.stdout[-3000:]}\n{out.stderr[-5000:]}")
+    steps = [json.loads(line) for line in log.read_text().splitlines()][1:]
+    found = {f"{name} s": median(step[f"time/{name}"] for step in steps) for name in PHASES}
+    for key in (
+        "throughput/tokens_per_second",
+        "memory/peak_gib",
+        "mismatch/logprob_abs_mean",
+        "response_length/mean",
+        "grad_norm",
+    ):
+        found[key] = median(step[key] for step in steps)
+    print(
+        f"{machine('torch', 'transformers')}; {options.model}, {options.gpus} GPUs, "
+        f"{options.engine}, engine_tp_size {options.engine_tp_size}, {' '.join(options.more)}"
+    )
+    print(table(["", "median"], [[key, f"{value:,.4g}"] for key, value in found.items()]))
+
+
+if __name__ == "__main__":
+    main()
