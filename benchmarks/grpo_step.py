@@ -76,8 +76,8 @@ def command(options: argparse.Namespace, folder: str, model: str) -> list[str]:
     if options.engine_tp_size > 1:
         flags["engine_tp_size"] = options.engine_tp_size
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(options.gpus)]
-    return [*run, "-m", "torchrft.train", *words, *options.more]
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(options.gpus)]
+    return [sys.executable, *run, "-m", "torchrft.train", *words, *options.more]
 
 
 def main() -> None:
@@ -95,10 +95,10 @@ def main() -> None:
     folder = tempfile.mkdtemp()
     environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}"}
     words = command(options, folder, folder_of(options.model))
-    out = subprocess.run(words, env=environment, capture_output=True, text=True)
+    out = subprocess.run(words, env=environment)
     log = Path(folder, "run/logs/metrics.jsonl")
     if out.returncode or not log.exists():
-        sys.exit(f"exit code {out.returncode}\n{out.stdout[-3000:]}\n{out.stderr[-5000:]}")
+        sys.exit(out.returncode or 1)
     steps = [json.loads(line) for line in log.read_text().splitlines()][1:]
     found = {f"{name} s": median(step[f"time/{name}"] for step in steps) for name in PHASES}
     for key in (

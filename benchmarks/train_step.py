@@ -213,6 +213,10 @@ def rows_of(options: argparse.Namespace, rate: float) -> list[list[str]]:
             rows.append(step_row(name, WAYS[way], options, rate, parallel))
         except torch.OutOfMemoryError:
             rows.append([name, "-", "-", "-", "out of memory"])
+        except ValueError as error:  # refused on all ranks alike
+            rows.append([name, "-", "-", "-", str(error)[:60]])
+        if options.world.is_main:
+            print(*rows[-1], flush=True)  # a run that is cut off keeps what it has
         torch._dynamo.reset()
         gc.collect()
         torch.cuda.empty_cache()

@@ -127,6 +127,11 @@ ERRORS = [
         "[parallel] zero_stage = 2 and fsdp = true exclude each other; leave one out",
     ),
     (
+        {"compile": True, "tp_size": 2},
+        2,
+        "[training] compile = true with tp_size = 2 needs gradient_checkpointing = true",
+    ),
+    (
         {"kl_controller": "adaptive", "init_kl_coef": 0.0},
         1,
         '[algorithm] kl_controller = "adaptive" cannot adapt init_kl_coef = 0.0, which stays 0',

@@ -15,6 +15,7 @@ from torchrft.config.job_config import Parallel
 from torchrft.data.packing import build
 from torchrft.models.policy import PolicyModel
 from torchrft.parallel import ParallelDims, parallelize
+from torchrft.parallel.tensor_parallel import layer_plan_of
 from torchrft.tools import distributed
 
 MATMULS = ("aten.mm.default", "aten.addmm.default")
@@ -176,6 +177,14 @@ def test_models_that_tensor_parallelism_refuses(family, tp, message):
         assert message in text
 
 
+def test_only_layers_are_taken_from_the_plan():
+    """Some versions of transformers plan tied embeddings as well."""
+    model = tiny.model("qwen2", tie_word_embeddings=True)
+    rowwise = {"layers.*.mlp.down_proj": "rowwise"}
+    model.config.base_model_tp_plan = rowwise | {"embed_tokens": "embedding_rowwise"}
+    assert layer_plan_of(model.get_decoder()) == rowwise
+
+
 def refusal(rank, family):
     world_size = torch.distributed.get_world_size()
     model = tiny.model(**family) if family["family"] != "gpt2" else gpt2()
@@ -197,6 +206,11 @@ def refusal(rank, family):
         ),
         (
             lambda: nn.Linear(2, 2),
+            {"compile": True, "dims": ParallelDims(tp=2)},
+            "compile with tp_size = 2 needs gradient_checkpointing",
+        ),
+        (
+            lambda: nn.Linear(2, 2),
             {"gradient_checkpointing": "full"},
             "gradient_checkpointing works on repeated layers, of which Linear has none",
         ),
@@ -209,8 +223,9 @@ def refusal(rank, family):
     ],
 )
 def test_options_that_are_refused(make, options, message):
+    options = {"dims": ParallelDims(), "config": Parallel()} | options
     with pytest.raises(ValueError, match=re.escape(message)):
-        parallelize(make(), ParallelDims(), Parallel(), **options)
+        parallelize(make(), **options)
 
 
 def test_another_number_of_ranks_is_refused():

@@ -202,6 +202,13 @@ def _combinations(config: JobConfig, world_size: int) -> Iterator[Finding]:
             f"{label(config, 'adam_offload')} moves what fsdp_cpu_offload = true keeps in host "
             "memory anyway; leave one out",
         )
+    training = config.training
+    if training.compile and config.parallel.tp_size > 1 and not training.gradient_checkpointing:
+        yield Finding(
+            True,
+            f"{label(config, 'compile')} with tp_size = {config.parallel.tp_size} needs "
+            "gradient_checkpointing = true; set that, or leave compile out",
+        )
     rollout = config.rollout
     if (
         rollout.async_level

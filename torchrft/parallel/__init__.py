@@ -48,7 +48,7 @@ def parallelize(
     """
     parameter = next(model.parameters())
     shards = dims.world_size > 1 or parameter.dtype != dtype or config.fsdp_cpu_offload
-    _check_layers(model, gradient_checkpointing, compile)
+    _check_layers(model, gradient_checkpointing, compile, dims.tp)
     if shards:
         _check_ranks(dims, dtype)
     device = parameter.device.type
@@ -75,11 +75,18 @@ def parallelize(
     return model
 
 
-def _check_layers(model: nn.Module, gradient_checkpointing: str | None, compile: bool) -> None:
+def _check_layers(
+    model: nn.Module, gradient_checkpointing: str | None, compile: bool, tp: int
+) -> None:
     if gradient_checkpointing not in (None, "full", "selective"):
         raise ValueError(
             f'gradient_checkpointing = "{gradient_checkpointing}" must be "full", "selective" or '
             "None"
+        )
+    if compile and tp > 1 and gradient_checkpointing is None:
+        raise ValueError(
+            f"compile with tp_size = {tp} needs gradient_checkpointing: without it, torch.compile "
+            "does not end on DTensor's backward pass with dynamic lengths (torch 2.13)"
         )
     if (gradient_checkpointing or compile) and not decoder_layers(model):
         what = "gradient_checkpointing" if gradient_checkpointing else "compile"

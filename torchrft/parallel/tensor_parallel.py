@@ -58,10 +58,10 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
     Raises ValueError for a model without a plan, or whose sizes the ranks do not divide.
     """
     decoder = decoder_of(model)
-    plan = getattr(decoder.config, "base_model_tp_plan", None) or {}
+    plan = layer_plan_of(decoder)
     _check(decoder, plan, mesh.size())
     trained = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
-    inner = {pattern.split(".")[2] for pattern in plan if pattern.startswith("layers.*.")}
+    inner = {pattern.split(".")[2] for pattern in plan}
     styles = {pattern: style for pattern, name in plan.items() if (style := _style(name))}
     parallelize_module(decoder, mesh, styles)
     for layer in decoder_layers(decoder):
@@ -91,6 +91,13 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
     _replicate_the_rest(model, mesh)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(trained[name])  # which SequenceParallel forgets
+
+
+def layer_plan_of(decoder: PreTrainedModel) -> dict[str, str]:
+    """What transformers plans for the layers. Some versions plan embeddings as well, which here
+    follow from being the embedding."""
+    plan = getattr(decoder.config, "base_model_tp_plan", None) or {}
+    return {pattern: name for pattern, name in plan.items() if pattern.startswith("layers.")}
 
 
 def outside(model: nn.Module) -> list[nn.Module]:
