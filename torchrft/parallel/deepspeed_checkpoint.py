@@ -106,7 +106,7 @@ def save(
 ) -> None:
     """Writes save_dir/tag. Raises ValueError on all ranks if their tags differ."""
     tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
-    tags = distributed.gather_objects(tag, "compare checkpoint tags")
+    tags = distributed.DataRanks.all().gather(tag, "compare checkpoint tags")
     if len(set(tags)) > 1:
         raise ValueError(
             f"ranks write one checkpoint together, but save_checkpoint was given the tags "

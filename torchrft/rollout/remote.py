@@ -79,7 +79,7 @@ class RemoteVllmEngine:
         # Every rank's, but rank 0's is used; it goes with the process.
         self._own_folder = tempfile.TemporaryDirectory(prefix="torchrft-", dir=folder)
         mine = (uuid.uuid4().hex, self._own_folder.name)
-        self.run, self.folder = distributed.broadcast_object(mine, "rollout servers")
+        self.run, self.folder = distributed.on_main(lambda: mine, "rollout servers")
         self._control = threading.Condition()  # held while servers change their weights or scale
         self._users = 0  # calls of generate that go on
         self._lock = threading.Lock()  # guards what is outstanding, and who is left out
