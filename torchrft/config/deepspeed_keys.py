@@ -79,18 +79,19 @@ class Key(NamedTuple):
         return None if accepts(value) else f"must be {words}"
 
 
-def _read() -> dict[str, Key]:
-    table = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
-    keys = {}
-    for entry in table["key"]:
-        for name in entry.pop("names"):
-            assert name not in keys, f"{name} is listed twice"
-            keys[name] = Key(**{**entry, "off": tuple(entry.get("off", ()))})
-    return keys
+_TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
 
-
-KEYS = _read()
+KEYS = {
+    name: Key(
+        entry["disposition"], entry["reason"], tuple(entry.get("off", ())), entry.get("type", "")
+    )
+    for entry in _TABLE["key"]
+    for name in entry["names"]
+}
 """By dotted name. A dictionary under a name without further parts is not looked into."""
+
+TRAINER: dict[str, dict[str, Any]] = _TABLE["trainer"]
+"""What the trainer makes of mapped keys: "fields", "only" and "elsewhere"."""
 
 SECTIONS = {
     ".".join(name.split(".")[:depth]) for name in KEYS for depth in range(1, name.count(".") + 1)

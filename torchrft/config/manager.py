@@ -165,7 +165,7 @@ def _merge_deepspeed(draft: _Draft, known: tuple[int, str] | None) -> Judged | N
     ranks = known[0] // math.prod(sizes) if known is not None and fits else None
     try:
         judged = read_json(path)
-        found = wanted(judged, ranks)
+        found = list(wanted(judged, ranks))
     except (OSError, ValueError, RecursionError) as error:
         draft.faults.append(f"{draft.origins['deepspeed_config']}: {error}")
         draft.is_partial = True
