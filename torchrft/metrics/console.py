@@ -39,31 +39,23 @@ class Console:
         self.total_steps = total_steps
         self.start_step = start_step
         self._started_at = time.monotonic()
-        self._silent = not is_main()
-        self._progress: Progress | None = None
-        if not self._silent and on_terminal():
-            self._progress = Progress(
-                TextColumn("training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[left]}"),
-                console=terminal(),
-            )
-            self._task = self._progress.add_task(
-                "training", total=total_steps, completed=start_step, left=""
-            )
-            self._progress.start()
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=terminal(),
+            disable=not (is_main() and on_terminal()),
+        )
+        self._task = self._bar.add_task("", total=total_steps, completed=start_step, left="")
+        self._bar.start()
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Print the line of a finished step; metrics that it lacks are left out."""
-        if self._silent:
-            return
         left = self._time_left(step)
-        if self._progress is None:
-            self._print(step_line(step, self.total_steps, metrics, left))
-            return
-        self._print(step_line(step, self.total_steps, metrics))
-        self._progress.update(self._task, completed=step, left=f"{left} left")
+        line_left = left if self._bar.disable else None
+        self._print(step_line(step, self.total_steps, metrics, line_left))
+        self._bar.update(self._task, completed=step, left=f"{left} left")
 
     def summary(
         self, paths: Mapping[str, str | Path], records: Sequence[Mapping[str, Any]]
@@ -73,17 +65,14 @@ class Console:
         `records` are the run's metrics as `read_metrics` returns them, so that a resumed run shows
         its evaluation before the interruption too.
         """
-        if self._silent:
-            return
         self.close()
         for line in summary_lines(paths, records, time.monotonic() - self._started_at):
             self._print(line)
 
     def close(self) -> None:
         """Remove the bar; calling it again does nothing."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        if self._bar.live.is_started:
+            self._bar.stop()
 
     def __enter__(self) -> Console:
         return self
@@ -99,6 +88,8 @@ class Console:
         return _clock(max(0.0, seconds))
 
     def _print(self, line: str) -> None:
+        if not is_main():
+            return
         if on_terminal():
             terminal().print(escape(line), highlight=False, soft_wrap=True)
         else:
