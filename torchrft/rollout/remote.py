@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
+from torchrft.config.job_config import Rollout
 from torchrft.rollout.canary import Canary, WeightSyncError
 from torchrft.rollout.engine import check_prompts, texts
 from torchrft.rollout.server_client import Server, ServerError
@@ -38,12 +39,10 @@ class RemoteVllmEngine:
     `generate` may run in one thread while another calls `update_weights`: what is in flight ends on
     the old weights, what comes later is made by the new ones, and each completion says which.
 
-    Args:
-        max_num_seqs: sequences that this rank keeps outstanding at each server, about.
-        timeout: seconds within which a server must answer a request, retries included.
-        retries: of a request that found no connection or ended in a 5xx.
-        temperature: the one expected of `generate`; others cost a pause of the servers.
-        folder: where weights pass; the servers must see it under the same path.
+    Of `rollout` it takes server_urls, max_num_seqs (sequences that this rank keeps outstanding at
+    each server, about), request_timeout (retries included), request_retries (where no connection
+    was found, or a 5xx), weight_folder (which servers must see under the same path) and the
+    temperature expected of `generate`: others cost a pause of the servers.
 
     Raises ValueError at the start with a sentence for each server that cannot be used, and
     ConnectionError from `generate` and `update_weights` when none is left.
@@ -51,27 +50,24 @@ class RemoteVllmEngine:
 
     def __init__(
         self,
-        urls: Sequence[str],
+        rollout: Rollout,
         pretrain: str,
         config: PreTrainedConfig,
         tokenizer: PreTrainedTokenizerBase,
         stop_token_ids: tuple[int, ...],
         max_len: int,
-        max_num_seqs: int = 256,
-        timeout: float = 600.0,
-        retries: int = 3,
-        temperature: float = 1.0,
-        folder: str | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype,
     ) -> None:
-        self.servers = [Server(url, timeout, retries) for url in urls]
-        self.pretrain, self.max_len, self.max_num_seqs = pretrain, max_len, max_num_seqs
+        timeout, retries = rollout.request_timeout, rollout.request_retries
+        self.servers = [Server(url, timeout, retries) for url in rollout.server_urls]
+        self.pretrain, self.max_len, self.max_num_seqs = pretrain, max_len, rollout.max_num_seqs
         self.tokenizer, self.stop_token_ids, self.dtype = tokenizer, stop_token_ids, dtype
-        self.temperature = temperature
+        self.temperature = rollout.temperature
         self.version: int | None = None
         self.newest = -1  # the version that is on its way to the servers, or there
         with torch.device("meta"):  # names, shapes and ties of what will be sent
             self.expected = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        folder = rollout.weight_folder
         if folder is not None and not os.path.isdir(folder):
             raise ValueError(
                 f'weight_folder = "{folder}" is not a folder; make it, or name another'

@@ -18,14 +18,15 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 import torch.multiprocessing  # its reductions let CUDA tensors travel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
+from torchrft.config.job_config import Rollout
 from torchrft.rollout import sglang_loader
 from torchrft.rollout.canary import Canary, WeightSyncError
 from torchrft.rollout.engine import check_prompts, neighbors, texts
+from torchrft.tools.distributed import get_rank, get_world_size
 from torchrft.types import Completion, FinishReason, Prompt, SamplingParams
 
 _BUCKET = 512 * 2**20  # bytes sent at a time: so much memory a hand-over needs
@@ -262,13 +263,13 @@ def _serialize(tensors: list[tuple[str, Tensor]]) -> str:
 def join_sglang(urls: Sequence[str], timeout: float) -> HttpSglang:
     """This rank's server. Raises ValueError when there is not one server for every rank, or when it
     does not answer."""
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    ranks = get_world_size()
     if len(urls) != ranks:
         raise ValueError(
             f"[rollout] server_urls names {len(urls)} SGLang servers for {ranks} ranks; give every "
             "rank one on its own host, since weights travel by CUDA IPC"
         )
-    transport = HttpSglang(urls[dist.get_rank() if dist.is_initialized() else 0], timeout)
+    transport = HttpSglang(urls[get_rank()], timeout)
     try:
         transport.post("/flush_cache", {})
     except ConnectionError as error:
@@ -277,22 +278,14 @@ def join_sglang(urls: Sequence[str], timeout: float) -> HttpSglang:
 
 
 def start_sglang(
-    pretrain: str,
-    max_len: int,
-    max_num_seqs: int,
-    tp_size: int,
-    memory: float,
-    sleeps: bool,
-    dtype: torch.dtype,
-    needs_tokenizer: bool,
-    options: Mapping[str, Any],
+    rollout: Rollout, pretrain: str, max_len: int, dtype: torch.dtype
 ) -> LocalSglang | None:
     """The engine's processes on this rank's GPUs; None on ranks that do not lead.
 
     Raises ValueError, with SGLang's own words, when it does not start.
     """
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    if rank % tp_size:
+    rank = get_rank()
+    if rank % rollout.engine_tp_size:
         return None
     local = int(os.environ.get("LOCAL_RANK", 0))
     arguments: dict[str, Any] = {
@@ -300,24 +293,25 @@ def start_sglang(
         "load_format": "dummy",
         "dtype": str(dtype).removeprefix("torch."),
         "context_length": max_len,
-        "max_running_requests": max_num_seqs,
-        "cuda_graph_max_bs_decode": max_num_seqs,
+        "max_running_requests": rollout.max_num_seqs,
+        "cuda_graph_max_bs_decode": rollout.max_num_seqs,
         "disable_prefill_cuda_graph": True,
-        "tp_size": tp_size,
+        "tp_size": rollout.engine_tp_size,
         "base_gpu_id": local,
         "port": 30000 + 100 * local,
-        "mem_fraction_static": memory,
-        "enable_memory_saver": sleeps,
-        "skip_tokenizer_init": not needs_tokenizer,
+        "mem_fraction_static": rollout.engine_mem_util,
+        "enable_memory_saver": rollout.enable_engine_sleep,
+        # Stop strings and a least length need text and its tokenizer there.
+        "skip_tokenizer_init": not rollout.stop and rollout.min_new_tokens == 0,
         "random_seed": rank,
         "custom_weight_loader": [sglang_loader.PATH],
         "log_level": "error",
     }
     try:
-        return LocalSglang({**arguments, **options})
+        return LocalSglang({**arguments, **rollout.sglang})
     except (TypeError, ValueError, RuntimeError) as error:
         said = " ".join(str(error).split())[:600]
         raise ValueError(
             f"SGLang did not start: {said}; its options are [rollout.sglang], its memory is "
-            f"engine_mem_util = {memory}"
+            f"engine_mem_util = {rollout.engine_mem_util}"
         ) from error
