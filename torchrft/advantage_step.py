@@ -72,8 +72,8 @@ class AdvantageStep:
         mine = slice(None)
         if split_groups:  # the estimator needs whole groups
             parts, mine = gather_rows(parts, self.ranks)
-        values = {"values": parts.pop("values"), "init_kl_coef": kl_coef}
-        settings = {**algorithm.model_dump(), **values}
+        measured = {"values": parts.pop("values"), "init_kl_coef": kl_coef}
+        settings = {**algorithm.model_dump(), **measured}
         result = advantages.compute(
             preset.estimator,
             **parts,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import stat
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -147,16 +146,11 @@ def _write_configs(
     classes = type(model).__mro__
     architecture = next(cls for cls in classes if not issubclass(cls, FSDPModule))
     config.architectures = [architecture.__name__]
-    for part in _with_sub_configs(config):
-        part.dtype = dtype
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if part is not None:
+            part.dtype = dtype
     config.save_pretrained(folder)
     if model.can_generate() and model.generation_config is not None:
         # Not its save_pretrained, which refuses some published generation configs.
         model.generation_config.to_json_file(folder / "generation_config.json")
-    save_tokenizer: Callable[[Path], Any] = tokenizer.save_pretrained
-    save_tokenizer(folder)
-
-
-def _with_sub_configs(config: Any) -> list[Any]:
-    parts = [getattr(config, name, None) for name in config.sub_configs]
-    return [config, *(part for part in parts if part is not None)]
+    tokenizer.save_pretrained(folder)

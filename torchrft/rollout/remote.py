@@ -100,40 +100,31 @@ class RemoteVllmEngine:
                 "options of docs/remote_engines.md"
             )
         server.sleeps = info["sleeps"]
-        dtype = str(self.dtype).removeprefix("torch.")
-        backend = '{"backend":"torchrft"}'
-        checks = (
-            (
-                info["layout"] == layout(self.expected),
-                f"serves another model, {info['model']}: start it with --model {self.pretrain}",
-            ),
-            (
-                info["dtype"] == dtype,
-                f"computes in {info['dtype']}: start it with --dtype {dtype}",
-            ),
-            (
-                info["max_len"] >= self.max_len,
-                f"takes {info['max_len']} tokens, fewer than max_len = {self.max_len}: start it "
-                f"with --max-model-len {self.max_len}, or lower max_len",
-            ),
-            (
-                info["logprobs_mode"] == "raw_logprobs",
-                f"gives {info['logprobs_mode']}: start it with --logprobs-mode raw_logprobs",
-            ),
-            (
-                info["backend"] == "torchrft",
-                f"takes no weights: start it with --weight-transfer-config '{backend}'",
-            ),
-            (
-                info["sees_folder"],
-                f"does not see {self.folder}: set weight_folder to a folder that it shares",
-            ),
-            (
-                not info["cuts_prompts"],
-                "cuts prompts, which fails on a CPU: start it with --no-enable-chunked-prefill",
-            ),
-        )
-        return next((f"{server.url} {text}" for good, text in checks if not good), None)
+        misfit = self._misfit(info)
+        return f"{server.url} {misfit}" if misfit else None
+
+    def _misfit(self, info: dict[str, Any]) -> str | None:
+        """What about a server keeps it from being used, with the remedy."""
+        dtype, length = str(self.dtype).removeprefix("torch."), self.max_len
+        if info["layout"] != layout(self.expected):
+            return f"serves another model, {info['model']}: start it with --model {self.pretrain}"
+        if info["dtype"] != dtype:
+            return f"computes in {info['dtype']}: start it with --dtype {dtype}"
+        if info["max_len"] < length:
+            return (
+                f"takes {info['max_len']} tokens, fewer than max_len = {length}: start it with "
+                f"--max-model-len {length}, or lower max_len"
+            )
+        if info["logprobs_mode"] != "raw_logprobs":
+            return f"gives {info['logprobs_mode']}: start it with --logprobs-mode raw_logprobs"
+        if info["backend"] != "torchrft":
+            backend = '{"backend":"torchrft"}'
+            return f"takes no weights: start it with --weight-transfer-config '{backend}'"
+        if not info["sees_folder"]:
+            return f"does not see {self.folder}: set weight_folder to a folder that it shares"
+        if info["cuts_prompts"]:
+            return "cuts prompts, which fails on a CPU: start it with --no-enable-chunked-prefill"
+        return None
 
     def _drop(self, server: Server, reason: object) -> None:
         with self._lock:
