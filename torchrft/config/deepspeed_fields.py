@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torchrft.config.deepspeed_json import Judged
 from torchrft.config.deepspeed_keys import TRAINER
 from torchrft.config.fields import FIELDS, show
+from torchrft.config.job_config import JobConfig
 
 _ZERO = "zero_optimization."
 _ADAM = "optimizer.params."
@@ -107,13 +108,14 @@ def merge(
     return faults
 
 
-def accumulation_fault(path: str, judged: Judged, batch: int, micro: int, dp: int) -> list[str]:
+def accumulation_fault(judged: Judged, config: JobConfig, dp: int) -> list[str]:
     """Whether gradient_accumulation_steps is what follows from the batch sizes."""
     steps = judged.get("gradient_accumulation_steps")
+    batch, micro = config.training.train_batch_size, config.training.micro_train_batch_size
     if steps is None or batch == micro * steps * dp:
         return []
     return [
-        f"{path}: gradient_accumulation_steps = {steps} must be train_batch_size / "
-        f"(micro_train_batch_size x dp) = {batch} / ({micro} x {dp}) = {batch / (micro * dp):g}; "
-        'change one of them, or write "auto"'
+        f"{config.parallel.deepspeed_config}: gradient_accumulation_steps = {steps} must be "
+        f"train_batch_size / (micro_train_batch_size x dp) = {batch} / ({micro} x {dp}) = "
+        f'{batch / (micro * dp):g}; change one of them, or write "auto"'
     ]

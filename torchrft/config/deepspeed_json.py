@@ -22,6 +22,12 @@ class Judged(NamedTuple):
         value = self.values.get(name, default)
         return default if value == "auto" else value
 
+    def section(self, name: str) -> dict[str, Any]:
+        """What was set below `name`, without "auto"."""
+        start = name + "."
+        below = {k.removeprefix(start): v for k, v in self.values.items() if k.startswith(start)}
+        return {k: v for k, v in below.items() if v != "auto"}
+
 
 def read_json(config: Mapping[str, Any] | str | Path) -> Judged:
     """Judges a configuration, a dict or a JSON file.

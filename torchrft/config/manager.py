@@ -133,16 +133,16 @@ def load(argv: list[str], world_size: int | None = None) -> LoadedConfig:
     unknown = smallest_world_size(config), "the smallest that fits; set NGPU for another"
     world_size, source = known or unknown
     if judged is not None:
-        sizes = config.training.train_batch_size, config.training.micro_train_batch_size
         dp = max(data_parallel(config, world_size), 1)
-        path = str(config.parallel.deepspeed_config)
-        draft.faults += accumulation_fault(path, judged, *sizes, dp)
+        draft.faults += accumulation_fault(judged, config, dp)
     findings = check(config, world_size)
     notes = unavailable(config) + missing(config)
     errors = findings.errors if flags.dry_run else findings.errors + notes
     if not draft.is_partial:
         # A message about a field whose own value is bad would only confuse; it waits its turn.
-        draft.faults += [text for text in errors if draft.spoiled.isdisjoint(_names(text))]
+        draft.faults += [
+            text for text in errors if draft.spoiled.isdisjoint(re.findall(r"\w+", text))
+        ]
     if draft.faults:
         raise ConfigError(draft.faults)
     return LoadedConfig(
@@ -174,13 +174,14 @@ def _merge_deepspeed(draft: _Draft, known: tuple[int, str] | None) -> Judged | N
     return judged
 
 
-def _names(text: str) -> list[str]:
-    return re.findall(r"\w+", text)
-
-
 def _merge_toml(path: str, draft: _Draft) -> None:
     """Add a TOML file's values to the draft; unknown sections and keys become faults."""
-    document = _parse_toml(path, draft)
+    try:
+        document = tomllib.loads(Path(path).read_bytes().decode())
+    except (OSError, ValueError, RecursionError) as error:
+        draft.is_partial = True
+        draft.faults.append(_toml_fault(path, error))
+        return
     for section, table in document.items():
         if section in SECTIONS and isinstance(table, dict):
             for key, value in table.items():
@@ -202,16 +203,6 @@ def _merge_toml(path: str, draft: _Draft) -> None:
             draft.faults.append(f"{path}: {what}: unknown section; {hint}")
             if isinstance(table, dict):
                 draft.spoiled.update(table)
-
-
-def _parse_toml(path: str, draft: _Draft) -> dict[str, Any]:
-    try:
-        text = Path(path).read_bytes().decode()
-        return tomllib.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
-        draft.is_partial = True
-        draft.faults.append(_toml_fault(path, error))
-        return {}
 
 
 def _toml_fault(path: str, error: Exception) -> str:

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedToken
 
 from torchrft.config.job_config import Rollout
 from torchrft.rollout.canary import Canary, WeightSyncError
-from torchrft.rollout.engine import check_prompts, texts
+from torchrft.rollout.engine import check_prompts, completion
 from torchrft.rollout.server_client import Server, ServerError
 from torchrft.rollout.vllm import sampling_options
 from torchrft.rollout.weight_sync import WeightFiles, layout
@@ -326,18 +326,10 @@ class RemoteVllmEngine:
     def _completion(
         self, place: int, choice: dict[str, Any], sampling: SamplingParams, version: int
     ) -> Completion:
-        tokens = tuple(choice["token_ids"])
-        logprobs = tuple(token["logprob"] for token in choice["logprobs"]["content"])
-        assert len(tokens) == len(logprobs)
-        return Completion(
-            prompt_index=place,
-            sample_index=choice["index"],
-            token_ids=tokens,
-            logprobs=logprobs,
-            text=texts(self.tokenizer, [tokens], sampling.stop)[0],
-            finish_reason=choice["finish_reason"],
-            policy_version=version,
-        )
+        content = choice["logprobs"]["content"]
+        rows = zip(choice["token_ids"], (token["logprob"] for token in content), strict=True)
+        index, reason = choice["index"], choice["finish_reason"]
+        return completion(place, index, rows, reason, version, sampling, self.tokenizer)
 
 
 def _load(server: Server, files: WeightFiles) -> None:

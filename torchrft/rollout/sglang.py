@@ -25,9 +25,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedToken
 from torchrft.config.job_config import Rollout
 from torchrft.rollout import sglang_loader
 from torchrft.rollout.canary import Canary, WeightSyncError
-from torchrft.rollout.engine import check_prompts, neighbors, texts
+from torchrft.rollout.engine import check_prompts, completion, neighbors, together
 from torchrft.tools.distributed import get_rank, get_world_size
-from torchrft.types import Completion, FinishReason, Prompt, SamplingParams
+from torchrft.types import Completion, Prompt, SamplingParams
 
 _BUCKET = 512 * 2**20  # bytes sent at a time: so much memory a hand-over needs
 
@@ -188,13 +188,12 @@ class SglangEngine:
         if sampling.first_token_temperature is not None:
             raise ValueError("SGLang has no first_token_temperature; use the native engine")
         check_prompts(prompts, sampling, self.version)
-        parts = self.ranks.gather([prompt.token_ids for prompt in prompts], "rollout")
-        everything = [token_ids for part in parts for token_ids in part]
+        everything, before = together(self.ranks, [prompt.token_ids for prompt in prompts])
         if not everything:
             return []
         found = [] if self.transport is None else self._run(everything, sampling)
         outputs = self.ranks.gather(found, "rollout")[0]
-        first = sum(len(part) for part in parts[: self.ranks.rank]) * sampling.n
+        first = before * sampling.n
         mine = outputs[first : first + len(prompts) * sampling.n]
         return [
             self._completion(place // sampling.n, place % sampling.n, output, sampling)
@@ -236,21 +235,9 @@ class SglangEngine:
         self, prompt: int, sample: int, output: Any, sampling: SamplingParams
     ) -> Completion:
         rows, reason = output
-        kind = reason["type"] if isinstance(reason, Mapping) else reason
-        if kind not in ("stop", "length"):
-            raise ConnectionError(f"SGLang ended a request with {reason!r}")
-        finish: FinishReason = "stop" if kind == "stop" else "length"
-        tokens = tuple(int(row[1]) for row in rows)
-        assert self.version is not None
-        return Completion(
-            prompt_index=prompt,
-            sample_index=sample,
-            token_ids=tokens,
-            logprobs=tuple(float(row[0]) for row in rows),
-            text=texts(self.tokenizer, [tokens], sampling.stop)[0],
-            finish_reason=finish,
-            policy_version=self.version,
-        )
+        reason = reason["type"] if isinstance(reason, Mapping) else reason
+        pairs = ((int(row[1]), float(row[0])) for row in rows)
+        return completion(prompt, sample, pairs, reason, self.version, sampling, self.tokenizer)
 
 
 def _serialize(tensors: list[tuple[str, Tensor]]) -> str:

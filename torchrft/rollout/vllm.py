@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from torchrft.config.job_config import Rollout
-from torchrft.rollout.engine import check_prompts, neighbors, texts
+from torchrft.rollout.engine import check_prompts, completion, neighbors, together
 from torchrft.rollout.vllm_model import load, scale_logits
 from torchrft.tools.logging import logger
 from torchrft.tools.seeds import rng_state, set_rng_state
-from torchrft.types import Completion, FinishReason, Prompt, SamplingParams
+from torchrft.types import Completion, Prompt, SamplingParams
 
 # Set before vLLM is imported, unless the user did. One process: the trainer's tensors are then
 # handed over by reference. FlashInfer's sampler knows no seeds per request.
@@ -159,13 +159,10 @@ class VllmEngine:
             (prompt.token_ids, sampling_options(place, prompt, sampling, self.stop_token_ids))
             for place, prompt in enumerate(prompts)
         ]
-        # The ranks of one engine must all run the same requests; each keeps its own.
-        parts = self.ranks.gather(requests, "rollout")
-        everything = [request for part in parts for request in part]
+        everything, first = together(self.ranks, requests)
         if not everything:
             return []
         outputs = self._run(everything, sampling.temperature)
-        first = sum(len(part) for part in parts[: self.ranks.rank])
         return [
             self._completion(place, output, sampling)
             for place, request in enumerate(outputs[first : first + len(prompts)])
@@ -190,21 +187,9 @@ class VllmEngine:
         scale_logits(model, lambda: self.temperature)
 
     def _completion(self, place: int, output: Any, sampling: SamplingParams) -> Completion:
-        if output.finish_reason not in ("stop", "length"):
-            raise RuntimeError(f"vLLM ended a request with {output.finish_reason!r}")
-        reason: FinishReason = output.finish_reason
-        tokens = tuple(output.token_ids)
-        assert self.version is not None
-        assert len(output.logprobs.logprobs) == len(tokens)
-        return Completion(
-            prompt_index=place,
-            sample_index=output.index,
-            token_ids=tokens,
-            logprobs=tuple(output.logprobs.logprobs),
-            text=texts(self.tokenizer, [tokens], sampling.stop)[0],
-            finish_reason=reason,
-            policy_version=self.version,
-        )
+        rows = zip(output.token_ids, output.logprobs.logprobs, strict=True)
+        reason, version = output.finish_reason, self.version
+        return completion(place, output.index, rows, reason, version, sampling, self.tokenizer)
 
 
 def sampling_options(
