@@ -181,19 +181,15 @@ class PolicyUpdate:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes the coefficients that adapt, unless this run wants to start from others."""
-        for name, value in self._started_from().items():
-            if state[name] != value:
-                return
+        if any(state[name] != value for name, value in self._started_from().items()):
+            return
         if self.algorithm.kl_controller == "adaptive":  # a fixed one is the config's
             self.kl_coef = state["kl_coef"]
         self.drift_coef = state["drift_coef"]
 
     def _started_from(self) -> dict[str, float]:
-        algorithm = self.algorithm
-        return {
-            "init_kl_coef": algorithm.init_kl_coef,
-            "cpgd_drift_coef": algorithm.cpgd_drift_coef,
-        }
+        names = ("init_kl_coef", "cpgd_drift_coef")
+        return {name: getattr(self.algorithm, name) for name in names}
 
     def _gather(self, values: Tensor) -> Tensor:
         return torch.cat(self.stepper.ranks.gather(values.cpu())).to(values.device)
