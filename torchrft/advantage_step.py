@@ -1,7 +1,5 @@
 """From the rewards of a rollout to the advantages of its tokens."""
 
-from __future__ import annotations
-
 import inspect
 from dataclasses import replace
 from typing import Any

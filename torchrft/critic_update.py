@@ -1,7 +1,5 @@
 """The critic of PPO: values of the samples before the update, and its own optimizer steps."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Optimizer steps of one model on a rollout, cut into micro-batches and spread over ranks."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections import Counter

@@ -1,7 +1,5 @@
 """What happens to the policy between two rollouts: log-probs of the samples, optimizer steps."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import replace

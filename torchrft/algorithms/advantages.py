@@ -1,7 +1,5 @@
 """Advantage estimators: rewards of samples in, advantages of tokens out."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Policy losses: log-probs and advantages of tokens in, one differentiable number out."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

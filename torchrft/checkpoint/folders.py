@@ -4,8 +4,6 @@
 that is being replaced. Only `step-N` counts as a checkpoint.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

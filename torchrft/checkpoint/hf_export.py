@@ -1,7 +1,5 @@
 """Write a model, sharded over ranks or not, as a folder that Hugging Face tools load as it is."""
 
-from __future__ import annotations
-
 import copy
 import json
 import stat

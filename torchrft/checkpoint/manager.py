@@ -3,8 +3,6 @@
 Every method is collective: all ranks call it, on a file system that all of them share.
 """
 
-from __future__ import annotations
-
 import tomllib
 from collections.abc import Callable
 from pathlib import Path

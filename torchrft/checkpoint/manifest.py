@@ -1,7 +1,5 @@
 """A checkpoint's files with sizes and checksums, listed last: what has a manifest is complete."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

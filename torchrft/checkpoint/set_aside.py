@@ -1,7 +1,5 @@
 """Make room for a fresh run without losing the one that lies there."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

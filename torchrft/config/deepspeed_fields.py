@@ -1,7 +1,5 @@
 """A DeepSpeed JSON as fields of a run: what each mapped key is called in torchrft."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 

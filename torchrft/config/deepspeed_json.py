@@ -1,7 +1,5 @@
 """A DeepSpeed configuration, read and judged key by key."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches

@@ -1,7 +1,5 @@
 """What becomes of every key of DeepSpeed's configuration: the table in deepspeed_keys.toml."""
 
-from __future__ import annotations
-
 import math
 import tomllib
 from collections.abc import Callable

@@ -5,8 +5,6 @@ reported in one go, a line each; argparse and tyro stop at the first. Nothing is
 word that does not read as its field's type stays text, and the config refuses it.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 import textwrap

@@ -1,7 +1,5 @@
 """From a command line to a `JobConfig`: TOML, then flags, then every rule; all faults at once."""
 
-from __future__ import annotations
-
 import difflib
 import math
 import os

@@ -1,7 +1,5 @@
 """Which fields have an effect only while another one is set: a table."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

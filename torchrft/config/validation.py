@@ -4,8 +4,6 @@ Every message writes out the fields and numbers it depends on. The manager relie
 message that mentions a field whose own value is faulty is held back until that one is mended.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple

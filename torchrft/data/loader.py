@@ -1,7 +1,5 @@
 """The order in which prompts are trained on, and how it is resumed."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any

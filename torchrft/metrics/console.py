@@ -1,13 +1,11 @@
 """What a person sees of a run: progress with time left, one line per step, a summary."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -74,7 +72,7 @@ class Console:
         if self._bar.live.is_started:
             self._bar.stop()
 
-    def __enter__(self) -> Console:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -1,7 +1,5 @@
 """PNG plots in `log_dir`/plots. Figures are made without pyplot, which keeps global state."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from pathlib import Path

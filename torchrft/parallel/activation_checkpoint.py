@@ -1,7 +1,5 @@
 """Activations computed again in the backward pass instead of kept (arXiv:1604.06174)."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -9,8 +9,6 @@ key of the configuration is in `config/deepspeed_keys.toml`. No code of DeepSpee
 ...     engine.step()
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What the DeepSpeed engine writes and reads: checkpoints, and whole weights."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A DeepSpeed configuration, checked key by key, as settings of this package."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

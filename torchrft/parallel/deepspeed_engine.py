@@ -1,7 +1,5 @@
 """DeepSpeed's engine: a sharded model that trains itself step by step."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -4,8 +4,6 @@ Steps count from -1, before the first one is over; `base_lr` is the optimizer's 
 Options have DeepSpeed's names and defaults (deepspeed/runtime/lr_schedules.py).
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches

@@ -1,7 +1,5 @@
 """`deepspeed.zero`: contexts in which scripts make and touch sharded models."""
 
-from __future__ import annotations
-
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator

@@ -1,7 +1,5 @@
 """FSDP2 on any transformers model."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 from torch.distributed import fsdp

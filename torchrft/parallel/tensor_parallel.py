@@ -5,8 +5,6 @@ are computed once and not on every rank. The plan comes from the model itself: t
 the projections in `base_model_tp_plan`, all else follows from the shape of a decoder layer.
 """
 
-from __future__ import annotations
-
 import logging
 from fnmatch import fnmatchcase
 from typing import Any

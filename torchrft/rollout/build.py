@@ -1,7 +1,5 @@
 """From `[rollout] engine_type` to an engine."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

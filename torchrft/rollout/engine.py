@@ -1,7 +1,5 @@
 """The protocol every rollout engine speaks."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, TypeVar, cast
 

@@ -5,8 +5,6 @@ policy version and the temperature by which logits are divided. A completion wit
 a server that was restarted or belongs to another run, is never used.
 """
 
-from __future__ import annotations
-
 import os
 import tempfile
 import threading

@@ -5,8 +5,6 @@ CUDA IPC, so a server must be on the trainer's host. SGLang takes no seed per re
 tokens differ from run to run.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import json

@@ -3,8 +3,6 @@
 Tried with vLLM 0.25 (torch 2.11, CUDA) and 0.32 (torch 2.13, CPU).
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any

@@ -4,8 +4,6 @@
 workers and registers the weight transfer backend "torchrft". Tried with vLLM 0.32.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

@@ -5,14 +5,12 @@ the group's timeout: past it, `TimeoutError` names the phase and the rank that w
 died shows as `ConnectionError`.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -57,7 +55,7 @@ class DataRanks:
     group: dist.ProcessGroup | None = None
 
     @classmethod
-    def all(cls) -> DataRanks:
+    def all(cls) -> Self:
         """Every rank has samples of its own."""
         return cls(get_rank(), get_world_size())
 

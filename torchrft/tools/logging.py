@@ -1,7 +1,5 @@
 """The "torchrft" logger: legible on a terminal, plain lines in a file."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from functools import cache
