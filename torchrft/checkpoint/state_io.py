@@ -7,10 +7,12 @@ tensor in it counts as one object, because its keys may differ from one save to 
 """
 
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -33,12 +35,12 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
         for path, (container, key) in _leaves(state).items()
         if is_main() or isinstance(container[key], Tensor) or _belongs_to_rank(path)
     }
-    dcp.save(
-        mine,
-        storage_writer=dcp.FileSystemWriter(folder),
-        planner=dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-        no_dist=not dist.is_initialized(),
-    )
+    with _quiet_without_group():
+        dcp.save(
+            mine,
+            storage_writer=dcp.FileSystemWriter(folder),
+            planner=dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+        )
 
 
 def load_state(folder: Path, state: dict[str, Any]) -> None:
@@ -65,12 +67,12 @@ def load_state(folder: Path, state: dict[str, Any]) -> None:
         if faults:
             raise ValueError(_describe(folder, faults))
     flat = {path: container[key] for path, (container, key) in leaves.items()}
-    dcp.load(
-        flat,
-        storage_reader=reader,
-        planner=dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-        no_dist=not dist.is_initialized(),
-    )
+    with _quiet_without_group():
+        dcp.load(
+            flat,
+            storage_reader=reader,
+            planner=dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+        )
     for path, (container, key) in leaves.items():
         if not isinstance(container[key], Tensor):
             container[key] = flat[path]
@@ -145,3 +147,11 @@ def _describe(folder: Path, faults: list[str]) -> str:
         f"checkpoint {folder} does not fit this run (resume with the model and optimizer options"
         " it was saved with):\n  " + "\n  ".join(shown)
     )
+
+
+@contextmanager
+def _quiet_without_group() -> Iterator[None]:
+    """DCP warns when there is no process group; for a single process that is intended."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
