@@ -195,10 +195,12 @@ def verify(folder: Path) -> str | None:
 
 def _newest_complete(parent: Path) -> tuple[Path | None, list[str]]:
     """The newest complete step-N folder of `parent`, and what is wrong with those passed over."""
-    candidates, half_written = on_main(lambda: _candidates(parent), "list checkpoints")
+    candidates, half_written = on_main(
+        lambda: (folders.steps_in(parent), folders.suffixed_in(parent, ".tmp")), "list checkpoints"
+    )
     faults = [f"{path} is half-written" for path in half_written]
     newest = None
-    for folder in candidates:
+    for folder in reversed(candidates.values()):
         fault = verify(folder)
         if fault is None:
             newest = folder
@@ -207,10 +209,6 @@ def _newest_complete(parent: Path) -> tuple[Path | None, list[str]]:
     for text in faults:
         logger.warning("%s; passed over", text)
     return newest, faults
-
-
-def _candidates(parent: Path) -> tuple[list[Path], list[Path]]:
-    return list(reversed(folders.steps_in(parent).values())), folders.suffixed_in(parent, ".tmp")
 
 
 def _fingerprint_own_files(folder: Path) -> dict[str, dict[str, Any]]:
