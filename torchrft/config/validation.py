@@ -8,13 +8,13 @@ import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from torchrft.config.fields import is_set, label, show, value_of
+from torchrft.config.fields import FIELDS, is_set, label, show, value_of
 from torchrft.config.job_config import JobConfig
 from torchrft.config.needs import NEEDS, is_chosen, kl_adapts, policy_loss
 
 
 class Finding(NamedTuple):
-    """What is wrong with `field` (or "world_size"); its name and value go before `text`."""
+    """What is wrong with `field`, whose name and value go before `text`; or with a section."""
 
     field: str
     text: str
@@ -33,8 +33,8 @@ def check(config: JobConfig, world_size: int) -> Findings:
     findings = Findings([], [])
     for field, text, is_error in (f for rule in RULES for f in rule(config, world_size)):
         messages = findings.errors if is_error else findings.warnings
-        ranks = f"[parallel] world_size = {world_size}"
-        messages.append(f"{ranks if field == 'world_size' else label(config, field)} {text}")
+        at = label(config, field) if field in FIELDS else f"[{field}]"
+        messages.append(f"{at} {text}")
     return findings
 
 
@@ -56,9 +56,10 @@ def _layout(config: JobConfig, world_size: int) -> Iterator[Finding]:
     ranks, shards = tp * sp * replicas, config.parallel.dp_shard
     if world_size % ranks:
         yield Finding(
-            "world_size",
-            f"must be a multiple of tp_size x sp_size x dp_replicate = {tp} x {sp} x {replicas} = "
-            f"{ranks}; start a multiple of {ranks} ranks or lower one of the three",
+            "parallel",
+            f"world_size = {world_size} must be a multiple of tp_size x sp_size x dp_replicate = "
+            f"{tp} x {sp} x {replicas} = {ranks}; start a multiple of {ranks} ranks or lower one "
+            "of the three",
         )
     elif shards > 0 and world_size != ranks * shards:
         yield Finding(
