@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torchrft.checkpoint import folders, manifest
-from torchrft.checkpoint.set_aside import next_previous
+from torchrft.checkpoint.set_aside import move_to_previous
 from torchrft.checkpoint.state_io import load_state, save_state
 from torchrft.tools.distributed import get_rank, get_world_size, on_all, on_main
 from torchrft.tools.logging import logger
@@ -105,9 +105,11 @@ class CheckpointManager:
         written = self.save_path / "config.toml"
         if Path(ckpt_path).resolve().is_relative_to(self.save_path.resolve()):
             return False
-        if not on_main(written.exists, "find the run's config"):
-            return False
-        before = on_main(lambda: tomllib.loads(written.read_text()), "read the run's config")
+
+        def read() -> dict[str, Any]:
+            return tomllib.loads(written.read_text()) if written.exists() else {}
+
+        before = on_main(read, "read the run's config")
         same = before.get("checkpoint", {}).get("ckpt_path") == ckpt_path
         return same and self.find_latest() is not None
 
@@ -122,20 +124,13 @@ class CheckpointManager:
     def _set_aside_after(self, step: int) -> None:
         self._restore_interrupted()
         later = [
-            folder
+            f"{parent.name}/{folder.name}"
             for parent in (self.checkpoints, self.exports)
             for number, folder in folders.steps_in(parent).items()
             if number > step
         ]
-        if not later:
-            return
-        target = next_previous(self.save_path)
-        for folder in later:
-            destination = target / folder.parent.name / folder.name
-            destination.parent.mkdir(parents=True, exist_ok=True)
-            folder.rename(destination)
-        names = ", ".join(str(folder.relative_to(self.save_path)) for folder in later)
-        logger.warning("moved %s, later than step %d, to %s", names, step, target)
+        if moved := move_to_previous(self.save_path, later):
+            logger.warning("%s: later than step %d", moved, step)
 
     def _restore_interrupted(self) -> None:
         folders.restore_interrupted(self.checkpoints)

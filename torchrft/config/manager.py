@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import tomli_w
 from pydantic import ValidationError
@@ -73,10 +73,7 @@ def read(argv: list[str]) -> JobConfig:
         if speaks:
             print(help_text())
         raise SystemExit(0)
-    try:
-        loaded = load(argv)
-    except ConfigError as error:
-        _refuse(error.faults if speaks else [])
+    loaded = _load_or_exit(argv, speaks)
     if loaded.dry_run:
         if speaks:
             print(dry_run_text(loaded))
@@ -92,24 +89,22 @@ def check_only(argv: list[str]) -> int:
 
     For run_train.sh, which asks before it starts any process. Warnings are left to the job.
     """
-    if command_line.wants_help(argv) or command_line.parse(argv).dry_run:
-        try:
-            read(argv)
-        except SystemExit as done:
-            return int(done.code or 0) or 10
     try:
-        load(argv)
-    except ConfigError as error:
-        for fault in error.faults:
-            print(f"error: {fault}", file=sys.stderr)
-        return 2
+        if command_line.wants_help(argv) or command_line.parse(argv).dry_run:
+            read(argv)  # which ends in SystemExit
+        _load_or_exit(argv, speaks=True)
+    except SystemExit as done:
+        return int(done.code or 0) or 10
     return 0
 
 
-def _refuse(faults: list[str]) -> NoReturn:
-    for fault in faults:
-        print(f"error: {fault}", file=sys.stderr)
-    raise SystemExit(2)
+def _load_or_exit(argv: list[str], speaks: bool) -> LoadedConfig:
+    try:
+        return load(argv)
+    except ConfigError as error:
+        for fault in error.faults if speaks else []:
+            print(f"error: {fault}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def load(argv: list[str], world_size: int | None = None) -> LoadedConfig:
