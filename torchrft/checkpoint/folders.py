@@ -4,7 +4,6 @@
 that is being replaced. Only `step-N` counts as a checkpoint.
 """
 
-import os
 import re
 import shutil
 from pathlib import Path
@@ -84,7 +83,4 @@ def clear_leftovers(parent: Path) -> None:
 
 def size_in_bytes(folder: Path) -> int:
     """Bytes of all files below `folder`; 0 if it does not exist."""
-    total = 0
-    for parent, _, names in os.walk(folder):
-        total += sum(os.lstat(os.path.join(parent, name)).st_size for name in names)
-    return total
+    return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())

@@ -1,7 +1,7 @@
 """The protocol every rollout engine speaks."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, cast
 
 import torch.distributed as dist
 from torch import Tensor
@@ -9,8 +9,6 @@ from transformers import PreTrainedTokenizerBase
 
 from torchrft.tools.distributed import DataRanks
 from torchrft.types import Completion, Prompt, SamplingParams
-
-T = TypeVar("T")
 
 
 class RolloutEngine(Protocol):
@@ -72,14 +70,6 @@ def neighbors(tp_size: int) -> DataRanks:
     ]
     rank = dist.get_rank()
     return DataRanks(rank % tp_size, tp_size, groups[rank // tp_size])
-
-
-def together(ranks: DataRanks, requests: list[T]) -> tuple[list[T], int]:
-    """The requests of all `ranks` of one engine, which must run the same, and how many of them are
-    before this rank's."""
-    parts = ranks.gather(requests, "rollout")
-    first = sum(len(part) for part in parts[: ranks.rank])
-    return [request for part in parts for request in part], first
 
 
 def completion(

@@ -13,7 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.multiprocessing  # its reductions let CUDA tensors travel
@@ -23,23 +23,15 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedToken
 from torchrft.config.job_config import Rollout
 from torchrft.rollout import sglang_loader
 from torchrft.rollout.canary import Canary, WeightSyncError
-from torchrft.rollout.engine import check_prompts, completion, neighbors, together
+from torchrft.rollout.engine import check_prompts, completion, neighbors
 from torchrft.tools.distributed import get_rank, get_world_size
 from torchrft.types import Completion, Prompt, SamplingParams
 
 _BUCKET = 512 * 2**20  # bytes sent at a time: so much memory a hand-over needs
 
 
-class _Transport(Protocol):
-    """How SGLang is reached: the calls and their fields are those of its HTTP server."""
-
-    def post(self, path: str, payload: dict[str, Any]) -> Any: ...
-
-    def close(self) -> None: ...
-
-
 class LocalSglang:
-    """`sglang.Engine` in processes of its own, started here."""
+    """`sglang.Engine` in processes of its own, started here; its calls are named as over HTTP."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         import sglang
@@ -100,7 +92,7 @@ class SglangEngine:
 
     def __init__(
         self,
-        transport: _Transport | None,
+        transport: LocalSglang | HttpSglang | None,
         config: PreTrainedConfig,
         tokenizer: PreTrainedTokenizerBase,
         stop_token_ids: tuple[int, ...],
@@ -186,12 +178,13 @@ class SglangEngine:
         if sampling.first_token_temperature is not None:
             raise ValueError("SGLang has no first_token_temperature; use the native engine")
         check_prompts(prompts, sampling, self.version)
-        everything, before = together(self.ranks, [prompt.token_ids for prompt in prompts])
+        parts = self.ranks.gather([prompt.token_ids for prompt in prompts], "rollout")
+        everything = [token_ids for part in parts for token_ids in part]
         if not everything:
             return []
         found = [] if self.transport is None else self._run(everything, sampling)
         outputs = self.ranks.gather(found, "rollout")[0]
-        first = before * sampling.n
+        first = sum(len(part) for part in parts[: self.ranks.rank]) * sampling.n
         mine = outputs[first : first + len(prompts) * sampling.n]
         return [
             self._completion(place // sampling.n, place % sampling.n, output, sampling)

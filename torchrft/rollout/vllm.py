@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from torchrft.config.job_config import Rollout
-from torchrft.rollout.engine import check_prompts, completion, neighbors, together
+from torchrft.rollout.engine import check_prompts, completion, neighbors
 from torchrft.rollout.vllm_model import load, scale_logits
 from torchrft.tools.logging import logger
 from torchrft.tools.seeds import rng_state, set_rng_state
@@ -157,10 +157,13 @@ class VllmEngine:
             (prompt.token_ids, sampling_options(place, prompt, sampling, self.stop_token_ids))
             for place, prompt in enumerate(prompts)
         ]
-        everything, first = together(self.ranks, requests)
+        # The ranks of one engine must all run the same requests; each keeps its own.
+        parts = self.ranks.gather(requests, "rollout")
+        everything = [request for part in parts for request in part]
         if not everything:
             return []
         outputs = self._run(everything, sampling.temperature)
+        first = sum(len(part) for part in parts[: self.ranks.rank])
         return [
             self._completion(place, output, sampling)
             for place, request in enumerate(outputs[first : first + len(prompts)])
