@@ -29,6 +29,8 @@ from torchrft.tools.logging import logger
 from torchrft.types import Completion, Prompt, SamplingParams
 
 _GENERATE = "/inference/v1/generate"  # vLLM's "tokens in, tokens out"
+MadeBy = Callable[[str], int | None]
+"""The policy version of a tag, or None for a tag of anything else."""
 
 
 class RemoteVllmEngine:
@@ -262,7 +264,7 @@ class RemoteVllmEngine:
                 pool.shutdown(cancel_futures=True)
 
     @contextmanager
-    def _scaled(self, temperature: float) -> Iterator[Callable[[str], int | None]]:
+    def _scaled(self, temperature: float) -> Iterator[MadeBy]:
         """Meanwhile all servers divide their logits by `temperature`.
 
         Yields what gives the policy version of a tag, or None for a tag of anything else.
@@ -296,11 +298,7 @@ class RemoteVllmEngine:
             self._drop(server, error)
 
     def _complete(
-        self,
-        place: int,
-        prompt: Prompt,
-        sampling: SamplingParams,
-        made_by: Callable[[str], int | None],
+        self, place: int, prompt: Prompt, sampling: SamplingParams, made_by: MadeBy
     ) -> list[Completion]:
         """The completions of one prompt, from the first server that makes them."""
         options = sampling_options(place, prompt, sampling, self.stop_token_ids)
@@ -311,22 +309,27 @@ class RemoteVllmEngine:
             server = self._least_busy()
             try:
                 choices = server.ask(_GENERATE, body)["choices"]
-                versions = [_version(choice, made_by) for choice in choices]
+                made = [self._completion(place, c, sampling, made_by) for c in choices]
+                return sorted(made, key=lambda c: c.sample_index)
             except (ConnectionError, ServerError) as error:
                 self._drop(server, error)
-                continue
             finally:
                 with self._lock:
                     server.outstanding -= 1
-            made = sorted(zip(choices, versions, strict=True), key=lambda pair: pair[0]["index"])
-            return [self._completion(place, c, sampling, version) for c, version in made]
 
     def _completion(
-        self, place: int, choice: dict[str, Any], sampling: SamplingParams, version: int
+        self, place: int, choice: dict[str, Any], sampling: SamplingParams, made_by: MadeBy
     ) -> Completion:
+        """Raises ConnectionError for one that must not be used."""
+        index, reason = choice["index"], choice["finish_reason"]
+        if reason not in ("stop", "length"):
+            raise ConnectionError(f"it ended a request with {reason!r}")
+        tags = [span["version"] for span in choice["weight_versions"] or ()]
+        version = made_by(tags[0]) if len(tags) == 1 else None
+        if version is None:
+            raise ConnectionError(f"it does not hold this run's weights, but {tags}")
         content = choice["logprobs"]["content"]
         rows = zip(choice["token_ids"], (token["logprob"] for token in content), strict=True)
-        index, reason = choice["index"], choice["finish_reason"]
         return completion(place, index, rows, reason, version, sampling, self.tokenizer)
 
 
@@ -344,17 +347,6 @@ def _load(server: Server, files: WeightFiles) -> None:
     server.ask("/reset_encoder_cache", {})
     if not server.ask("/reset_prefix_cache", {})["success"]:
         raise ConnectionError("it keeps the KV cache of the old weights")
-
-
-def _version(choice: dict[str, Any], made_by: Callable[[str], int | None]) -> int:
-    """The policy version of a completion. Raises ConnectionError for one that must not be used."""
-    if choice["finish_reason"] not in ("stop", "length"):
-        raise ConnectionError(f"it ended a request with {choice['finish_reason']!r}")
-    tags = [span["version"] for span in choice["weight_versions"] or ()]
-    version = made_by(tags[0]) if len(tags) == 1 else None
-    if version is None:
-        raise ConnectionError(f"it does not hold this run's weights, but {tags}")
-    return version
 
 
 def _probe_generate(server: Server) -> None:
