@@ -72,12 +72,12 @@ def _on(switch: str, *fields: str) -> list[Need]:
     return _need(switch + how, lambda c: value_of(c, switch), *fields)
 
 
-def _estimator(names: tuple[str, ...], *fields: str) -> list[Need]:
-    """`fields` need one of these estimators, or a user's own: loading shows what it takes."""
+def _estimator(names: tuple[str, ...], *fields: str, own: bool = True) -> list[Need]:
+    """`fields` need one of these estimators, or a user's `own`: loading shows what it takes."""
 
     def met(config: JobConfig) -> bool:
         estimator = config.algorithm.advantage_estimator
-        return estimator in names or ".py:" in estimator
+        return estimator in names or (own and ".py:" in estimator)
 
     needs = " or ".join(f'"{name}"' for name in names)
     return _need(f"advantage_estimator = {needs}", met, *fields)
@@ -105,11 +105,7 @@ NEEDS: tuple[Need, ...] = (
     *_need(_CLIPS, lambda c: policy_loss(c) != "reinforce", "clip_range", "clip_range_higher"),
     *_need('policy_loss = "ppo_clip"', lambda c: policy_loss(c) == "ppo_clip", "dual_clip"),
     *_need("the cpgd policy loss", lambda c: policy_loss(c) == "cpgd", "cpgd_drift_coef"),
-    *_need(
-        'advantage_estimator = "cpgd"',
-        lambda c: c.algorithm.advantage_estimator == "cpgd",
-        "cpgd_weight",
-    ),
+    *_estimator(("cpgd",), "cpgd_weight", own=False),
     *_estimator(("gae",), *CRITIC_FIELDS, "critic_learning_rate", "lambd"),
     *_estimator(("reinforce", "reinforce_plus_plus", "gae"), "gamma"),
     *_need(
