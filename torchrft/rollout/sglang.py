@@ -7,14 +7,12 @@ tokens differ from run to run.
 
 import base64
 import io
-import json
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
+import httpx
 import torch
 import torch.multiprocessing  # its reductions let CUDA tensors travel
 from torch import Tensor
@@ -61,24 +59,17 @@ class HttpSglang:
         self.url, self.timeout = url.rstrip("/"), timeout
 
     def post(self, path: str, payload: dict[str, Any]) -> Any:
-        data = json.dumps(payload).encode()
-        request = urllib.request.Request(
-            self.url + path, data, {"Content-Type": "application/json"}, method="POST"
-        )
+        at = f"SGLang at {self.url}{path}"
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                text = answer.read().decode()
-        except urllib.error.HTTPError as error:
-            said = error.read().decode(errors="replace")[:300]
-            raise ConnectionError(
-                f"SGLang at {self.url}{path} answered {error.code}: {said}"
-            ) from error
-        except OSError as error:  # refused, reset, timed out
-            raise ConnectionError(f"SGLang at {self.url}{path}: {error}") from error
+            answer = httpx.post(self.url + path, json=payload, timeout=self.timeout)
+        except httpx.HTTPError as error:  # refused, reset, timed out
+            raise ConnectionError(f"{at}: {error}") from error
+        if answer.is_error:
+            raise ConnectionError(f"{at} answered {answer.status_code}: {answer.text[:300]}")
         try:
-            return json.loads(text)
-        except json.JSONDecodeError:
-            return text
+            return answer.json()
+        except ValueError:
+            return answer.text
 
     def close(self) -> None:
         """The server is the user's."""
