@@ -138,14 +138,8 @@ def load(argv: list[str], world_size: int | None = None) -> LoadedConfig:
         ]
     if draft.faults:
         raise ConfigError(draft.faults)
-    return LoadedConfig(
-        config,
-        world_size,
-        source,
-        flags.dry_run,
-        (*findings.warnings, *(judged.notes if judged else ())),
-        tuple(notes),
-    )
+    warnings = (*findings.warnings, *(judged.notes if judged else ()))
+    return LoadedConfig(config, world_size, source, flags.dry_run, warnings, tuple(notes))
 
 
 def _merge_deepspeed(draft: _Draft, known: tuple[int, str] | None) -> Judged | None:
@@ -176,26 +170,24 @@ def _merge_toml(path: str, draft: _Draft) -> None:
         draft.faults.append(_toml_fault(path, error))
         return
     for section, table in document.items():
+        what = f"{section} = {show(table)}"
         if section in SECTIONS and isinstance(table, dict):
             for key, value in table.items():
                 _place(path, section, key, value, draft)
-        elif section in SECTIONS:
-            draft.faults.append(
-                f"{path}: {section} = {show(table)}: must be a table; write [{section}]"
-            )
+            continue
+        if section in SECTIONS:
+            fault = f"{what}: must be a table; write [{section}]"
         elif section in FIELDS:
-            home = FIELDS[section].section
-            draft.faults.append(
-                f"{path}: {section} = {show(table)}: outside its section; put it under [{home}]"
-            )
+            fault = f"{what}: outside its section; put it under [{FIELDS[section].section}]"
             draft.spoiled.add(section)
         else:
+            if isinstance(table, dict):
+                what = f"[{section}]"
+                draft.spoiled.update(table)
             near = did_you_mean(section, SECTIONS)
             hint = f"did you mean [{near}]?" if near else "valid: " + ", ".join(SECTIONS)
-            what = f"[{section}]" if isinstance(table, dict) else f"{section} = {show(table)}"
-            draft.faults.append(f"{path}: {what}: unknown section; {hint}")
-            if isinstance(table, dict):
-                draft.spoiled.update(table)
+            fault = f"{what}: unknown section; {hint}"
+        draft.faults.append(f"{path}: {fault}")
 
 
 def _toml_fault(path: str, error: Exception) -> str:
