@@ -2,6 +2,7 @@
 
 import math
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -43,7 +44,7 @@ class Key(NamedTuple):
 
     disposition: Literal["mapped", "meaningless", "refused"]
     reason: str
-    off: tuple[Any, ...] = ()
+    off: Sequence[Any] = ()
     type: str | list[Any] = ""
 
     def asks_nothing(self, value: Any) -> bool:
@@ -72,9 +73,7 @@ class Key(NamedTuple):
 _TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
 
 KEYS = {
-    name: Key(
-        entry["disposition"], entry["reason"], tuple(entry.get("off", ())), entry.get("type", "")
-    )
+    name: Key(**{field: value for field, value in entry.items() if field != "names"})
     for entry in _TABLE["key"]
     for name in entry["names"]
 }

@@ -27,14 +27,7 @@ from torchrft.parallel.deepspeed_schedules import Schedule, check_options
 from torchrft.tools import distributed
 from torchrft.tools.logging import logger, setup_logging
 
-__all__ = [
-    "DeepSpeedEngine",
-    "add_config_arguments",
-    "comm",
-    "init_distributed",
-    "initialize",
-    "zero",
-]
+__all__ = ["add_config_arguments", "comm", "init_distributed", "initialize", "zero"]
 
 Config = Mapping[str, Any] | str | Path
 Groups = list[dict[str, Any]]
