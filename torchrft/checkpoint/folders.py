@@ -8,7 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
-from torchrft.checkpoint.manifest import sync_folder
+from torchrft.checkpoint.manifest import sync
 from torchrft.tools.logging import logger
 
 STEP_NAME = re.compile(r"step-(\d+)")
@@ -49,7 +49,7 @@ def publish(temporary: Path, final: Path) -> None:
     if final.exists():
         final.rename(old)
     temporary.rename(final)
-    sync_folder(final.parent)
+    sync(final.parent)
     if old.exists():
         shutil.rmtree(old)
 

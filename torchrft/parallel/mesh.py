@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from torchrft.config.job_config import Parallel
-from torchrft.tools.distributed import DataRanks
+from torchrft.tools.distributed import DataRanks, get_rank
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,7 @@ class ParallelDims:
     def data_ranks(self, device_type: str) -> DataRanks:
         """This rank's place among those with other samples. Collective."""
         if self.model_ranks == 1:
-            rank = dist.get_rank() if dist.is_initialized() else 0
-            return DataRanks(rank, self.dp, None)
+            return DataRanks(get_rank(), self.dp, None)
         shape = (self.dp, self.model_ranks)
         mesh = _mesh(device_type, shape, ("dp", "model"), dist.group.WORLD)
         return DataRanks(mesh.get_local_rank("dp"), self.dp, mesh.get_group("dp"))
