@@ -1,7 +1,5 @@
 """From the rewards of a rollout to the advantages of its tokens."""
 
-from __future__ import annotations
-
 import inspect
 from dataclasses import replace
 from typing import Any
@@ -72,14 +70,12 @@ class AdvantageStep:
         mine = slice(None)
         if split_groups:  # the estimator needs whole groups
             parts, mine = gather_rows(parts, self.ranks)
-        settings = {**algorithm.model_dump(), "values": parts.pop("values")}
+        measured = {"values": parts.pop("values"), "init_kl_coef": kl_coef}
+        settings = {**algorithm.model_dump(), **measured}
         result = advantages.compute(
             preset.estimator,
             **parts,
-            kl_estimator=algorithm.kl_estimator,
-            init_kl_coef=kl_coef,
-            advantages_norm=algorithm.advantages_norm,
-            advantage_clip=algorithm.advantage_clip,
+            **options_of(advantages.compute, settings, {}, 4),
             reduce=(lambda tensor: tensor) if split_groups else self.ranks.sum_tensor,
             **options_of(self.estimator, settings, algorithm.advantage_options, 1),
         )

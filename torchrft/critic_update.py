@@ -1,8 +1,7 @@
 """The critic of PPO: values of the samples before the update, and its own optimizer steps."""
 
-from __future__ import annotations
-
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
@@ -45,12 +44,7 @@ class CriticUpdate:
 
     def _step(self, batch: RolloutBatch, rows: list[int]) -> dict[str, float]:
         denominators = self.stepper.denominators(batch.mask[rows], self.max_response_length)
-
-        def loss(
-            micro: MicroBatch, part: RolloutBatch, mask: Tensor
-        ) -> tuple[Tensor, dict[str, Tensor]]:
-            return self._loss(micro, part, mask, denominators)
-
+        loss = partial(self._loss, denominators=denominators)
         return self.stepper.run(batch, rows, loss, usable=denominators.tokens > 0)
 
     def _loss(

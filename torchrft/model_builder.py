@@ -1,7 +1,5 @@
 """The job's models: loaded, wrapped and spread over ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar

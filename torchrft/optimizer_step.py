@@ -1,7 +1,6 @@
 """Optimizer steps of one model on a rollout, cut into micro-batches and spread over ranks."""
 
-from __future__ import annotations
-
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -141,7 +140,7 @@ class OptimizerStep:
         lr = float(self.scheduler.get_last_lr()[0])
         metrics = self._accumulate(batch, rows, loss)
         norm = float(clip_gradients(self.model, self.max_norm))
-        usable = usable and _finite(norm) and _finite(metrics["loss"])
+        usable = usable and math.isfinite(norm) and math.isfinite(metrics["loss"])
         if usable:
             if self.offload is not None:
                 self.offload.wait()
@@ -175,11 +174,8 @@ class OptimizerStep:
                 (value * self.gradient_ranks).backward()
             metrics["loss"] = value.detach()
             for name, term in metrics.items():
-                old = sums.get(name, term)
-                if name.startswith("max/"):
-                    sums[name] = torch.maximum(old, term)
-                else:
-                    sums[name] = term if name not in sums else old + term
+                join = torch.maximum if name.startswith("max/") else torch.add
+                sums[name] = join(sums[name], term) if name in sums else term
         maxima = {k.removeprefix("max/"): float(v) for k, v in sums.items() if k[:4] == "max/"}
         totals = {name: float(v) for name, v in sums.items() if name[:4] != "max/"}
         totals = self.ranks.sum(totals, "update")
@@ -229,7 +225,3 @@ class Mean:
         count = self.steps - self.skipped if self.steps > self.skipped else self.steps
         means = {name: value / count for name, value in self.sums.items()}
         return means | self.largest
-
-
-def _finite(value: float) -> bool:
-    return value - value == 0.0

@@ -1,10 +1,9 @@
 """What happens to the policy between two rollouts: log-probs of the samples, optimizer steps."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -117,12 +116,7 @@ class PolicyUpdate:
             full = torch.zeros_like(batch.mask)
             full[rows] = keep
             batch = replace(batch, keep=full)
-
-        def loss(
-            micro: MicroBatch, part: RolloutBatch, mask: Tensor
-        ) -> tuple[Tensor, dict[str, Tensor]]:
-            return self._loss(micro, part, mask, denominators, kept)
-
+        loss = partial(self._loss, denominators=denominators, keep_denominators=kept)
         if frozen:
             return self.stepper.evaluate(batch, rows, loss)
         return self.stepper.run(batch, rows, loss, usable=denominators.tokens > 0)
@@ -142,25 +136,25 @@ class PolicyUpdate:
         entropy = micro.scatter(entropies if algorithm.entropy_coef else entropies.detach(), width)
         old = logprobs.detach() if part.old_logprobs is None else part.old_logprobs
         assert part.advantages is not None
-        settings = {**algorithm.model_dump(), "cpgd_drift_coef": self.drift_coef}
+        settings = {
+            **algorithm.model_dump(),
+            "cpgd_drift_coef": self.drift_coef,
+            "init_kl_coef": self.kl_coef if self.preset.kl_placement == "loss" else 0.0,
+            "loss_aggregation": self.preset.loss_aggregation,
+        }
         loss, metrics = policy_loss(
             self.preset.policy_loss,
             logprobs,
             old,
             part.advantages,
             mask,
-            loss_aggregation=self.preset.loss_aggregation,
             ref_logprobs=part.ref_logprobs,
-            kl_estimator=algorithm.kl_estimator,
-            init_kl_coef=self.kl_coef if self.preset.kl_placement == "loss" else 0.0,
             entropy=entropy,
-            entropy_coef=algorithm.entropy_coef,
             keep=None if part.keep is None else part.keep & mask,
             rollout_logprobs=part.rollout_logprobs,
-            rollout_correction=algorithm.rollout_correction,
-            rollout_correction_cap=algorithm.rollout_correction_cap,
             denominators=denominators,
             keep_denominators=keep_denominators,
+            **options_of(policy_loss, settings, {}, 5),
             **options_of(self.loss, settings, algorithm.policy_loss_options, 4),
         )
         drift, worst = mismatch(old, part.rollout_logprobs, mask, denominators)
@@ -185,19 +179,15 @@ class PolicyUpdate:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes the coefficients that adapt, unless this run wants to start from others."""
-        for name, value in self._started_from().items():
-            if state[name] != value:
-                return
+        if any(state[name] != value for name, value in self._started_from().items()):
+            return
         if self.algorithm.kl_controller == "adaptive":  # a fixed one is the config's
             self.kl_coef = state["kl_coef"]
         self.drift_coef = state["drift_coef"]
 
     def _started_from(self) -> dict[str, float]:
-        algorithm = self.algorithm
-        return {
-            "init_kl_coef": algorithm.init_kl_coef,
-            "cpgd_drift_coef": algorithm.cpgd_drift_coef,
-        }
+        names = ("init_kl_coef", "cpgd_drift_coef")
+        return {name: getattr(self.algorithm, name) for name in names}
 
     def _gather(self, values: Tensor) -> Tensor:
         return torch.cat(self.stepper.ranks.gather(values.cpu())).to(values.device)

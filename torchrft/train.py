@@ -1,7 +1,5 @@
 """Entry point: `python -m torchrft.train --config_file job.toml [--any.option value]`."""
 
-from __future__ import annotations
-
 import sys
 
 from torchrft.config.manager import read

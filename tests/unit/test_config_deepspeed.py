@@ -2,11 +2,12 @@
 
 import json
 import tomllib
+from pathlib import Path
 
 import pytest
 
-from torchrft.config.deepspeed_fields import ELSEWHERE, FIELD_OF, ONLY
-from torchrft.config.deepspeed_keys import KEYS
+from torchrft.config import deepspeed_keys
+from torchrft.config.deepspeed_keys import KEYS, TRAINER
 from torchrft.config.fields import FIELDS, value_of
 from torchrft.config.manager import ConfigError, load, to_toml
 
@@ -169,5 +170,10 @@ def test_every_mapped_key_has_its_place():
         for name, key in KEYS.items()
         if key.disposition == "mapped" and not name.split(".")[-1].startswith(shim_only)
     }
-    assert mapped == set(FIELD_OF) | set(ONLY) | set(ELSEWHERE)
-    assert set(FIELD_OF.values()) <= set(FIELDS)
+    assert mapped == {name for table in TRAINER.values() for name in table}
+    assert set(TRAINER["fields"].values()) <= set(FIELDS)
+
+
+def test_every_key_is_listed_once():
+    table = tomllib.loads(Path(deepspeed_keys.__file__).with_suffix(".toml").read_text())
+    assert len(KEYS) == sum(len(entry["names"]) for entry in table["key"])

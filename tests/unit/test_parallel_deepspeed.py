@@ -12,7 +12,7 @@ from torch import nn
 from torchrft.config.deepspeed_keys import KEYS
 from torchrft.parallel import deepspeed
 from torchrft.parallel.deepspeed_config import offloads, read
-from torchrft.parallel.deepspeed_schedules import Schedule, warmup_lr
+from torchrft.parallel.deepspeed_schedules import Schedule, WarmupLR
 
 MICRO = {"train_micro_batch_size_per_gpu": 2}
 
@@ -137,7 +137,7 @@ def test_every_mapped_key_has_a_type(name):
 def test_values_that_ask_for_nothing_are_accepted():
     steps = {"type": "WarmupLR", "params": {"warmup_num_steps": 0, "warmup_max_lr": None}}
     found = read(MICRO | {"steps_per_print": math.inf, "scheduler": steps, "bf16": None}, 2)
-    assert found.section("scheduler.params") == {"warmup_num_steps": 0}
+    assert found.judged.section("scheduler.params") == {"warmup_num_steps": 0}
     assert found.get("gradient_clipping", 0.0) == 0.0
 
 
@@ -156,10 +156,12 @@ def test_zero_section_to_dims_and_offload(tmp_path):
 
 
 def test_warmup_by_hand():
-    assert warmup_lr(-1, 1.0, 0.0, 0.1, 4) == 0.0
-    assert warmup_lr(1, 1.0, 0.0, 0.1, 4) == pytest.approx(0.1 * math.log(2) / math.log(4))
-    assert warmup_lr(2, 1.0, 0.02, 0.1, 4, "linear") == pytest.approx(0.02 + 0.08 * 2 / 4)
-    assert warmup_lr(9, 1.0, 0.0, 0.1, 4) == 0.1
+    log = WarmupLR(warmup_max_lr=0.1, warmup_num_steps=4)
+    assert log(-1, 1.0) == 0.0
+    assert log(1, 1.0) == pytest.approx(0.1 * math.log(2) / math.log(4))
+    assert log(9, 1.0) == 0.1
+    line = {"warmup_min_lr": 0.02, "warmup_max_lr": 0.1, "warmup_type": "linear"}
+    assert WarmupLR(**line, warmup_num_steps=4)(2, 1.0) == pytest.approx(0.02 + 0.08 * 2 / 4)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
     schedule = Schedule(optimizer, "WarmupLR", {"warmup_num_steps": 2, "warmup_type": "linear"})
     seen = [schedule.get_lr()[0]]

@@ -17,6 +17,7 @@ import tiny
 import torch
 from tiny_job import MODEL
 
+from torchrft.config.job_config import Rollout
 from torchrft.models.loader import load_tokenizer
 from torchrft.rollout import sglang_loader
 from torchrft.rollout.canary import WeightSyncError
@@ -243,9 +244,8 @@ def test_options_reach_sglang(monkeypatch):
     monkeypatch.setitem(sys.modules, "sglang", types.SimpleNamespace(Engine=Engine))
 
     def start(pretrain="folder", **options):
-        return start_sglang(
-            pretrain, 99, 7, 1, 0.4, True, torch.bfloat16, needs_tokenizer=False, options=options
-        )
+        rollout = Rollout(rollout_batch_size=1, max_num_seqs=7, engine_mem_util=0.4, sglang=options)
+        return start_sglang(rollout, pretrain, 99, torch.bfloat16)
 
     assert start(attention_backend="triton", log_level="info") is not None
     expected = {

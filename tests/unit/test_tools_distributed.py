@@ -51,13 +51,13 @@ def test_setup_refuses_a_timeout_that_cannot_work(alone):
 
 
 def test_helpers_are_identity_without_a_group():
-    assert distributed.all_reduce_sum({"b": 2.0, "a": 1.0}) == {"b": 2.0, "a": 1.0}
+    everyone = distributed.DataRanks.all()
+    assert everyone.sum({"b": 2.0, "a": 1.0}, "p") == {"b": 2.0, "a": 1.0}
     assert distributed.all_reduce_max({"a": -1.0}) == {"a": -1.0}
     assert distributed.any_rank(True)
     assert not distributed.any_rank(False)
     value = {"x": object()}
-    assert distributed.gather_objects(value)[0] is value
-    assert distributed.broadcast_object(value) is value
+    assert everyone.gather(value)[0] is value
     assert distributed.on_main(lambda: 3, "p") == 3
     assert distributed.on_all(lambda: 3, "p") == [3]
     distributed.barrier()
@@ -69,12 +69,12 @@ def _collectives(rank: int) -> dict:
     values = {"a": 1.0 + rank, "b": 2.0**-40 * (1 + rank)}
     if rank == 1:
         values = dict(reversed(values.items()))
+    everyone = distributed.DataRanks.all()
     out = {
-        "sum": distributed.all_reduce_sum(values),
+        "sum": everyone.sum(values, "p"),
         "max": distributed.all_reduce_max({"a": -1.0 - rank}),
         "any": [distributed.any_rank(rank == 1), distributed.any_rank(False)],
-        "objects": distributed.gather_objects({"rank": rank, "list": [rank] * rank}),
-        "broadcast": distributed.broadcast_object(("from", rank)),
+        "objects": everyone.gather({"rank": rank, "list": [rank] * rank}),
         "main": distributed.on_main(lambda: f"ran on {rank}", "p"),
         "all": distributed.on_all(lambda: rank * 10, "p"),
         "is_main": distributed.is_main(),
@@ -90,7 +90,6 @@ def test_collectives_over_two_ranks():
         assert result["max"] == {"a": -1.0}
         assert result["any"] == [True, False]
         assert result["objects"] == [{"rank": 0, "list": []}, {"rank": 1, "list": [1]}]
-        assert result["broadcast"] == ("from", 0)
         assert result["main"] == "ran on 0"
         assert result["all"] == [0, 10]
     assert list(second["sum"]) == ["b", "a"]
@@ -157,8 +156,8 @@ def test_setup_under_torchrun(tmp_path):
     script.write_text(
         "from torchrft.tools import distributed as d\n"
         "w = d.setup(60.)\n"
-        "total = d.all_reduce_sum({'x': w.rank + 1.})['x']\n"
-        "names = d.gather_objects((w.rank, w.local_rank, w.world_size, total))\n"
+        "total = d.DataRanks.all().sum({'x': w.rank + 1.}, 'p')['x']\n"
+        "names = d.DataRanks.all().gather((w.rank, w.local_rank, w.world_size, total))\n"
         "if w.is_main: print(names)\n"
         "d.teardown()\n"
     )

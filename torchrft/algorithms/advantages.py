@@ -1,7 +1,5 @@
 """Advantage estimators: rewards of samples in, advantages of tokens out."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -177,16 +175,10 @@ def reinforce(rewards: Rewards, gamma: float = 1.0) -> Advantages:
     return Advantages(advantages, advantages)
 
 
-@ESTIMATORS.register("reinforce_plus_plus")
-def reinforce_plus_plus(rewards: Rewards, gamma: float = 1.0) -> Advantages:
-    """REINFORCE++ (arXiv:2501.03262): returns with the KL in the reward, whitened by `compute`."""
-    return reinforce(rewards, gamma)
-
-
-@ESTIMATORS.register("reinforce_baseline")
-def reinforce_baseline(rewards: Rewards) -> Advantages:
-    """REINFORCE++-baseline (arXiv:2501.03262): R_i - mean_g, whitened by `compute`."""
-    return dr_grpo(rewards)
+# REINFORCE++ (arXiv:2501.03262) has the KL in the reward, its variant a baseline of the group's
+# mean; `compute` whitens both.
+ESTIMATORS.register("reinforce_plus_plus")(reinforce)
+ESTIMATORS.register("reinforce_baseline")(dr_grpo)
 
 
 @ESTIMATORS.register("gae")
@@ -198,9 +190,8 @@ def gae(rewards: Rewards, values: Tensor, gamma: float = 1.0, lambd: float = 0.9
     """
     inside = values.double().where(rewards.mask, 0.0)
     delta = rewards.tokens + gamma * F.pad(inside, (0, 1))[:, 1:] - inside
-    advantages = discounted_sum(delta.where(rewards.mask, 0.0), gamma * lambd).where(
-        rewards.mask, 0.0
-    )
+    advantages = discounted_sum(delta.where(rewards.mask, 0.0), gamma * lambd)
+    advantages = advantages.where(rewards.mask, 0.0)
     return Advantages(advantages.float(), (advantages + inside).float())
 
 

@@ -4,9 +4,8 @@ A step's loss is a sum over micro-batches and ranks of what `aggregate` returns,
 the same global `Denominators`: so it does not depend on how the samples were cut.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ class Denominators:
     max_response_length: float
 
     @classmethod
-    def of(cls, mask: Tensor) -> Denominators:
+    def of(cls, mask: Tensor) -> Self:
         """Those of the mask [B, T] alone; its longest response stands in for the budget."""
         lengths = mask.sum(-1)
         longest = float(lengths.max()) if lengths.numel() else 0.0

@@ -4,8 +4,6 @@ w_t = exp(old_logprob_t - rollout_logprob_t) is the importance weight of a token
 sampled, under the trainer's policy of the same weights.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Estimators of the KL divergence from samples (Schulman, http://joschu.net/blog/kl-approx.html)."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 ESTIMATORS = ("k1", "k2", "k3")

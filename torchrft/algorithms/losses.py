@@ -1,7 +1,5 @@
 """Policy losses: log-probs and advantages of tokens in, one differentiable number out."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -55,15 +53,20 @@ def policy_loss(
         policy) and the loss's own.
     Raises: ValueError for an unknown loss, option or aggregation, or unequal shapes.
     """
-    others = (old_logprobs, advantages, mask, ref_logprobs, rollout_logprobs, entropy, keep)
-    _check_shapes(logprobs, *others)
+    for other in (old_logprobs, advantages, mask, ref_logprobs, rollout_logprobs, entropy, keep):
+        if other is not None and other.shape != logprobs.shape:
+            raise ValueError(f"shape {tuple(other.shape)} differs from {tuple(logprobs.shape)}")
+    function = LOSSES.get(name)
+    check_options(function, options, f'policy loss "{name}"')
     how = loss_aggregation or ("token_mean" if name in _TOKEN_MEAN else "seq_mean_token_mean")
     denominators = denominators or Denominators.of(mask)
     # Masked before use, not only after: a gradient of 0 times a masked NaN would still be NaN.
     logprobs, old_logprobs = logprobs.where(mask, 0.0), old_logprobs.where(mask, 0.0)
-    losses, extra = _token_losses(name, logprobs, old_logprobs, advantages, mask, options)
+    losses, extra = function(logprobs, old_logprobs, advantages.where(mask, 0.0), mask, **options)
     if rollout_correction != "none":
-        losses = losses * _weights(
+        if rollout_logprobs is None:
+            raise ValueError(f'rollout_correction "{rollout_correction}" needs rollout_logprobs')
+        losses = losses * correction_weights(
             rollout_correction, old_logprobs, rollout_logprobs, mask, rollout_correction_cap
         )
     counted, below = (mask, denominators) if keep is None else (keep & mask, keep_denominators)
@@ -71,43 +74,15 @@ def policy_loss(
     extra["policy/approx_kl"] = kl_divergence(old_logprobs, logprobs.detach(), "k3")
     extra["policy/kl"] = torch.zeros_like(logprobs)
     if ref_logprobs is not None:
-        kl = extra["policy/kl"] = kl_divergence(
-            logprobs, ref_logprobs.where(mask, 0.0), kl_estimator
-        )
+        ref_logprobs = ref_logprobs.where(mask, 0.0)
+        kl = extra["policy/kl"] = kl_divergence(logprobs, ref_logprobs, kl_estimator)
         loss = loss + init_kl_coef * aggregate(kl, mask, how, denominators)
-    if entropy_coef and entropy is None:
-        raise ValueError(f"entropy_coef = {entropy_coef} needs the tokens' entropy")
-    if entropy_coef and entropy is not None:
+    if entropy_coef:
+        if entropy is None:
+            raise ValueError(f"entropy_coef = {entropy_coef} needs the tokens' entropy")
         loss = loss - entropy_coef * aggregate(entropy, mask, how, denominators)
     metrics = {key: token_mean(value, mask, denominators) for key, value in extra.items()}
     return loss, {**metrics, "policy/loss": loss.detach()}
-
-
-def _check_shapes(logprobs: Tensor, *others: Tensor | None) -> None:
-    for tensor in others:
-        if tensor is not None and tensor.shape != logprobs.shape:
-            raise ValueError(f"shape {tuple(tensor.shape)} differs from {tuple(logprobs.shape)}")
-
-
-def _token_losses(
-    name: str,
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    options: dict[str, Any],
-) -> tuple[Tensor, Metrics]:
-    function = LOSSES.get(name)
-    check_options(function, options, f'policy loss "{name}"')
-    return function(logprobs, old_logprobs, advantages.where(mask, 0.0), mask, **options)
-
-
-def _weights(
-    correction: str, old_logprobs: Tensor, rollout: Tensor | None, mask: Tensor, cap: float
-) -> Tensor:
-    if rollout is None:
-        raise ValueError(f'rollout_correction "{correction}" needs rollout_logprobs')
-    return correction_weights(correction, old_logprobs, rollout, mask, cap)
 
 
 def value_loss(
@@ -271,5 +246,4 @@ def reinforce(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor
 ) -> tuple[Tensor, Metrics]:
     """REINFORCE (Williams, 1992): -A logprob; the ratio to the old policy plays no part."""
-    zero = torch.zeros_like(logprobs)
-    return -advantages * logprobs, {"policy/clip_fraction": zero.detach()}
+    return -advantages * logprobs, {"policy/clip_fraction": torch.zeros_like(advantages)}

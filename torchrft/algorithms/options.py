@@ -1,7 +1,5 @@
 """Options of registered functions are their keyword parameters."""
 
-from __future__ import annotations
-
 import inspect
 import typing
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """`advantage_estimator` names a preset: an estimator, a loss, an aggregation, where the KL goes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 from torchrft.config.job_config import Algorithm

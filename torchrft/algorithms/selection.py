@@ -1,7 +1,5 @@
 """Which response tokens count in the policy loss."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

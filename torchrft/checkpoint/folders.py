@@ -4,14 +4,11 @@
 that is being replaced. Only `step-N` counts as a checkpoint.
 """
 
-from __future__ import annotations
-
-import os
 import re
 import shutil
 from pathlib import Path
 
-from torchrft.checkpoint.manifest import sync_folder
+from torchrft.checkpoint.manifest import sync
 from torchrft.tools.logging import logger
 
 STEP_NAME = re.compile(r"step-(\d+)")
@@ -52,7 +49,7 @@ def publish(temporary: Path, final: Path) -> None:
     if final.exists():
         final.rename(old)
     temporary.rename(final)
-    sync_folder(final.parent)
+    sync(final.parent)
     if old.exists():
         shutil.rmtree(old)
 
@@ -86,7 +83,4 @@ def clear_leftovers(parent: Path) -> None:
 
 def size_in_bytes(folder: Path) -> int:
     """Bytes of all files below `folder`; 0 if it does not exist."""
-    total = 0
-    for parent, _, names in os.walk(folder):
-        total += sum(os.lstat(os.path.join(parent, name)).st_size for name in names)
-    return total
+    return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())

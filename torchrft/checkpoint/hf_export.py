@@ -1,11 +1,9 @@
 """Write a model, sharded over ranks or not, as a folder that Hugging Face tools load as it is."""
 
-from __future__ import annotations
-
 import copy
 import json
 import stat
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,31 +41,15 @@ def export_hf(
     shards = _plan(tensors, dtype, max_shard_bytes)
     index: dict[str, str] = {}
     total = 0
-    failure: Exception | None = None
     for number, names in enumerate(shards, start=1):
         gathered = {name: _gather(tensors[name], dtype) for name in names}
-        # Gathering is collective: rank 0 goes on with it after a full disk, and fails at the end.
-        if not is_main() or failure is not None:
-            continue
-        file_name = "model.safetensors"
-        if len(shards) > 1:
-            file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        try:
-            # From the names and layout of the module tree to those of the published format.
-            converted = revert_weight_conversion(model, gathered)
-            contents = {name: _own_storage(value) for name, value in converted.items()}
-            save_file(contents, folder / file_name, metadata={"format": "pt"})
-            # safetensors makes a file for its owner alone; others may read what they may elsewhere.
-            (folder / file_name).chmod(stat.S_IMODE(folder.stat().st_mode) & 0o666)
-        except Exception as error:
-            failure = error
-            continue
-        index.update(dict.fromkeys(contents, file_name))
-        total += sum(value.nbytes for value in contents.values())
+        several = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        path = folder / f"model{several}.safetensors"
+        sizes = on_main(partial(_write_weights, model, gathered, path), "write export")
+        index.update(dict.fromkeys(sizes, path.name))
+        total += sum(sizes.values())
 
     def finish() -> None:
-        if failure is not None:
-            raise failure
         if len(shards) > 1:
             content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
             text = json.dumps(content, indent=2) + "\n"
@@ -75,6 +57,19 @@ def export_hf(
         _write_configs(model, tokenizer, folder, dtype)
 
     on_main(finish, "write export")
+
+
+def _write_weights(
+    model: PreTrainedModel, gathered: dict[str, Tensor], path: Path
+) -> dict[str, int]:
+    """Writes one file; returns the bytes of each tensor by its published name."""
+    # From the names and layout of the module tree to those of the published format.
+    converted = revert_weight_conversion(model, gathered)
+    contents = {name: _own_storage(value) for name, value in converted.items()}
+    save_file(contents, path, metadata={"format": "pt"})
+    # safetensors makes a file for its owner alone; others may read what they may elsewhere.
+    path.chmod(stat.S_IMODE(path.parent.stat().st_mode) & 0o666)
+    return {name: value.nbytes for name, value in contents.items()}
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -147,16 +142,11 @@ def _write_configs(
     classes = type(model).__mro__
     architecture = next(cls for cls in classes if not issubclass(cls, FSDPModule))
     config.architectures = [architecture.__name__]
-    for part in _with_sub_configs(config):
-        part.dtype = dtype
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if part is not None:
+            part.dtype = dtype
     config.save_pretrained(folder)
     if model.can_generate() and model.generation_config is not None:
         # Not its save_pretrained, which refuses some published generation configs.
         model.generation_config.to_json_file(folder / "generation_config.json")
-    save_tokenizer: Callable[[Path], Any] = tokenizer.save_pretrained
-    save_tokenizer(folder)
-
-
-def _with_sub_configs(config: Any) -> list[Any]:
-    parts = [getattr(config, name, None) for name in config.sub_configs]
-    return [config, *(part for part in parts if part is not None)]
+    tokenizer.save_pretrained(folder)

@@ -3,15 +3,13 @@
 Every method is collective: all ranks call it, on a file system that all of them share.
 """
 
-from __future__ import annotations
-
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torchrft.checkpoint import folders, manifest
-from torchrft.checkpoint.set_aside import next_previous
+from torchrft.checkpoint.set_aside import move_to_previous
 from torchrft.checkpoint.state_io import load_state, save_state
 from torchrft.tools.distributed import get_rank, get_world_size, on_all, on_main
 from torchrft.tools.logging import logger
@@ -107,9 +105,11 @@ class CheckpointManager:
         written = self.save_path / "config.toml"
         if Path(ckpt_path).resolve().is_relative_to(self.save_path.resolve()):
             return False
-        if not on_main(written.exists, "find the run's config"):
-            return False
-        before = on_main(lambda: tomllib.loads(written.read_text()), "read the run's config")
+
+        def read() -> dict[str, Any]:
+            return tomllib.loads(written.read_text()) if written.exists() else {}
+
+        before = on_main(read, "read the run's config")
         same = before.get("checkpoint", {}).get("ckpt_path") == ckpt_path
         return same and self.find_latest() is not None
 
@@ -124,20 +124,13 @@ class CheckpointManager:
     def _set_aside_after(self, step: int) -> None:
         self._restore_interrupted()
         later = [
-            folder
+            f"{parent.name}/{folder.name}"
             for parent in (self.checkpoints, self.exports)
             for number, folder in folders.steps_in(parent).items()
             if number > step
         ]
-        if not later:
-            return
-        target = next_previous(self.save_path)
-        for folder in later:
-            destination = target / folder.parent.name / folder.name
-            destination.parent.mkdir(parents=True, exist_ok=True)
-            folder.rename(destination)
-        names = ", ".join(str(folder.relative_to(self.save_path)) for folder in later)
-        logger.warning("moved %s, later than step %d, to %s", names, step, target)
+        if moved := move_to_previous(self.save_path, later):
+            logger.warning("%s: later than step %d", moved, step)
 
     def _restore_interrupted(self) -> None:
         folders.restore_interrupted(self.checkpoints)
@@ -197,10 +190,12 @@ def verify(folder: Path) -> str | None:
 
 def _newest_complete(parent: Path) -> tuple[Path | None, list[str]]:
     """The newest complete step-N folder of `parent`, and what is wrong with those passed over."""
-    candidates, half_written = on_main(lambda: _candidates(parent), "list checkpoints")
+    candidates, half_written = on_main(
+        lambda: (folders.steps_in(parent), folders.suffixed_in(parent, ".tmp")), "list checkpoints"
+    )
     faults = [f"{path} is half-written" for path in half_written]
     newest = None
-    for folder in candidates:
+    for folder in reversed(candidates.values()):
         fault = verify(folder)
         if fault is None:
             newest = folder
@@ -209,10 +204,6 @@ def _newest_complete(parent: Path) -> tuple[Path | None, list[str]]:
     for text in faults:
         logger.warning("%s; passed over", text)
     return newest, faults
-
-
-def _candidates(parent: Path) -> tuple[list[Path], list[Path]]:
-    return list(reversed(folders.steps_in(parent).values())), folders.suffixed_in(parent, ".tmp")
 
 
 def _fingerprint_own_files(folder: Path) -> dict[str, dict[str, Any]]:

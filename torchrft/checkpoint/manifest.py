@@ -1,7 +1,5 @@
 """A checkpoint's files with sizes and checksums, listed last: what has a manifest is complete."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -32,12 +30,9 @@ def write(folder: Path, step: int, world_size: int, files: dict[str, dict[str, A
         "files": dict(sorted(files.items())),
     }
     content["sha256"] = _own_digest(content)
-    with (folder / FILE_NAME).open("w") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(folder)
+    (folder / FILE_NAME).write_text(json.dumps(content, indent=1) + "\n")
+    sync(folder / FILE_NAME)
+    sync(folder)
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -74,9 +69,9 @@ def find_fault(folder: Path, files: dict[str, dict[str, Any]]) -> str | None:
     return None
 
 
-def sync_folder(folder: Path) -> None:
-    """Force the folder's entries (names, renames) to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Force a file, or a folder's entries (names, renames), to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -85,13 +80,8 @@ def sync_folder(folder: Path) -> None:
 
 def sync_tree(folder: Path) -> None:
     """Force every file below `folder`, and the entries, to disk."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_dir():
-            sync_folder(path)
-        else:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    sync_folder(folder)
+    for path in (*sorted(folder.rglob("*")), folder):
+        sync(path)
 
 
 def _own_digest(content: dict[str, Any]) -> str:

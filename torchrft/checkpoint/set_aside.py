@@ -1,7 +1,5 @@
 """Make room for a fresh run without losing the one that lies there."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
@@ -22,15 +20,6 @@ def set_aside(save_path: str | Path, log_dir: str | Path | None = None) -> None:
     on_main(lambda: _set_aside(Path(save_path), log_dir), "set the earlier run aside")
 
 
-def next_previous(folder: Path) -> Path:
-    """The first free `folder/previous-K`; it is not created."""
-    taken = [0]
-    for path in folder.glob("previous-*"):
-        if match := re.fullmatch(r"previous-(\d+)", path.name):
-            taken.append(int(match[1]))
-    return folder / f"previous-{max(taken) + 1}"
-
-
 def _set_aside(save_path: Path, log_dir: str | Path | None) -> None:
     default_logs = save_path / "logs"
     names = [*WRITTEN_TO_SAVE_PATH, *(f"logs/{name}" for name in WRITTEN_TO_LOG_DIR)]
@@ -40,11 +29,20 @@ def _set_aside(save_path: Path, log_dir: str | Path | None) -> None:
 
 
 def _move(folder: Path, names: list[str]) -> None:
-    present = [name for name in names if (folder / name).exists()]
-    if not present:
-        return
-    target = next_previous(folder)
-    for name in present:
+    moved = move_to_previous(folder, [name for name in names if (folder / name).exists()])
+    if moved:
+        logger.info("%s holds an earlier run; %s", folder, moved)
+
+
+def move_to_previous(folder: Path, names: list[str]) -> str:
+    """Moves `names` of `folder` to the first free `previous-K` in it.
+
+    Returns a sentence about it, empty without names.
+    """
+    found = (re.fullmatch(r"previous-(\d+)", path.name) for path in folder.glob("previous-*"))
+    taken = max((int(match[1]) for match in found if match), default=0)
+    target = folder / f"previous-{taken + 1}"
+    for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).rename(target / name)
-    logger.info("%s holds an earlier run; moved %s to %s", folder, ", ".join(present), target)
+    return f"moved {', '.join(names)} to {target}" if names else ""

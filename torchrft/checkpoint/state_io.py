@@ -6,8 +6,6 @@ tensor in it counts as one object, because its keys may differ from one save to 
 `rank<N>` marks what belongs to one rank; all other objects are equal on all ranks and are rank 0's.
 """
 
-from __future__ import annotations
-
 import re
 import warnings
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ Both stop a real run; a dry run only notes them. When a feature lands, delete it
 value to the line) here and name the test that proves it in tests/unit/test_config_fields.py.
 """
 
-from __future__ import annotations
-
 import re
 from importlib import metadata
 

@@ -1,63 +1,18 @@
 """A DeepSpeed JSON as fields of a run: what each mapped key is called in torchrft."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torchrft.config.deepspeed_json import Judged
+from torchrft.config.deepspeed_keys import TRAINER
 from torchrft.config.fields import FIELDS, show
+from torchrft.config.job_config import JobConfig
 
 _ZERO = "zero_optimization."
 _ADAM = "optimizer.params."
 _RATE = "scheduler.params."
 
-FIELD_OF = {
-    "train_batch_size": "train_batch_size",
-    "train_micro_batch_size_per_gpu": "micro_train_batch_size",
-    "gradient_clipping": "max_norm",
-    "bf16.enabled": "bf16",
-    "bfloat16.enabled": "bf16",
-    f"{_ZERO}stage": "zero_stage",
-    f"{_ZERO}offload_optimizer.device": "adam_offload",
-    f"{_ZERO}offload_param.device": "fsdp_cpu_offload",
-    f"{_ZERO}cpu_offload": "adam_offload",
-    f"{_ZERO}cpu_offload_param": "fsdp_cpu_offload",
-    f"{_ZERO}zero_hpz_partition_size": "dp_shard",
-    f"{_ZERO}mics_shard_size": "dp_shard",
-    f"{_ADAM}lr": "actor_learning_rate",
-    f"{_ADAM}betas": "adam_betas",
-    f"{_ADAM}weight_decay": "l2",
-    "scheduler.type": "lr_decay",
-    f"{_RATE}warmup_max_lr": "actor_learning_rate",
-    f"{_RATE}cos_min_ratio": "lr_min_ratio",
-}
-"""The field that a key fills, or must agree with."""
-
-ONLY: dict[str, tuple[Any, str]] = {
-    "managed_gradient_accumulation": (True, "leave it out"),
-    "gradient_allreduce_op": ("mean", "leave it out"),
-    "dataloader_drop_last": (False, "leave it out"),
-    "torch_autocast.enabled": (False, "use bf16"),
-    f"{_ADAM}amsgrad": (False, "leave it out"),
-    f"{_ADAM}adam_w_mode": (True, "leave it out: decay is decoupled"),
-    f"{_ADAM}eps": (1e-8, "leave it out"),
-    f"{_RATE}warmup_type": ("linear", 'write "linear"'),
-    f"{_RATE}warmup_min_lr": (0, "leave it out: the warm-up starts at 0"),
-    f"{_RATE}warmup_min_ratio": (0, "leave it out: the warm-up starts at 0"),
-    f"{_RATE}warmup_num_steps": ("auto", 'write "auto" and set lr_warmup_ratio'),
-    f"{_RATE}total_num_steps": ("auto", 'write "auto": the run knows its steps'),
-    f"{_RATE}last_batch_iteration": (-1, "leave it out"),
-}
-"""Keys without a field: the one value that the trainer has anyway, and what to do about others."""
-
-ELSEWHERE = {
-    "gradient_accumulation_steps": "follows from the batch sizes, which are checked against it",
-    "optimizer.type": "AdamW is what there is",
-    f"{_ADAM}torch_adam": "only changes the default of weight_decay",
-    "torch_autocast.dtype": "torch_autocast is refused",
-    "steps_per_print": "every step is logged",
-}
+FIELD_OF: dict[str, str] = TRAINER["fields"]
 
 _DECAYS = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 
@@ -70,19 +25,15 @@ class Wanted(NamedTuple):
     key: str
 
 
-def wanted(judged: Judged, ranks: int | None) -> list[Wanted]:
+def wanted(judged: Judged, ranks: int | None) -> Iterator[Wanted]:
     """What the JSON asks of fields, for `ranks` data-parallel ranks (None: not known).
 
     Raises ValueError, in one sentence, for what the trainer does not do.
     """
-    return list(_wanted(judged, ranks))
-
-
-def _wanted(judged: Judged, ranks: int | None) -> Iterator[Wanted]:
     values = {name: value for name, value in judged.values.items() if value != "auto"}
-    for name, (value, remedy) in ONLY.items():
-        if values.get(name, value) != value:
-            raise _refusal(name, values[name], remedy)
+    for name, only in TRAINER["only"].items():
+        if values.get(name, only["value"]) != only["value"]:
+            raise _refusal(name, values[name], only["remedy"])
     for name, field in FIELD_OF.items():
         if name in values and field not in ("lr_decay", "dp_shard"):
             value = values[name]
@@ -155,13 +106,14 @@ def merge(
     return faults
 
 
-def accumulation_fault(path: str, judged: Judged, batch: int, micro: int, dp: int) -> list[str]:
+def accumulation_fault(judged: Judged, config: JobConfig, dp: int) -> list[str]:
     """Whether gradient_accumulation_steps is what follows from the batch sizes."""
     steps = judged.get("gradient_accumulation_steps")
+    batch, micro = config.training.train_batch_size, config.training.micro_train_batch_size
     if steps is None or batch == micro * steps * dp:
         return []
     return [
-        f"{path}: gradient_accumulation_steps = {steps} must be train_batch_size / "
-        f"(micro_train_batch_size x dp) = {batch} / ({micro} x {dp}) = {batch / (micro * dp):g}; "
-        'change one of them, or write "auto"'
+        f"{config.parallel.deepspeed_config}: gradient_accumulation_steps = {steps} must be "
+        f"train_batch_size / (micro_train_batch_size x dp) = {batch} / ({micro} x {dp}) = "
+        f'{batch / (micro * dp):g}; change one of them, or write "auto"'
     ]

@@ -1,7 +1,5 @@
 """A DeepSpeed configuration, read and judged key by key."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
@@ -21,6 +19,12 @@ class Judged(NamedTuple):
         """The value of a key; the default where it is "auto" or not set."""
         value = self.values.get(name, default)
         return default if value == "auto" else value
+
+    def section(self, name: str) -> dict[str, Any]:
+        """What was set below `name`, without "auto"."""
+        start = name + "."
+        below = {k.removeprefix(start): v for k, v in self.values.items() if k.startswith(start)}
+        return {k: v for k, v in below.items() if v != "auto"}
 
 
 def read_json(config: Mapping[str, Any] | str | Path) -> Judged:

@@ -1,48 +1,35 @@
 """What becomes of every key of DeepSpeed's configuration: the table in deepspeed_keys.toml."""
 
-from __future__ import annotations
-
 import math
 import tomllib
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
+from pydantic import Field, StringConstraints, TypeAdapter, ValidationError
 
-def _integer(value: Any, least: int) -> bool:
-    return type(value) is int and value >= least
+from torchrft.config.field_types import NonNegativeInt, PositiveInt, TwoRates
 
+_Amount = Annotated[float, Field(ge=0, lt=math.inf)]
+_FromMinus1 = Annotated[int, Field(ge=-1)]
+_Adam = Annotated[str, StringConstraints(pattern="(?i)^adamw?$")]
+# Accelerate writes infinity for "never".
+_Steps = NonNegativeInt | Annotated[float, Field(ge=math.inf)]
 
-def _amount(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value < math.inf
-
-
-def _per_group(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """A value for every parameter group, or a list with one for each."""
-    return lambda value: all(map(accepts, value)) if isinstance(value, list) else accepts(value)
-
-
-TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "switch": ("true or false", lambda value: type(value) is bool),
-    "count": ("an integer above 0", lambda value: _integer(value, 1)),
-    "from -1": ("an integer of -1 or more", lambda value: _integer(value, -1)),
-    # Accelerate writes infinity for "never".
-    "steps": ("an integer of 0 or more", lambda value: _integer(value, 0) or value == math.inf),
-    "amount": ("a number of 0 or more", _amount),
-    "betas": (
-        "a list of two numbers from 0 to below 1",
-        lambda value: (
-            isinstance(value, list | tuple)
-            and len(value) == 2
-            and all(_amount(beta) and beta < 1 for beta in value)
-        ),
-    ),
-    "adam": ("Adam or AdamW", lambda value: str(value).lower() in ("adam", "adamw")),
-    "amounts": ("a number of 0 or more", _per_group(_amount)),
-    "counts": ("an integer above 0", _per_group(lambda value: _integer(value, 1))),
-    "sizes": ("an integer of 0 or more", _per_group(lambda value: _integer(value, 0))),
+TYPES: dict[str, tuple[str, Any]] = {
+    "switch": ("true or false", bool),
+    "count": ("an integer above 0", PositiveInt),
+    "from -1": ("an integer of -1 or more", _FromMinus1),
+    "steps": ("an integer of 0 or more", _Steps),
+    "amount": ("a number of 0 or more", _Amount),
+    "betas": ("a list of two numbers from 0 to below 1", TwoRates),
+    "adam": ("Adam or AdamW", _Adam),
+    # One for every parameter group, or a list with one for each.
+    "amounts": ("a number of 0 or more", _Amount | list[_Amount]),
+    "counts": ("an integer above 0", PositiveInt | list[PositiveInt]),
+    "sizes": ("an integer of 0 or more", NonNegativeInt | list[NonNegativeInt]),
 }
-"""What a mapped key may take: in words, and as a function that says whether a value fits."""
+"""What a mapped key may take, in words and as a type."""
 
 
 class Key(NamedTuple):
@@ -57,7 +44,7 @@ class Key(NamedTuple):
 
     disposition: Literal["mapped", "meaningless", "refused"]
     reason: str
-    off: tuple[Any, ...] = ()
+    off: Sequence[Any] = ()
     type: str | list[Any] = ""
 
     def asks_nothing(self, value: Any) -> bool:
@@ -75,22 +62,25 @@ class Key(NamedTuple):
                 return None
             *most, last = map(repr, self.type)
             return f"must be {', '.join(most)} or {last}"
-        words, accepts = TYPES[self.type.removesuffix("?")]
-        return None if accepts(value) else f"must be {words}"
+        words, kind = TYPES[self.type.removesuffix("?")]
+        try:
+            TypeAdapter(kind).validate_python(value, strict=True)
+        except ValidationError:
+            return f"must be {words}"
+        return None
 
 
-def _read() -> dict[str, Key]:
-    table = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
-    keys = {}
-    for entry in table["key"]:
-        for name in entry.pop("names"):
-            assert name not in keys, f"{name} is listed twice"
-            keys[name] = Key(**{**entry, "off": tuple(entry.get("off", ()))})
-    return keys
+_TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
 
-
-KEYS = _read()
+KEYS = {
+    name: Key(**{field: value for field, value in entry.items() if field != "names"})
+    for entry in _TABLE["key"]
+    for name in entry["names"]
+}
 """By dotted name. A dictionary under a name without further parts is not looked into."""
+
+TRAINER: dict[str, dict[str, Any]] = _TABLE["trainer"]
+"""What the trainer makes of mapped keys: "fields", "only" and "elsewhere"."""
 
 SECTIONS = {
     ".".join(name.split(".")[:depth]) for name in KEYS for depth in range(1, name.count(".") + 1)

@@ -4,8 +4,6 @@ Everything is read off the JSON schema of `JobConfig`, so that the command line,
 and docs/configuration.md cannot say anything else than editors do.
 """
 
-from __future__ import annotations
-
 import difflib
 import json
 from collections.abc import Iterable

@@ -5,8 +5,6 @@ reported in one go, a line each; argparse and tyro stop at the first. Nothing is
 word that does not read as its field's type stays text, and the config refuses it.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 import textwrap
@@ -65,42 +63,44 @@ def parse(argv: list[str]) -> Flags:
     {'dp_shard': -1, 'bf16': True, 'wandb_run_name': '7'}
     """
     flags = Flags()
-    seen: dict[str, str] = {}
-    position = 0
-    while position < len(argv):
-        word = argv[position]
-        position += 1
-        if not _is_flag(word):
-            flags.faults.append(f"{show(word)}: not a flag; write --key {show(word)}")
-            continue
-        key, equals, inline = word[2:].partition("=")
-        words = [inline] if equals else []
-        while position < len(argv) and not _is_flag(argv[position]):
-            words.append(argv[position])
-            position += 1
-        name = _resolve(key, words, flags)
+    for key, words in _grouped(argv, flags.faults):
+        typed = " ".join([f"--{key}", *words])
+        typed = typed if len(typed) <= 120 else typed[:117] + "..."
+        name = _resolve(key, typed, flags)
         if name is None:
             continue
         target = _NEGATED.get(name, name)
-        if target in seen:
-            flags.faults.append(f"{_typed(key, words)}: given twice, first as {seen[target]}")
+        try:
+            if target in flags.typed:
+                raise ValueError(f"{typed}: given twice, first as {flags.typed[target]}")
+            flags.typed[target] = typed
+            value = _value(target, key, words, typed)
+        except ValueError as error:
+            flags.faults.append(str(error))
             flags.spoiled.add(target)
             continue
-        seen[target] = _typed(key, words)
-        _take(name, key, words, flags)
+        negated = name in _NEGATED and isinstance(value, bool)
+        flags.values[target] = not value if negated else value
+    flags.config_file = flags.values.pop("config_file", None)
+    flags.dry_run = flags.values.pop("dry_run", False)
     return flags
 
 
-def _is_flag(word: str) -> bool:
-    return word.startswith("--")
+def _grouped(argv: list[str], faults: list[str]) -> list[tuple[str, list[str]]]:
+    """Each flag's key with the words behind it; a word that is behind no flag is a fault."""
+    groups: list[tuple[str, list[str]]] = []
+    for word in argv:
+        if word.startswith("--"):
+            key, equals, inline = word[2:].partition("=")
+            groups.append((key, [inline] if equals else []))
+        elif groups:
+            groups[-1][1].append(word)
+        else:
+            faults.append(f"{show(word)}: not a flag; write --key {show(word)}")
+    return groups
 
 
-def _typed(key: str, words: list[str]) -> str:
-    text = " ".join([f"--{key}", *words])
-    return text if len(text) <= 120 else text[:117] + "..."
-
-
-def _resolve(key: str, words: list[str], flags: Flags) -> str | None:
+def _resolve(key: str, typed: str, flags: Flags) -> str | None:
     """The field (or own flag) that `key` names, or None after noting a fault."""
     section, dot, name = key.rpartition(".")
     if not dot and (key in FIELDS or key in _OWN or key in _NEGATED):
@@ -111,47 +111,30 @@ def _resolve(key: str, words: list[str], flags: Flags) -> str | None:
     negated = re.sub("^(no|disable)[_-]", "", name)
     if negated != name and negated in FIELDS:
         hint = f"write --{negated} false"
-    elif dot and name in FIELDS:
-        hint = f"did you mean --{FIELDS[name].section}.{name}?"
-    elif near:
-        hint = f"did you mean --{FIELDS[near].section}.{near}?" if dot and near in FIELDS else ""
-        hint = hint or f"did you mean --{near}?"
+    elif near:  # the very field, if only its section is wrong
+        at = f"{FIELDS[near].section}." if dot and near in FIELDS else ""
+        hint = f"did you mean --{at}{near}?"
     else:
         hint = "--help lists all flags"
-    if near:
-        flags.spoiled.add(near)
-    flags.faults.append(_typed(key, words) + f": unknown flag; {hint}")
+    flags.spoiled.update([near] if near else [])
+    flags.faults.append(f"{typed}: unknown flag; {hint}")
     return None
 
 
-def _take(name: str, key: str, words: list[str], flags: Flags) -> None:
-    """Note the value of one flag."""
-    target = _NEGATED.get(name, name)
-    typed = _typed(key, words)
-    kind = {"config_file": "string", "dry_run": "boolean"}.get(target) or kind_of(target)
+def _value(name: str, key: str, words: list[str], typed: str) -> Any:
+    """The value of one flag. Raises ValueError for words that cannot be one."""
+    kind = {"config_file": "string", "dry_run": "boolean"}.get(name) or kind_of(name)
     if not words and kind != "boolean":
-        want = "a .toml file" if target == "config_file" else expected(target)
-        flags.faults.append(f"--{key}: its value is missing; expected {want}")
-        flags.spoiled.add(target)
-        return
-    if kind != "array" and len(words) > 1:
-        flags.faults.append(f"{typed}: takes one value; {show(' '.join(words[1:]))} is too much")
-        flags.spoiled.add(target)
-        return
-    value = (
-        _list(target, words) if kind == "array" else _scalar(kind, words[0] if words else "true")
-    )
-    if name in _NEGATED and isinstance(value, bool):
-        value = not value
-    if target == "config_file":
-        flags.config_file = value
-    elif target == "dry_run":
-        flags.dry_run = value is True
-        if not isinstance(value, bool):
-            flags.faults.append(f"{typed}: expected true or false")
-    else:
-        flags.values[target] = value
-        flags.typed[target] = typed
+        want = "a .toml file" if name == "config_file" else expected(name)
+        raise ValueError(f"--{key}: its value is missing; expected {want}")
+    if kind == "array":
+        return _list(name, words)
+    if len(words) > 1:
+        raise ValueError(f"{typed}: takes one value; {show(' '.join(words[1:]))} is too much")
+    value = _scalar(kind, words[0] if words else "true")
+    if name == "dry_run" and not isinstance(value, bool):
+        raise ValueError(f"{typed}: expected true or false")
+    return value
 
 
 def kind_of(name: str) -> str:

@@ -1,7 +1,5 @@
 """From a command line to a `JobConfig`: TOML, then flags, then every rule; all faults at once."""
 
-from __future__ import annotations
-
 import difflib
 import math
 import os
@@ -11,7 +9,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import tomli_w
 from pydantic import ValidationError
@@ -75,10 +73,7 @@ def read(argv: list[str]) -> JobConfig:
         if speaks:
             print(help_text())
         raise SystemExit(0)
-    try:
-        loaded = load(argv)
-    except ConfigError as error:
-        _refuse(error.faults if speaks else [])
+    loaded = _load_or_exit(argv, speaks)
     if loaded.dry_run:
         if speaks:
             print(dry_run_text(loaded))
@@ -94,24 +89,22 @@ def check_only(argv: list[str]) -> int:
 
     For run_train.sh, which asks before it starts any process. Warnings are left to the job.
     """
-    if command_line.wants_help(argv) or command_line.parse(argv).dry_run:
-        try:
-            read(argv)
-        except SystemExit as done:
-            return int(done.code or 0) or 10
     try:
-        load(argv)
-    except ConfigError as error:
-        for fault in error.faults:
-            print(f"error: {fault}", file=sys.stderr)
-        return 2
+        if command_line.wants_help(argv) or command_line.parse(argv).dry_run:
+            read(argv)  # which ends in SystemExit
+        _load_or_exit(argv, speaks=True)
+    except SystemExit as done:
+        return int(done.code or 0) or 10
     return 0
 
 
-def _refuse(faults: list[str]) -> NoReturn:
-    for fault in faults:
-        print(f"error: {fault}", file=sys.stderr)
-    raise SystemExit(2)
+def _load_or_exit(argv: list[str], speaks: bool) -> LoadedConfig:
+    try:
+        return load(argv)
+    except ConfigError as error:
+        for fault in error.faults if speaks else []:
+            print(f"error: {fault}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def load(argv: list[str], world_size: int | None = None) -> LoadedConfig:
@@ -133,26 +126,20 @@ def load(argv: list[str], world_size: int | None = None) -> LoadedConfig:
     unknown = smallest_world_size(config), "the smallest that fits; set NGPU for another"
     world_size, source = known or unknown
     if judged is not None:
-        sizes = config.training.train_batch_size, config.training.micro_train_batch_size
         dp = max(data_parallel(config, world_size), 1)
-        path = str(config.parallel.deepspeed_config)
-        draft.faults += accumulation_fault(path, judged, *sizes, dp)
+        draft.faults += accumulation_fault(judged, config, dp)
     findings = check(config, world_size)
     notes = unavailable(config) + missing(config)
     errors = findings.errors if flags.dry_run else findings.errors + notes
     if not draft.is_partial:
         # A message about a field whose own value is bad would only confuse; it waits its turn.
-        draft.faults += [text for text in errors if draft.spoiled.isdisjoint(_names(text))]
+        draft.faults += [
+            text for text in errors if draft.spoiled.isdisjoint(re.findall(r"\w+", text))
+        ]
     if draft.faults:
         raise ConfigError(draft.faults)
-    return LoadedConfig(
-        config,
-        world_size,
-        source,
-        flags.dry_run,
-        (*findings.warnings, *(judged.notes if judged else ())),
-        tuple(notes),
-    )
+    warnings = (*findings.warnings, *(judged.notes if judged else ()))
+    return LoadedConfig(config, world_size, source, flags.dry_run, warnings, tuple(notes))
 
 
 def _merge_deepspeed(draft: _Draft, known: tuple[int, str] | None) -> Judged | None:
@@ -165,7 +152,7 @@ def _merge_deepspeed(draft: _Draft, known: tuple[int, str] | None) -> Judged | N
     ranks = known[0] // math.prod(sizes) if known is not None and fits else None
     try:
         judged = read_json(path)
-        found = wanted(judged, ranks)
+        found = list(wanted(judged, ranks))
     except (OSError, ValueError, RecursionError) as error:
         draft.faults.append(f"{draft.origins['deepspeed_config']}: {error}")
         draft.is_partial = True
@@ -174,44 +161,33 @@ def _merge_deepspeed(draft: _Draft, known: tuple[int, str] | None) -> Judged | N
     return judged
 
 
-def _names(text: str) -> list[str]:
-    return re.findall(r"\w+", text)
-
-
 def _merge_toml(path: str, draft: _Draft) -> None:
     """Add a TOML file's values to the draft; unknown sections and keys become faults."""
-    document = _parse_toml(path, draft)
-    for section, table in document.items():
-        if section in SECTIONS and isinstance(table, dict):
-            for key, value in table.items():
-                _place(path, section, key, value, draft)
-        elif section in SECTIONS:
-            draft.faults.append(
-                f"{path}: {section} = {show(table)}: must be a table; write [{section}]"
-            )
-        elif section in FIELDS:
-            home = FIELDS[section].section
-            draft.faults.append(
-                f"{path}: {section} = {show(table)}: outside its section; put it under [{home}]"
-            )
-            draft.spoiled.add(section)
-        else:
-            near = did_you_mean(section, SECTIONS)
-            hint = f"did you mean [{near}]?" if near else "valid: " + ", ".join(SECTIONS)
-            what = f"[{section}]" if isinstance(table, dict) else f"{section} = {show(table)}"
-            draft.faults.append(f"{path}: {what}: unknown section; {hint}")
-            if isinstance(table, dict):
-                draft.spoiled.update(table)
-
-
-def _parse_toml(path: str, draft: _Draft) -> dict[str, Any]:
     try:
-        text = Path(path).read_bytes().decode()
-        return tomllib.loads(text)
+        document = tomllib.loads(Path(path).read_bytes().decode())
     except (OSError, ValueError, RecursionError) as error:
         draft.is_partial = True
         draft.faults.append(_toml_fault(path, error))
-        return {}
+        return
+    for section, table in document.items():
+        what = f"{section} = {show(table)}"
+        if section in SECTIONS and isinstance(table, dict):
+            for key, value in table.items():
+                _place(path, section, key, value, draft)
+            continue
+        if section in SECTIONS:
+            fault = f"{what}: must be a table; write [{section}]"
+        elif section in FIELDS:
+            fault = f"{what}: outside its section; put it under [{FIELDS[section].section}]"
+            draft.spoiled.add(section)
+        else:
+            if isinstance(table, dict):
+                what = f"[{section}]"
+                draft.spoiled.update(table)
+            near = did_you_mean(section, SECTIONS)
+            hint = f"did you mean [{near}]?" if near else "valid: " + ", ".join(SECTIONS)
+            fault = f"{what}: unknown section; {hint}"
+        draft.faults.append(f"{path}: {fault}")
 
 
 def _toml_fault(path: str, error: Exception) -> str:

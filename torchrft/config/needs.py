@@ -1,9 +1,7 @@
 """Which fields have an effect only while another one is set: a table."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torchrft.config.fields import FIELDS, is_set, value_of
 from torchrft.config.job_config import JobConfig
@@ -53,136 +51,92 @@ def kl_adapts(config: JobConfig) -> bool:
     return algorithm.kl_controller == "adaptive" or policy_loss(config) == "cpgd"
 
 
-def _own_or(config: JobConfig, *estimators: str) -> bool:
-    """One of these estimators, or a user's own: loading that shows what it takes."""
-    name = config.algorithm.advantage_estimator
-    return name in estimators or ".py:" in name
+CRITIC_FIELDS = ("critic_pretrain", "freezing_actor_steps", "value_clip")
+
+# Only a warning where the guide's own examples set a field idly, or sweeps switch the need off.
+_WARNED = {
+    *("kl_estimator", "kl_placement", "kl_target", "clip_range", "clip_range_higher"),
+    *("critic_learning_rate", "max_tokens_per_microbatch", "chunk_size", "checkpointing_mode"),
+    "engine_mem_util",
+}
 
 
-def _has_critic(config: JobConfig) -> bool:
-    return _own_or(config, "gae")
+def _need(needs: str, met: Callable[[JobConfig], Any], *fields: str) -> list[Need]:
+    return [Need(name, lambda c: bool(met(c)), needs, name not in _WARNED) for name in fields]
 
 
-def _has_kl(config: JobConfig) -> bool:
-    return config.algorithm.init_kl_coef > 0
+def _on(switch: str, *fields: str) -> list[Need]:
+    """`fields` need `switch` to be true, above 0, or set at all."""
+    default = FIELDS[switch].info.default
+    how = {bool: " = true", int: " > 0", float: " > 0"}.get(type(default), "")
+    return _need(switch + how, lambda c: value_of(c, switch), *fields)
 
 
-def _own_engine(config: JobConfig) -> bool:
-    """Whether an engine other than the native one runs in the trainer's own process."""
-    return config.rollout.engine_type != "native" and not config.rollout.server_urls
+def _estimator(names: tuple[str, ...], *fields: str, own: bool = True) -> list[Need]:
+    """`fields` need one of these estimators, or a user's `own`: loading shows what it takes."""
+
+    def met(config: JobConfig) -> bool:
+        estimator = config.algorithm.advantage_estimator
+        return estimator in names or (own and ".py:" in estimator)
+
+    needs = " or ".join(f'"{name}"' for name in names)
+    return _need(f"advantage_estimator = {needs}", met, *fields)
 
 
-def _has_vllm_servers(config: JobConfig) -> bool:
+def _embedded(*engines: str) -> Callable[[JobConfig], bool]:
+    """One of these engines runs in the trainer's own process."""
+    return lambda c: c.rollout.engine_type in engines and not c.rollout.server_urls
+
+
+def _vllm_served(config: JobConfig) -> bool:
     return bool(config.rollout.server_urls) and config.rollout.engine_type == "vllm"
 
 
-def _clips(config: JobConfig) -> bool:
-    return policy_loss(config) != "reinforce"
-
-
-CRITIC_FIELDS = ("critic_pretrain", "freezing_actor_steps", "value_clip")
-
-_CRITIC = 'advantage_estimator = "gae"'
 _ADAPTIVE = 'kl_controller = "adaptive" or the cpgd policy loss'
-_RETURNS = 'advantage_estimator = "reinforce", "reinforce_plus_plus" or "gae"'
-_OWN_ENGINE = 'engine_type = "vllm" or "sglang" and no server_urls'
-_WEIGHTED = 'advantage_estimator = "cpgd"'
+_EMBEDDED = 'engine_type = "vllm" or "sglang" and no server_urls'
+_WHOLE = f"{_EMBEDDED}; the native engine runs whole on every rank, servers have their own"
+_ALIKE = 'engine_type = "native"; the others sample all tokens alike'
+_CLIPS = "a policy_loss that clips"
+_DECAYS = "an lr_decay that decays"
 
-# Only a warning where the guide's own examples set a field idly, or sweeps switch the need off.
 NEEDS: tuple[Need, ...] = (
-    Need("ref_pretrain", _has_kl, "init_kl_coef > 0"),
-    Need("kl_estimator", _has_kl, "init_kl_coef > 0", False),
-    Need("kl_placement", _has_kl, "init_kl_coef > 0", False),
-    Need("kl_target", kl_adapts, _ADAPTIVE, False),
-    Need("kl_horizon", kl_adapts, _ADAPTIVE),
-    Need("clip_range", _clips, "a policy_loss that clips", False),
-    Need("clip_range_higher", _clips, "a policy_loss that clips", False),
-    Need("dual_clip", lambda c: policy_loss(c) == "ppo_clip", 'policy_loss = "ppo_clip"'),
-    Need("critic_pretrain", _has_critic, _CRITIC),
-    Need("critic_learning_rate", _has_critic, _CRITIC, False),
-    Need("freezing_actor_steps", _has_critic, _CRITIC),
-    Need("value_clip", _has_critic, _CRITIC),
-    Need("lambd", _has_critic, _CRITIC),
-    Need(
-        "gamma",
-        lambda c: _own_or(c, "reinforce", "reinforce_plus_plus", "gae"),
-        _RETURNS,
-    ),
-    Need("cpgd_weight", lambda c: c.algorithm.advantage_estimator == "cpgd", _WEIGHTED),
-    Need("cpgd_drift_coef", lambda c: policy_loss(c) == "cpgd", "the cpgd policy loss"),
-    Need(
-        "rollout_correction_cap",
-        lambda c: c.algorithm.rollout_correction != "none",
+    *_on("init_kl_coef", "ref_pretrain", "kl_estimator", "kl_placement"),
+    *_need(_ADAPTIVE, kl_adapts, "kl_target", "kl_horizon"),
+    *_need(_CLIPS, lambda c: policy_loss(c) != "reinforce", "clip_range", "clip_range_higher"),
+    *_need('policy_loss = "ppo_clip"', lambda c: policy_loss(c) == "ppo_clip", "dual_clip"),
+    *_need("the cpgd policy loss", lambda c: policy_loss(c) == "cpgd", "cpgd_drift_coef"),
+    *_estimator(("cpgd",), "cpgd_weight", own=False),
+    *_estimator(("gae",), *CRITIC_FIELDS, "critic_learning_rate", "lambd"),
+    *_estimator(("reinforce", "reinforce_plus_plus", "gae"), "gamma"),
+    *_need(
         "a rollout_correction",
+        lambda c: c.algorithm.rollout_correction != "none",
+        "rollout_correction_cap",
     ),
-    Need(
-        "dynamic_sampling_max_rounds",
-        lambda c: c.rollout.dynamic_sampling,
-        "dynamic_sampling = true",
-    ),
-    Need(
-        "overlong_penalty_factor",
-        lambda c: c.reward.overlong_buffer_len > 0,
-        "overlong_buffer_len > 0",
-    ),
-    Need(
-        "reward_running_norm_minus_mean",
-        lambda c: c.reward.reward_running_norm,
-        "reward_running_norm = true",
-    ),
-    Need("system_prompt", lambda c: c.data.apply_chat_template, "apply_chat_template = true"),
-    Need(
-        "max_tokens_per_microbatch",
-        lambda c: c.training.packing_samples,
-        "packing_samples = true",
-        False,
-    ),
-    Need(
-        "chunk_size",
-        lambda c: c.training.fused_linear_logprob,
-        "fused_linear_logprob = true",
-        False,
-    ),
-    Need(
-        "checkpointing_mode",
-        lambda c: c.training.gradient_checkpointing,
-        "gradient_checkpointing = true",
-        False,
-    ),
-    Need("lr_min_ratio", lambda c: c.optimizer.lr_decay != "constant", "an lr_decay that decays"),
-    Need("engine_mem_util", _own_engine, _OWN_ENGINE, False),
-    Need(
-        "engine_tp_size",
-        _own_engine,
-        f"{_OWN_ENGINE}; the native engine runs whole on every rank, servers have their own",
-    ),
-    Need(
-        "sglang",
-        lambda c: _own_engine(c) and c.rollout.engine_type == "sglang",
-        'engine_type = "sglang" and no server_urls',
-    ),
-    Need(
-        "vllm",
-        lambda c: _own_engine(c) and c.rollout.engine_type == "vllm",
-        'engine_type = "vllm" and no server_urls',
-    ),
-    Need(
-        "server_urls",
-        lambda c: c.rollout.engine_type != "native",
+    *_on("dynamic_sampling", "dynamic_sampling_max_rounds"),
+    *_on("overlong_buffer_len", "overlong_penalty_factor"),
+    *_on("reward_running_norm", "reward_running_norm_minus_mean"),
+    *_on("apply_chat_template", "system_prompt"),
+    *_on("packing_samples", "max_tokens_per_microbatch"),
+    *_on("fused_linear_logprob", "chunk_size"),
+    *_on("gradient_checkpointing", "checkpointing_mode"),
+    *_need(_DECAYS, lambda c: c.optimizer.lr_decay != "constant", "lr_min_ratio"),
+    *_need(_EMBEDDED, _embedded("vllm", "sglang"), "engine_mem_util"),
+    *_need(_WHOLE, _embedded("vllm", "sglang"), "engine_tp_size"),
+    *_need('engine_type = "sglang" and no server_urls', _embedded("sglang"), "sglang"),
+    *_need('engine_type = "vllm" and no server_urls', _embedded("vllm"), "vllm"),
+    *_need(
         'engine_type = "vllm" or "sglang"',
+        lambda c: c.rollout.engine_type != "native",
+        "server_urls",
     ),
-    Need("async_level", lambda c: bool(c.rollout.server_urls), "server_urls"),
-    Need("request_timeout", lambda c: bool(c.rollout.server_urls), "server_urls"),
-    Need("request_retries", _has_vllm_servers, 'server_urls and engine_type = "vllm"'),
-    Need("weight_folder", _has_vllm_servers, 'server_urls and engine_type = "vllm"'),
-    Need(
-        "first_token_temperature",
-        lambda c: c.rollout.engine_type == "native",
-        'engine_type = "native"; the others sample all tokens alike',
+    *_on("server_urls", "async_level", "request_timeout"),
+    *_need(
+        'server_urls and engine_type = "vllm"', _vllm_served, "request_retries", "weight_folder"
     ),
-    Need("use_mp_opt", lambda c: c.training.bf16, "bf16 = true"),
-    Need("eval_steps", lambda c: c.evaluation.eval_data is not None, "eval_data"),
-    Need("ckpt_path", lambda c: c.checkpoint.load_checkpoint, "load_checkpoint = true"),
-    Need("wandb_org", lambda c: c.logging.use_wandb is not None, "use_wandb"),
-    Need("wandb_run_name", lambda c: c.logging.use_wandb is not None, "use_wandb"),
+    *_need(_ALIKE, lambda c: c.rollout.engine_type == "native", "first_token_temperature"),
+    *_on("bf16", "use_mp_opt"),
+    *_on("eval_data", "eval_steps"),
+    *_on("load_checkpoint", "ckpt_path"),
+    *_on("use_wandb", "wandb_org", "wandb_run_name"),
 )

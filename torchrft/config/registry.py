@@ -1,7 +1,5 @@
 """Components that a configuration selects by name."""
 
-from __future__ import annotations
-
 import difflib
 import hashlib
 import importlib.util

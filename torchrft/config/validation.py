@@ -4,20 +4,21 @@ Every message writes out the fields and numbers it depends on. The manager relie
 message that mentions a field whose own value is faulty is held back until that one is mended.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from torchrft.config.fields import is_set, label, show, value_of
+from torchrft.config.fields import FIELDS, is_set, label, show, value_of
 from torchrft.config.job_config import JobConfig
 from torchrft.config.needs import NEEDS, is_chosen, kl_adapts, policy_loss
 
 
 class Finding(NamedTuple):
-    is_error: bool
-    message: str
+    """What is wrong with `field`, whose name and value go before `text`; or with a section."""
+
+    field: str
+    text: str
+    is_error: bool = True
 
 
 class Findings(NamedTuple):
@@ -29,11 +30,12 @@ class Findings(NamedTuple):
 
 def check(config: JobConfig, world_size: int) -> Findings:
     """Judge a config for a job of `world_size` ranks."""
-    found = [finding for rule in RULES for finding in rule(config, world_size)]
-    return Findings(
-        [finding.message for finding in found if finding.is_error],
-        [finding.message for finding in found if not finding.is_error],
-    )
+    findings = Findings([], [])
+    for field, text, is_error in (f for rule in RULES for f in rule(config, world_size)):
+        messages = findings.errors if is_error else findings.warnings
+        at = label(config, field) if field in FIELDS else f"[{field}]"
+        messages.append(f"{at} {text}")
+    return findings
 
 
 def data_parallel(config: JobConfig, world_size: int) -> int:
@@ -50,30 +52,28 @@ def smallest_world_size(config: JobConfig) -> int:
 
 
 def _layout(config: JobConfig, world_size: int) -> Iterator[Finding]:
-    parallel = config.parallel
-    ranks = parallel.tp_size * parallel.sp_size * parallel.dp_replicate
+    tp, sp, replicas = (value_of(config, name) for name in ("tp_size", "sp_size", "dp_replicate"))
+    ranks, shards = tp * sp * replicas, config.parallel.dp_shard
     if world_size % ranks:
         yield Finding(
-            True,
-            f"[parallel] world_size = {world_size} must be a multiple of tp_size x sp_size x "
-            f"dp_replicate = {parallel.tp_size} x {parallel.sp_size} x {parallel.dp_replicate} = "
-            f"{ranks}; start a multiple of {ranks} ranks or lower one of the three",
+            "parallel",
+            f"world_size = {world_size} must be a multiple of tp_size x sp_size x dp_replicate = "
+            f"{tp} x {sp} x {replicas} = {ranks}; start a multiple of {ranks} ranks or lower one "
+            "of the three",
         )
-    elif parallel.dp_shard > 0 and world_size != ranks * parallel.dp_shard:
+    elif shards > 0 and world_size != ranks * shards:
         yield Finding(
-            True,
-            f"{label(config, 'dp_shard')} must fill the job: tp_size x sp_size x dp_replicate x "
-            f"dp_shard = {parallel.tp_size} x {parallel.sp_size} x {parallel.dp_replicate} x "
-            f"{parallel.dp_shard} = {ranks * parallel.dp_shard}, but world_size = {world_size}; "
-            f"use -1 or {world_size // ranks}",
+            "dp_shard",
+            "must fill the job: tp_size x sp_size x dp_replicate x dp_shard = "
+            f"{tp} x {sp} x {replicas} x {shards} = {ranks * shards}, but world_size = "
+            f"{world_size}; use -1 or {world_size // ranks}",
         )
-    tp_size = config.rollout.engine_tp_size
-    if world_size % tp_size:
+    engine = config.rollout.engine_tp_size
+    if rest := world_size % engine:
         yield Finding(
-            True,
-            f"{label(config, 'engine_tp_size')} must divide the world size: world_size % "
-            f"engine_tp_size = {world_size} % {tp_size} = {world_size % tp_size}; use a divisor "
-            f"of {world_size}",
+            "engine_tp_size",
+            "must divide the world size: world_size % engine_tp_size = "
+            f"{world_size} % {engine} = {rest}; use a divisor of {world_size}",
         )
 
 
@@ -81,217 +81,185 @@ def _on_policy(config: JobConfig, world_size: int) -> Iterator[Finding]:
     prompts, n = config.rollout.rollout_batch_size, config.rollout.n_samples_per_prompt
     batch, samples = config.training.train_batch_size, prompts * n
     equation = f"rollout_batch_size x n_samples_per_prompt = {prompts} x {n} = {samples}"
-    at = label(config, "train_batch_size")
-    if batch > samples and batch % samples:
+    if batch > samples and (rest := batch % samples):
         yield Finding(
-            True,
-            f"{at} is above {equation}, so it must be a multiple of it, but {batch} % {samples} = "
-            f"{batch % samples}; use {batch // samples * samples} or "
-            f"{(batch // samples + 1) * samples}",
+            "train_batch_size",
+            f"is above {equation}, so it must be a multiple of it, but {batch} % {samples} = "
+            f"{rest}; use {batch - rest} or {batch - rest + samples}",
         )
-    elif batch < samples and samples % batch:
+    elif batch < samples and (rest := samples % batch):
         yield Finding(
-            True,
-            f"{at} is below {equation}, so it must divide it, but {samples} % {batch} = "
-            f"{samples % batch}; use {samples} or a divisor of it",
+            "train_batch_size",
+            f"is below {equation}, so it must divide it, but {samples} % {batch} = {rest}; use "
+            f"{samples} or a divisor of it",
         )
     elif batch < samples:
-        epochs = config.training.max_epochs
+        epochs, strict = config.training.max_epochs, config.training.strict_batch_rule
         steps = epochs * samples // batch
-        strict = config.training.strict_batch_rule
+        bound = "strict_batch_rule = true demands at least" if strict else "on-policy from"
         yield Finding(
+            "train_batch_size",
+            f"is below {equation}: a rollout makes max_epochs x {samples} / {batch} = {epochs} x "
+            f"{samples // batch} = {steps} optimizer steps, {steps - 1} of them off-policy; "
+            f"{bound} {samples}",
             strict,
-            f"{at} is below {equation}: a rollout makes max_epochs x {samples} / {batch} = "
-            f"{epochs} x {samples // batch} = {steps} optimizer steps, {steps - 1} of them "
-            f"off-policy; "
-            + ("strict_batch_rule = true demands at least " if strict else "on-policy from ")
-            + str(samples),
         )
 
 
 def _batches(config: JobConfig, world_size: int) -> Iterator[Finding]:
     parallel, training = config.parallel, config.training
-    ranks = parallel.tp_size * parallel.sp_size
-    if world_size % ranks:
+    if world_size % (parallel.tp_size * parallel.sp_size):
         return  # _layout has said so; the sums below would only be wrong
-    dp = world_size // ranks
+    dp = data_parallel(config, world_size)
     why = (
         f"dp = world_size / (tp_size x sp_size) = {world_size} / "
         f"({parallel.tp_size} x {parallel.sp_size}) = {dp}"
     )
     batch, micro = training.train_batch_size, training.micro_train_batch_size
     if rest := batch % (micro * dp):
-        near = batch - rest or micro * dp
+        near = [size for size in (batch - rest, batch - rest + micro * dp) if size]
         yield Finding(
-            True,
-            f"{label(config, 'train_batch_size')} must be a multiple of micro_train_batch_size x "
-            f"dp = {micro} x {dp} = {micro * dp} ({why}), but {batch} % {micro * dp} = {rest}; "
-            f"use {near}" + (f" or {batch - rest + micro * dp}" if batch > rest else ""),
+            "train_batch_size",
+            f"must be a multiple of micro_train_batch_size x dp = {micro} x {dp} = {micro * dp} "
+            f"({why}), but {batch} % {micro * dp} = {rest}; use {' or '.join(map(str, near))}",
         )
     prompts = config.rollout.rollout_batch_size
     if rest := prompts % dp:
         yield Finding(
-            True,
-            f"{label(config, 'rollout_batch_size')} must be a multiple of dp ({why}), but "
-            f"{prompts} % {dp} = {rest}; use {prompts - rest + dp}",
+            "rollout_batch_size",
+            f"must be a multiple of dp ({why}), but {prompts} % {dp} = {rest}; use "
+            f"{prompts - rest + dp}",
         )
 
 
 def _lengths(config: JobConfig, world_size: int) -> Iterator[Finding]:
-    data, rollout = config.data, config.rollout
-    if is_set(config, "prompt_max_len") and data.prompt_max_len >= data.max_len:
+    length, wanted = config.data.max_len, config.rollout.max_new_tokens or 0
+    if is_set(config, "prompt_max_len") and config.data.prompt_max_len >= length:
         yield Finding(
-            True,
-            f"{label(config, 'prompt_max_len')} must be below max_len = {data.max_len}, or no "
-            f"token is left for a response; use at most {data.max_len - 1}",
+            "prompt_max_len",
+            f"must be below max_len = {length}, or no token is left for a response; use at most "
+            f"{length - 1}",
         )
-    if data.max_len < 2:
+    if length < 2:
+        yield Finding("max_len", "leaves no room for a prompt and a response; use 2 or more")
+    if wanted >= length:
         yield Finding(
-            True,
-            f"{label(config, 'max_len')} leaves no room for a prompt and a response; use 2 or more",
-        )
-    budget = min(data.max_len - 1, rollout.max_new_tokens or data.max_len)
-    terms = f"min(max_len - 1, max_new_tokens) = {budget}"
-    if rollout.min_new_tokens > budget:
-        yield Finding(
-            True,
-            f"{label(config, 'min_new_tokens')} is above the longest response, {terms}; use "
-            f"at most {budget}",
-        )
-    if rollout.max_new_tokens and rollout.max_new_tokens >= data.max_len:
-        yield Finding(
+            "max_new_tokens",
+            f"has no effect: max_len = {length} leaves at most {length - 1} tokens; lower it or "
+            "leave it out",
             False,
-            f"{label(config, 'max_new_tokens')} has no effect: max_len = {data.max_len} leaves "
-            f"at most {data.max_len - 1} tokens; lower it or leave it out",
         )
-    if config.reward.overlong_buffer_len > budget:
+    budget = min(length - 1, wanted or length)
+    for name in ("min_new_tokens", "overlong_buffer_len"):
+        if value_of(config, name) > budget:
+            yield Finding(
+                name,
+                f"is above the longest response, min(max_len - 1, max_new_tokens) = {budget}; use "
+                f"at most {budget}",
+            )
+    if (config.training.max_tokens_per_microbatch or length) < length:
         yield Finding(
-            True,
-            f"{label(config, 'overlong_buffer_len')} is above the longest response, {terms}; use "
-            f"at most {budget}",
-        )
-    tokens = config.training.max_tokens_per_microbatch
-    if tokens is not None and tokens < data.max_len:
-        yield Finding(
-            True,
-            f"{label(config, 'max_tokens_per_microbatch')} is below max_len = {data.max_len}, so "
-            f"that a long sample fits nowhere; use at least {data.max_len}",
+            "max_tokens_per_microbatch",
+            f"is below max_len = {length}, so that a long sample fits nowhere; use at least "
+            f"{length}",
         )
 
 
 def _needs(config: JobConfig, world_size: int) -> Iterator[Finding]:
-    for need in NEEDS:
-        if is_chosen(config, need.field) and not need.met(config):
-            yield Finding(
-                need.is_error,
-                f"{label(config, need.field)} has no effect without {need.needs}; set that, or "
-                f"leave {need.field} out",
-            )
+    for name, met, needs, is_error in NEEDS:
+        if is_chosen(config, name) and not met(config):
+            text = f"has no effect without {needs}; set that, or leave {name} out"
+            yield Finding(name, text, is_error)
 
 
-def _combinations(config: JobConfig, world_size: int) -> Iterator[Finding]:
-    algorithm = config.algorithm
-    if config.parallel.fsdp and is_set(config, "zero_stage"):
+def _exclusions(config: JobConfig, world_size: int) -> Iterator[Finding]:
+    parallel, rollout = config.parallel, config.rollout
+    if parallel.fsdp and is_set(config, "zero_stage"):
+        yield Finding("zero_stage", "and fsdp = true exclude each other; leave one out")
+    if parallel.fsdp_cpu_offload and config.optimizer.adam_offload:
         yield Finding(
-            True,
-            f"{label(config, 'zero_stage')} and fsdp = true exclude each other; leave one out",
+            "adam_offload",
+            "moves what fsdp_cpu_offload = true keeps in host memory anyway; leave one out",
         )
-    if config.parallel.fsdp_cpu_offload and config.optimizer.adam_offload:
+    sleeps = is_set(config, "enable_engine_sleep") and rollout.enable_engine_sleep
+    if rollout.async_level and sleeps:
         yield Finding(
-            True,
-            f"{label(config, 'adam_offload')} moves what fsdp_cpu_offload = true keeps in host "
-            "memory anyway; leave one out",
+            "enable_engine_sleep",
+            "and async_level = 1 exclude each other: the servers generate while the trainer "
+            "computes; leave one out",
         )
     training = config.training
-    if training.compile and config.parallel.tp_size > 1 and not training.gradient_checkpointing:
+    if training.compile and parallel.tp_size > 1 and not training.gradient_checkpointing:
         yield Finding(
-            True,
-            f"{label(config, 'compile')} with tp_size = {config.parallel.tp_size} needs "
-            "gradient_checkpointing = true; set that, or leave compile out",
+            "compile",
+            f"with tp_size = {parallel.tp_size} needs gradient_checkpointing = true; set that, or "
+            "leave compile out",
         )
-    rollout = config.rollout
-    if (
-        rollout.async_level
-        and is_set(config, "enable_engine_sleep")
-        and rollout.enable_engine_sleep
-    ):
+
+
+def _algorithm(config: JobConfig, world_size: int) -> Iterator[Finding]:
+    algorithm, loss = config.algorithm, policy_loss(config)
+    if config.rollout.async_level and algorithm.rollout_correction == "none":
         yield Finding(
-            True,
-            f"{label(config, 'enable_engine_sleep')} and async_level = 1 exclude each other: the "
-            "servers generate while the trainer computes; leave one out",
-        )
-    if rollout.async_level and algorithm.rollout_correction == "none":
-        yield Finding(
+            "async_level",
+            "trains on samples that are one policy version late; a rollout_correction, e.g. "
+            '"token_tis", weighs them',
             False,
-            f"{label(config, 'async_level')} trains on samples that are one policy version late; "
-            'a rollout_correction, e.g. "token_tis", weighs them',
         )
     if algorithm.kl_controller == "adaptive" and not algorithm.init_kl_coef:
         yield Finding(
-            True,
-            f"{label(config, 'kl_controller')} cannot adapt init_kl_coef = 0.0, which stays "
-            '0 under scaling; start above 0 or use "fixed"',
+            "kl_controller",
+            "cannot adapt init_kl_coef = 0.0, which stays 0 under scaling; start above 0 or use "
+            '"fixed"',
         )
-    if algorithm.clip_range >= 1 and policy_loss(config) == "cpgd":
+    if algorithm.clip_range >= 1 and loss == "cpgd":
         yield Finding(
-            True,
-            f"{label(config, 'clip_range')} must be below 1 for the cpgd policy loss, which clips "
-            "at log(1 - clip_range); use e.g. 0.2",
+            "clip_range",
+            "must be below 1 for the cpgd policy loss, which clips at log(1 - clip_range); use "
+            "e.g. 0.2",
         )
-    chooses_tokens = algorithm.high_entropy_token_ratio < 1 or algorithm.rollout_correction in (
-        "token_tis",
-        "token_mask",
-    )
-    if chooses_tokens and policy_loss(config) == "gmpo":
+    per_token = algorithm.rollout_correction in ("token_tis", "token_mask")
+    if (per_token or algorithm.high_entropy_token_ratio < 1) and loss == "gmpo":
         yield Finding(
-            True,
-            f"{label(config, 'high_entropy_token_ratio')} and "
-            f"{label(config, 'rollout_correction')}: tokens cannot be chosen or weighed in the "
+            "high_entropy_token_ratio",
+            f"and {label(config, 'rollout_correction')}: tokens cannot be chosen or weighed in the "
             "gmpo policy loss, which is one number per sequence; use seq_tis or seq_mask",
         )
-    if config.rollout.n_samples_per_prompt == 1:
-        yield from _single_samples(config)
-    rates = config.optimizer
-    if algorithm.advantage_estimator == "gae" and (
-        rates.actor_learning_rate > rates.critic_learning_rate
-    ):
+    actor, critic = config.optimizer.actor_learning_rate, config.optimizer.critic_learning_rate
+    if algorithm.advantage_estimator == "gae" and actor > critic:
         yield Finding(
+            "actor_learning_rate",
+            f"is above critic_learning_rate = {critic}; the critic usually learns faster: lower "
+            "the first or raise the second",
             False,
-            f"{label(config, 'actor_learning_rate')} is above critic_learning_rate = "
-            f"{rates.critic_learning_rate}; the critic usually learns faster: lower the first or "
-            "raise the second",
         )
 
 
-def _single_samples(config: JobConfig) -> Iterator[Finding]:
+def _single_samples(config: JobConfig, world_size: int) -> Iterator[Finding]:
+    if config.rollout.n_samples_per_prompt > 1:
+        return
     if config.rollout.dynamic_sampling:
         yield Finding(
-            True,
-            f"{label(config, 'dynamic_sampling')} drops groups of equal rewards, which every group "
-            f"of {label(config, 'n_samples_per_prompt')} is; use 2 or more samples",
+            "dynamic_sampling",
+            "drops groups of equal rewards, which every group of "
+            f"{label(config, 'n_samples_per_prompt')} is; use 2 or more samples",
         )
     estimator = config.algorithm.advantage_estimator
-    if estimator in ("reinforce", "reinforce_plus_plus", "gae"):
-        return
-    yield Finding(
-        estimator == "rloo",
-        f"{label(config, 'n_samples_per_prompt')} gives advantage_estimator = {show(estimator)} no "
-        "other sample to compare with"
-        + ("" if estimator == "rloo" else ", so that every advantage is 0")
-        + "; use 2 or more",
-    )
+    if estimator not in ("reinforce", "reinforce_plus_plus", "gae"):
+        effect = "" if estimator == "rloo" else ", so that every advantage is 0"
+        yield Finding(
+            "n_samples_per_prompt",
+            f"gives advantage_estimator = {show(estimator)} no other sample to compare with"
+            f"{effect}; use 2 or more",
+            estimator == "rloo",
+        )
 
 
 def _ranges(config: JobConfig, world_size: int) -> Iterator[Finding]:
     for name, (low, high) in RANGES.items():
-        value = value_of(config, name)
-        if low <= value <= high or not _range_applies(config, name):
-            continue
-        yield Finding(
-            False,
-            f"{label(config, name)} is outside the usual range {low} to {high}; make sure that it "
-            "is meant",
-        )
+        if not low <= value_of(config, name) <= high and _range_applies(config, name):
+            text = f"is outside the usual range {low} to {high}; make sure that it is meant"
+            yield Finding(name, text, False)
 
 
 def _range_applies(config: JobConfig, name: str) -> bool:
@@ -351,6 +319,8 @@ RULES: tuple[Callable[[JobConfig, int], Iterator[Finding]], ...] = (
     _batches,
     _lengths,
     _needs,
-    _combinations,
+    _exclusions,
+    _algorithm,
+    _single_samples,
     _ranges,
 )

@@ -1,14 +1,11 @@
 """What a person sees of a run: progress with time left, one line per step, a summary."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -40,31 +37,23 @@ class Console:
         self.total_steps = total_steps
         self.start_step = start_step
         self._started_at = time.monotonic()
-        self._silent = not is_main()
-        self._progress: Progress | None = None
-        if not self._silent and on_terminal():
-            self._progress = Progress(
-                TextColumn("training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[left]}"),
-                console=terminal(),
-            )
-            self._task = self._progress.add_task(
-                "training", total=total_steps, completed=start_step, left=""
-            )
-            self._progress.start()
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=terminal(),
+            disable=not (is_main() and on_terminal()),
+        )
+        self._task = self._bar.add_task("", total=total_steps, completed=start_step, left="")
+        self._bar.start()
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Print the line of a finished step; metrics that it lacks are left out."""
-        if self._silent:
-            return
         left = self._time_left(step)
-        if self._progress is None:
-            self._print(step_line(step, self.total_steps, metrics, left))
-            return
-        self._print(step_line(step, self.total_steps, metrics))
-        self._progress.update(self._task, completed=step, left=f"{left} left")
+        line_left = left if self._bar.disable else None
+        self._print(step_line(step, self.total_steps, metrics, line_left))
+        self._bar.update(self._task, completed=step, left=f"{left} left")
 
     def summary(
         self, paths: Mapping[str, str | Path], records: Sequence[Mapping[str, Any]]
@@ -74,27 +63,19 @@ class Console:
         `records` are the run's metrics as `read_metrics` returns them, so that a resumed run shows
         its evaluation before the interruption too.
         """
-        if self._silent:
-            return
         self.close()
         for line in summary_lines(paths, records, time.monotonic() - self._started_at):
             self._print(line)
 
     def close(self) -> None:
         """Remove the bar; calling it again does nothing."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        if self._bar.live.is_started:
+            self._bar.stop()
 
-    def __enter__(self) -> Console:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _time_left(self, step: int) -> str:
@@ -105,6 +86,8 @@ class Console:
         return _clock(max(0.0, seconds))
 
     def _print(self, line: str) -> None:
+        if not is_main():
+            return
         if on_terminal():
             terminal().print(escape(line), highlight=False, soft_wrap=True)
         else:

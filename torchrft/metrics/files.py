@@ -1,7 +1,5 @@
 """JSON lines and files that are never seen half-written."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,15 +1,12 @@
 """One record a step, to metrics.jsonl and, if asked for, to TensorBoard and Weights & Biases."""
 
-from __future__ import annotations
-
 import math
 import re
 import uuid
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from torchrft.config.job_config import Logging
 from torchrft.metrics.files import METRICS_FILE, json_line, read_metrics, write_json_lines
@@ -89,15 +86,10 @@ class MetricLogger:
             self._wandb.finish()
         self._file = self._tensorboard = self._wandb = None
 
-    def __enter__(self) -> MetricLogger:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 

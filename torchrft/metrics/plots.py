@@ -1,7 +1,5 @@
 """PNG plots in `log_dir`/plots. Figures are made without pyplot, which keeps global state."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,16 +38,14 @@ def plot_curves(log_dir: str | Path) -> Path | None:
     """
     records = read_metrics(log_dir)
     figure, axes = _figure()
-    empty = True
     for key, label, style in (
         ("reward/mean", "training (sampled)", {"alpha": 0.6}),
         ("eval/reward/mean", "evaluation (greedy)", {"marker": "o"}),
     ):
         points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
         if points:
-            empty = False
             axes.plot(*zip(*points, strict=True), label=label, **style)
-    if empty:
+    if not axes.lines:
         return None
     axes.set(xlabel="step", ylabel="mean reward")
     axes.grid(alpha=0.3)

@@ -1,7 +1,5 @@
 """What was generated in a step, for people to read."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Metrics and dump rows of a rollout's samples."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any

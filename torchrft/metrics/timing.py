@@ -1,7 +1,5 @@
 """Measured seconds per phase, and peak memory."""
 
-from __future__ import annotations
-
 import resource
 import sys
 import time

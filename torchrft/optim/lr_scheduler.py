@@ -1,7 +1,5 @@
 """Learning-rate schedule: linear warm-up, then decay."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Optimizer state in host memory while the optimizer rests."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

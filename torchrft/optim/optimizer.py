@@ -1,7 +1,5 @@
 """AdamW over the parameters of a model."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

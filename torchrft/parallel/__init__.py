@@ -1,7 +1,5 @@
 """Parallelism, applied to a model from outside."""
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 from torch import nn

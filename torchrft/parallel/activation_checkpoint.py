@@ -1,18 +1,12 @@
 """Activations computed again in the backward pass instead of kept (arXiv:1604.06174)."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 
 import torch
 import torch.nn.attention.varlen  # defines its operator
 from torch import nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils import checkpoint
 from transformers import Cache
 
 from torchrft.parallel.modules import decoder_layers
@@ -61,18 +55,22 @@ def _checkpointed(forward: Any, options: dict[str, Any], *args: Any, **kwargs: A
             "gradient_checkpointing computes a layer twice, which would fill its KV cache twice; "
             "call the model with use_cache=False"
         )
-    return checkpoint(forward, *args, **options, **kwargs)
+    return checkpoint.checkpoint(forward, *args, **options, **kwargs)
 
 
 def _contexts() -> Any:
     seen: dict[tuple[Any, bool], int] = {}
 
-    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> checkpoint.CheckpointPolicy:
         kept = op in _KEPT
         if op in _MATMULS:
             # The same ones in the forward pass and when it is computed again.
             turn = seen[op, context.is_recompute] = seen.get((op, context.is_recompute), 0) + 1
             kept = turn % 2 == 0
-        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+        return (
+            checkpoint.CheckpointPolicy.MUST_SAVE
+            if kept
+            else checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
+        )
 
-    return create_selective_checkpoint_contexts(policy)
+    return checkpoint.create_selective_checkpoint_contexts(policy)

@@ -1,7 +1,5 @@
 """torch.compile, layer by layer."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from torchrft.parallel.modules import decoder_layers

@@ -9,8 +9,6 @@ key of the configuration is in `config/deepspeed_keys.toml`. No code of DeepSpee
 ...     engine.step()
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -29,14 +27,7 @@ from torchrft.parallel.deepspeed_schedules import Schedule, check_options
 from torchrft.tools import distributed
 from torchrft.tools.logging import logger, setup_logging
 
-__all__ = [
-    "DeepSpeedEngine",
-    "add_config_arguments",
-    "comm",
-    "init_distributed",
-    "initialize",
-    "zero",
-]
+__all__ = ["add_config_arguments", "comm", "init_distributed", "initialize", "zero"]
 
 Config = Mapping[str, Any] | str | Path
 Groups = list[dict[str, Any]]
@@ -136,7 +127,7 @@ def _check(settings: Settings, optimizer: Any, lr_scheduler: Any) -> None:
     if kind is not None and lr_scheduler is not None:
         logger.info("the section scheduler has no effect beside initialize(lr_scheduler=...)")
     elif kind is not None:
-        check_options(kind, settings.section("scheduler.params"))
+        check_options(kind, settings.judged.section("scheduler.params"))
         if optimizer is None and not configured:
             raise ValueError(f'scheduler.type = "{kind}" needs an optimizer')
 
@@ -154,7 +145,7 @@ def _make_optimizer(settings: Settings, given: Any, groups: Groups) -> Any:
     kind = settings.get("optimizer.type")
     if kind is None:
         return None
-    options = settings.section("optimizer.params")
+    options = settings.judged.section("optimizer.params")
     decoupled = kind.lower() == "adamw" or options.get("adam_w_mode", True)
     # As DeepSpeed: its own kernels do not decay by default, torch's AdamW does.
     decay = 0.01 if options.get("torch_adam", False) and decoupled else 0.0
@@ -175,4 +166,4 @@ def _make_schedule(settings: Settings, given: Any, optimizer: Any) -> Any:
     kind = settings.get("scheduler.type")
     if kind is None:
         return None
-    return Schedule(optimizer, kind, settings.section("scheduler.params"))
+    return Schedule(optimizer, kind, settings.judged.section("scheduler.params"))

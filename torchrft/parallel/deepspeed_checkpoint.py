@@ -1,27 +1,21 @@
 """What the DeepSpeed engine writes and reads: checkpoints, and whole weights."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
 from torchrft.tools import distributed
 from torchrft.tools.logging import logger
 
-if TYPE_CHECKING:
-    from torchrft.parallel.deepspeed_engine import DeepSpeedEngine
+# What a checkpoint keeps of the engine itself.
+_COUNTS = ("micro_steps", "global_steps", "skipped_steps", "global_samples")
 
 
 class WholeWeights:
@@ -73,105 +67,131 @@ def _frozen(module: nn.Module) -> set[str]:
     return {name for name, parameter in parameters if not parameter.requires_grad}
 
 
-def save_16bit(weights: WholeWeights, file: Path, exclude_frozen: bool) -> None:
-    """Writes the whole weights, in bfloat16, as one state dict."""
-    whole = {}
-    for name, value in weights.gathered(exclude_frozen):
-        if distributed.is_main():
-            floating = isinstance(value, Tensor) and value.is_floating_point()
-            value = value.bfloat16() if floating else value
-            whole[name] = value.cpu() if isinstance(value, Tensor) else value
+class Checkpoints:
+    """The engine's methods that write and read; all ranks call them."""
 
-    def write() -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(whole, file)
+    module: nn.Module
+    weights: WholeWeights
+    optimizer: torch.optim.Optimizer | None
+    lr_scheduler: Any
+    global_steps: int
 
-    distributed.on_main(write, "save 16-bit model")
+    def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any]:
+        """The model's whole weights, on every rank."""
+        return dict(self.weights.gathered(exclude_frozen_parameters))
 
+    def save_16bit_model(
+        self,
+        save_dir: str,
+        save_filename: str = "pytorch_model.bin",
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Writes the whole weights, in bfloat16, as one state dict."""
+        whole = {}
+        for name, value in self.weights.gathered(exclude_frozen_parameters):
+            if distributed.is_main():
+                floating = isinstance(value, Tensor) and value.is_floating_point()
+                value = value.bfloat16() if floating else value
+                whole[name] = value.cpu() if isinstance(value, Tensor) else value
 
-def _state(engine: DeepSpeedEngine, optimizer: bool = True) -> dict[str, Any]:
-    used = [engine.optimizer] if engine.optimizer is not None and optimizer else []
-    with engine.weights.as_shards():
-        model, state = get_state_dict(engine.module, used)
-    return {"model": model, "optimizer": state} if used else {"model": model}
+        def write() -> None:
+            Path(save_dir).mkdir(parents=True, exist_ok=True)
+            torch.save(whole, Path(save_dir) / save_filename)
 
+        distributed.on_main(write, "save 16-bit model")
+        return True
 
-def save(
-    engine: DeepSpeedEngine,
-    save_dir: str,
-    tag: Any,
-    client_state: Mapping[str, Any],
-    save_latest: bool,
-    exclude_frozen: bool,
-) -> None:
-    """Writes save_dir/tag. Raises ValueError on all ranks if their tags differ."""
-    tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
-    tags = distributed.gather_objects(tag, "compare checkpoint tags")
-    if len(set(tags)) > 1:
-        raise ValueError(
-            f"ranks write one checkpoint together, but save_checkpoint was given the tags "
-            f"{', '.join(map(repr, dict.fromkeys(tags)))}; give the same tag on all ranks"
-        )
-    folder = Path(save_dir) / tag
-    state = _state(engine)
-    for name in _frozen(engine.module) if exclude_frozen else ():
-        state["model"].pop(name, None)
-    dcp.save(state, checkpoint_id=folder)
+    def save_checkpoint(
+        self,
+        save_dir: str,
+        tag: Any = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Writes save_dir/tag, for any number of ranks to load. Raises ValueError on all ranks if
+        their tags differ."""
+        tag = f"global_step{self.global_steps}" if tag is None else str(tag)
+        tags = distributed.DataRanks.all().gather(tag, "compare checkpoint tags")
+        if len(set(tags)) > 1:
+            raise ValueError(
+                f"ranks write one checkpoint together, but save_checkpoint was given the tags "
+                f"{', '.join(map(repr, dict.fromkeys(tags)))}; give the same tag on all ranks"
+            )
+        folder = Path(save_dir) / tag
+        state = self._state()
+        for name in _frozen(self.module) if exclude_frozen_parameters else ():
+            state["model"].pop(name, None)
+        dcp.save(state, checkpoint_id=folder)
 
-    def write() -> None:
-        schedule = None if engine.lr_scheduler is None else engine.lr_scheduler.state_dict()
-        rest = {"counts": engine.counts(), "schedule": schedule, "client": dict(client_state)}
-        torch.save(rest, folder / "client_state.pt")
-        if save_latest:
-            (Path(save_dir) / "latest").write_text(tag)
+        def write() -> None:
+            schedule = None if self.lr_scheduler is None else self.lr_scheduler.state_dict()
+            counts = {name: getattr(self, name) for name in _COUNTS}
+            rest = {"counts": counts, "schedule": schedule, "client": dict(client_state or {})}
+            torch.save(rest, folder / "client_state.pt")
+            if save_latest:
+                (Path(save_dir) / "latest").write_text(tag)
 
-    distributed.on_main(write, "save checkpoint")
+        distributed.on_main(write, "save checkpoint")
+        return True
 
+    def load_checkpoint(
+        self,
+        load_dir: str,
+        tag: Any = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: None = None,
+    ) -> tuple[str | None, dict[str, Any]]:
+        """(folder, client state) of the checkpoint `tag`, by default the latest; (None, {}) if
+        there is none. Raises ValueError for a folder that is no checkpoint, or does not fit."""
+        if custom_load_fn is not None:
+            raise ValueError(
+                "load_checkpoint(custom_load_fn=...) is not supported: load what fits with "
+                "load_module_strict=False, and change weights within zero.GatheredParameters"
+            )
+        latest = Path(load_dir) / "latest"
+        if tag is None and not latest.is_file():
+            logger.warning("%s has no file latest; nothing is loaded", load_dir)
+            return None, {}
+        folder = Path(load_dir) / (latest.read_text().strip() if tag is None else str(tag))
+        if not (folder / ".metadata").is_file():
+            raise ValueError(f"there is no checkpoint of this engine in {folder}")
+        self._load(folder, load_module_strict, load_optimizer_states and not load_module_only)
+        rest = torch.load(folder / "client_state.pt", weights_only=False)
+        if not load_module_only:
+            vars(self).update(rest["counts"])
+            if load_lr_scheduler_states and self.lr_scheduler is not None and rest["schedule"]:
+                self.lr_scheduler.load_state_dict(rest["schedule"])
+        return str(folder), rest["client"]
 
-def load(
-    engine: DeepSpeedEngine,
-    load_dir: str,
-    tag: Any,
-    strict: bool,
-    optimizer: bool,
-    schedule: bool,
-    module_only: bool,
-) -> tuple[str | None, dict[str, Any]]:
-    """(folder, client state); (None, {}) without a tag and a latest checkpoint.
+    def _state(self, optimizer: bool = True) -> dict[str, Any]:
+        used = [self.optimizer] if self.optimizer is not None and optimizer else []
+        with self.weights.as_shards():
+            model, state = get_state_dict(self.module, used)
+        return {"model": model, "optimizer": state} if used else {"model": model}
 
-    Raises ValueError for a folder that is no checkpoint, or one that does not fit.
-    """
-    latest = Path(load_dir) / "latest"
-    if tag is None and not latest.is_file():
-        logger.warning("%s has no file latest; nothing is loaded", load_dir)
-        return None, {}
-    folder = Path(load_dir) / (latest.read_text().strip() if tag is None else str(tag))
-    if not (folder / ".metadata").is_file():
-        raise ValueError(f"there is no checkpoint of this engine in {folder}")
-    state = _state(engine, optimizer and not module_only)
-    _fit(state["model"], folder, strict)
-    try:
-        dcp.load(state, checkpoint_id=folder)
-    except dcp.CheckpointException as error:
-        reason = next(iter(error.failures.values()))[0]
-        raise ValueError(
-            f"checkpoint {folder} does not fit the optimizer ({str(reason).splitlines()[0]}); "
-            "load_optimizer_states=False loads the weights alone"
-        ) from None
-    with engine.weights.as_shards():
-        set_state_dict(
-            engine.module,
-            [engine.optimizer] if "optimizer" in state and engine.optimizer else [],
-            model_state_dict=state["model"],
-            optim_state_dict=state.get("optimizer", {}),
-            options=StateDictOptions(strict=strict),
-        )
-    rest = torch.load(folder / "client_state.pt", weights_only=False)
-    if not module_only:
-        vars(engine).update(rest["counts"])
-        if schedule and engine.lr_scheduler is not None and rest["schedule"]:
-            engine.lr_scheduler.load_state_dict(rest["schedule"])
-    return str(folder), rest["client"]
+    def _load(self, folder: Path, strict: bool, optimizer: bool) -> None:
+        state = self._state(optimizer)
+        _fit(state["model"], folder, strict)
+        try:
+            dcp.load(state, checkpoint_id=folder)
+        except dcp.CheckpointException as error:
+            reason = next(iter(error.failures.values()))[0]
+            raise ValueError(
+                f"checkpoint {folder} does not fit the optimizer ({str(reason).splitlines()[0]}); "
+                "load_optimizer_states=False loads the weights alone"
+            ) from None
+        with self.weights.as_shards():
+            set_state_dict(
+                self.module,
+                [self.optimizer] if "optimizer" in state and self.optimizer else [],
+                model_state_dict=state["model"],
+                optim_state_dict=state.get("optimizer", {}),
+                options=StateDictOptions(strict=strict),
+            )
 
 
 def _fit(model: dict[str, Any], folder: Path, strict: bool) -> None:

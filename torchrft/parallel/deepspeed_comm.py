@@ -1,7 +1,5 @@
 """`deepspeed.comm`: torch.distributed under DeepSpeed's name, and how a job is joined."""
 
-from __future__ import annotations
-
 import os
 from datetime import timedelta
 from typing import Any

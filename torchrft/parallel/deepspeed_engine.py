@@ -1,10 +1,7 @@
 """DeepSpeed's engine: a sharded model that trains itself step by step."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from torchrft.parallel import deepspeed_checkpoint as checkpoint
+from torchrft.parallel.deepspeed_checkpoint import Checkpoints, WholeWeights
 from torchrft.parallel.deepspeed_comm import get_local_rank
 from torchrft.parallel.deepspeed_config import Settings, offloads
 from torchrft.parallel.deepspeed_zero import sharded_models
@@ -22,7 +19,7 @@ from torchrft.tools import distributed
 from torchrft.tools.logging import logger
 
 
-class DeepSpeedEngine(nn.Module):
+class DeepSpeedEngine(Checkpoints, nn.Module):
     """A sharded model with its optimizer and schedule; use `initialize`.
 
     What the engine has not, is looked up in the model: `engine.generate`, `engine.config`.
@@ -52,7 +49,7 @@ class DeepSpeedEngine(nn.Module):
         apply_fsdp(model, mesh, settings.sharding, dtype, offloads(settings))
         sharded_models.add(model)
         self.module = model
-        self.weights = checkpoint.WholeWeights(model, settings.dims.dp_shard)
+        self.weights = WholeWeights(model, settings.dims.dp_shard)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -236,65 +233,3 @@ class DeepSpeedEngine(nn.Module):
     def _of_groups(self, name: str) -> list[Any]:
         groups = [] if self.optimizer is None else self.optimizer.param_groups
         return [group[name] for group in groups if name in group]
-
-    # ---------------------------------------------------------------- checkpoints
-
-    def counts(self) -> dict[str, int]:
-        """What a checkpoint keeps of the engine itself."""
-        names = ("micro_steps", "global_steps", "skipped_steps", "global_samples")
-        return {name: getattr(self, name) for name in names}
-
-    def save_checkpoint(
-        self,
-        save_dir: str,
-        tag: Any = None,
-        client_state: Mapping[str, Any] | None = None,
-        save_latest: bool = True,
-        exclude_frozen_parameters: bool = False,
-    ) -> bool:
-        """Writes save_dir/tag, for any number of ranks to load. All ranks call it."""
-        exclude = exclude_frozen_parameters
-        checkpoint.save(self, save_dir, tag, client_state or {}, save_latest, exclude)
-        return True
-
-    def load_checkpoint(
-        self,
-        load_dir: str,
-        tag: Any = None,
-        load_module_strict: bool = True,
-        load_optimizer_states: bool = True,
-        load_lr_scheduler_states: bool = True,
-        load_module_only: bool = False,
-        custom_load_fn: None = None,
-    ) -> tuple[str | None, dict[str, Any]]:
-        """(folder, client state) of the checkpoint `tag`, by default the latest; (None, {}) if
-        there is none. Raises ValueError for one that does not fit."""
-        if custom_load_fn is not None:
-            raise ValueError(
-                "load_checkpoint(custom_load_fn=...) is not supported: load what fits with "
-                "load_module_strict=False, and change weights within zero.GatheredParameters"
-            )
-        return checkpoint.load(
-            self,
-            load_dir,
-            tag,
-            load_module_strict,
-            load_optimizer_states,
-            load_lr_scheduler_states,
-            load_module_only,
-        )
-
-    def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any]:
-        """The model's whole weights, on every rank. All ranks call it."""
-        return dict(self.weights.gathered(exclude_frozen_parameters))
-
-    def save_16bit_model(
-        self,
-        save_dir: str,
-        save_filename: str = "pytorch_model.bin",
-        exclude_frozen_parameters: bool = False,
-    ) -> bool:
-        """Writes the whole weights, in bfloat16, as one state dict. All ranks call it."""
-        file = Path(save_dir) / save_filename
-        checkpoint.save_16bit(self.weights, file, exclude_frozen_parameters)
-        return True

@@ -1,7 +1,5 @@
 """`deepspeed.zero`: contexts in which scripts make and touch sharded models."""
 
-from __future__ import annotations
-
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -100,13 +98,12 @@ class GatheredParameters:
 
     @torch.no_grad()
     def __exit__(self, kind: Any, *rest: Any) -> None:
-        gathered = []
+        wholes = {}
         for shard in self.shards:
             shard.__class__ = DTensor
-            gathered.append(shard.__dict__.pop("whole"))
+            wholes[id(shard)] = shard.__dict__.pop("whole")
         if self.modifier_rank is None or kind is not None or not dist.is_initialized():
             return
-        wholes = {id(p): whole for p, whole in zip(self.shards, gathered, strict=True)}
         for parameter in self.params:
             whole: Tensor = wholes.get(id(parameter), parameter).detach().contiguous()
             dist.broadcast(whole, self.modifier_rank)

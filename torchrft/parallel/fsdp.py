@@ -1,18 +1,9 @@
 """FSDP2 on any transformers model."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
+from torch.distributed import fsdp
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
 
 from torchrft.parallel.modules import decoder_layers, vocabulary_modules
 from torchrft.parallel.zero import Sharding
@@ -32,11 +23,11 @@ def apply_fsdp(
     gradients and optimizer state live in (pinned) host memory.
     """
     pinned = mesh.device_type == "cuda"
-    offload = CPUOffloadPolicy(pin_memory=pinned) if cpu_offload else OffloadPolicy()
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    offload = fsdp.CPUOffloadPolicy(pin_memory=pinned) if cpu_offload else fsdp.OffloadPolicy()
+    policy = fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     vocabulary = vocabulary_modules(model)
     for module in (*vocabulary, *decoder_layers(model), model):  # inner ones first
-        fully_shard(
+        fsdp.fully_shard(
             module,
             mesh=mesh,
             mp_policy=policy,
@@ -45,10 +36,10 @@ def apply_fsdp(
         )
     for module in vocabulary:
         if hasattr(module, "logprobs"):  # a policy's head, instead of its forward
-            register_fsdp_forward_method(module, "logprobs")
+            fsdp.register_fsdp_forward_method(module, "logprobs")
 
 
 def set_gradient_sync(model: nn.Module, sync: bool) -> None:
     """Whether the next backward pass reduces gradients over ranks; nothing without FSDP."""
-    if isinstance(model, FSDPModule):
+    if isinstance(model, fsdp.FSDPModule):
         model.set_requires_gradient_sync(sync)

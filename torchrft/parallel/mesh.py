@@ -1,15 +1,23 @@
 """How ranks are laid out."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Self
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from torchrft.config.job_config import Parallel
-from torchrft.tools.distributed import DataRanks
+from torchrft.tools.distributed import DataRanks, get_rank
+
+
+@dataclass(frozen=True)
+class ModelMesh:
+    """The ranks that see the same samples, in meshes of one dimension: those that share a
+    sequence, and with the tensor-parallel ones, all of them."""
+
+    sp: DeviceMesh
+    all: DeviceMesh
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,7 @@ class ParallelDims:
     tp: int = 1
 
     @classmethod
-    def of(cls, config: Parallel, world_size: int) -> ParallelDims:
+    def of(cls, config: Parallel, world_size: int) -> Self:
         """The layout of `world_size` ranks; dp_shard = -1 takes what the others leave.
 
         Raises ValueError, with the equation, for a layout that does not fill the ranks.
@@ -74,20 +82,10 @@ class ParallelDims:
     def data_ranks(self, device_type: str) -> DataRanks:
         """This rank's place among those with other samples. Collective."""
         if self.model_ranks == 1:
-            rank = dist.get_rank() if dist.is_initialized() else 0
-            return DataRanks(rank, self.dp, None)
+            return DataRanks(get_rank(), self.dp, None)
         shape = (self.dp, self.model_ranks)
         mesh = _mesh(device_type, shape, ("dp", "model"), dist.group.WORLD)
         return DataRanks(mesh.get_local_rank("dp"), self.dp, mesh.get_group("dp"))
-
-
-@dataclass(frozen=True)
-class ModelMesh:
-    """The ranks that see the same samples, in meshes of one dimension: those that share a
-    sequence, and with the tensor-parallel ones, all of them."""
-
-    sp: DeviceMesh
-    all: DeviceMesh
 
 
 @lru_cache(maxsize=8)

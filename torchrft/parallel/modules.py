@@ -1,7 +1,5 @@
 """The parts of a transformers model that parallelism is applied to."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 

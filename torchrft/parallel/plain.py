@@ -5,8 +5,6 @@ given the attention function below, which knows of split sequences; masks and pa
 what they mean to transformers on one process.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 from collections.abc import Callable

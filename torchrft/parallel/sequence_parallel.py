@@ -6,8 +6,6 @@ arXiv:2309.14509), so that any attention layout works unchanged, packing include
 parallelism a part is split once more between the blocks of a layer.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 from dataclasses import dataclass

@@ -5,46 +5,32 @@ are computed once and not on every rank. The plan comes from the model itself: t
 the projections in `base_model_tp_plan`, all else follows from the shape of a decoder layer.
 """
 
-from __future__ import annotations
-
 import logging
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    ParallelStyle,
-    PrepareModuleInput,
-    PrepareModuleInputOutput,
-    RowwiseParallel,
-    SequenceParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, parallel
 from transformers import PreTrainedModel
 
 from torchrft.parallel.modules import decoder_layers, decoder_of
 
 _SEQUENCE = Shard(1)
-_LAYOUTS = (
-    "input_layouts",
-    "desired_input_layouts",
-    "output_layouts",
-    "desired_output_layouts",
-)
+_LAYOUTS = ("input_layouts", "desired_input_layouts", "output_layouts", "desired_output_layouts")
 # It recommends flat meshes for what only happens once a step, or when weights are gathered.
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
 
-def _style(name: str) -> ParallelStyle | None:
+def _style(name: str) -> parallel.ParallelStyle | None:
     """The DTensor style that transformers calls `name`."""
-    styles: dict[str, ParallelStyle] = {
-        "colwise": ColwiseParallel(),
-        "rowwise": RowwiseParallel(output_layouts=_SEQUENCE),
+    styles: dict[str, parallel.ParallelStyle] = {
+        "colwise": parallel.ColwiseParallel(),
+        "rowwise": parallel.RowwiseParallel(output_layouts=_SEQUENCE),
         # Norms of single heads: each rank has its own heads, and a part of the gradient.
-        "replicated_with_grad_allreduce": SequenceParallel(sequence_dim=2, use_local_output=True),
+        "replicated_with_grad_allreduce": parallel.SequenceParallel(
+            sequence_dim=2, use_local_output=True
+        ),
     }
     return styles.get(name)
 
@@ -63,31 +49,33 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
     trained = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     inner = {pattern.split(".")[2] for pattern in plan}
     styles = {pattern: style for pattern, name in plan.items() if (style := _style(name))}
-    parallelize_module(decoder, mesh, styles)
+    parallel.parallelize_module(decoder, mesh, styles)
     for layer in decoder_layers(decoder):
-        parallelize_module(layer, mesh, _layer_plan(layer, inner))
+        parallel.parallelize_module(layer, mesh, _layer_plan(layer, inner))
     embedding, head = decoder.get_input_embeddings(), _head_of(model)
     tied = head is not None and head.weight is embedding.weight
-    tops: dict[str, ParallelStyle] = {
-        name: SequenceParallel(use_local_output=True)
+    tops: dict[str, parallel.ParallelStyle] = {
+        name: parallel.SequenceParallel(use_local_output=True)
         for name, child in decoder.named_children()
         if "Norm" in type(child).__name__
     }
-    parallelize_module(decoder, mesh, tops)
-    row = RowwiseParallel(input_layouts=Replicate(), output_layouts=_SEQUENCE)
-    parallelize_module(embedding, mesh, row)
+    parallel.parallelize_module(decoder, mesh, tops)
+    row = parallel.RowwiseParallel(input_layouts=Replicate(), output_layouts=_SEQUENCE)
+    parallel.parallelize_module(embedding, mesh, row)
     for module in outside(model):
         if module is head:
             if tied:
                 head.register_parameter("weight", embedding.weight)
-            parallelize_module(head, mesh, ColwiseParallel(output_layouts=Replicate()))
+            parallel.parallelize_module(
+                head, mesh, parallel.ColwiseParallel(output_layouts=Replicate())
+            )
             if tied:  # the call before made a parameter of its own
                 head.register_parameter("weight", embedding.weight)
             # The logits are a view, on which FSDP2 would lose its hooks in an in-place operation.
             head.register_forward_hook(lambda module, args, logits: logits.clone())
         elif isinstance(module, nn.Linear):
             whole: dict[str, Any] = dict.fromkeys(_LAYOUTS, (Replicate(),))
-            parallelize_module(module, mesh, PrepareModuleInputOutput(**whole))
+            parallel.parallelize_module(module, mesh, parallel.PrepareModuleInputOutput(**whole))
     _replicate_the_rest(model, mesh)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         parameter.requires_grad_(trained[name])  # which SequenceParallel forgets
@@ -137,19 +125,19 @@ def _check(decoder: PreTrainedModel, plan: dict[str, str], size: int) -> None:
             )
 
 
-def _layer_plan(layer: nn.Module, inner: set[str]) -> dict[str, ParallelStyle]:
+def _layer_plan(layer: nn.Module, inner: set[str]) -> dict[str, parallel.ParallelStyle]:
     """Norms on parts of the sequence; attention and MLP get the whole of it."""
-    plan: dict[str, ParallelStyle] = {}
+    plan: dict[str, parallel.ParallelStyle] = {}
     for name, child in layer.named_children():
         if name not in inner and "Norm" in type(child).__name__:
-            plan[name] = SequenceParallel(use_local_output=True)
+            plan[name] = parallel.SequenceParallel(use_local_output=True)
         elif name in inner and "attn" in name:
-            plan[name] = PrepareModuleInput(
+            plan[name] = parallel.PrepareModuleInput(
                 input_kwarg_layouts={"hidden_states": _SEQUENCE},
                 desired_input_kwarg_layouts={"hidden_states": Replicate()},
             )
         elif name in inner:
-            plan[name] = PrepareModuleInput(
+            plan[name] = parallel.PrepareModuleInput(
                 input_layouts=(_SEQUENCE,), desired_input_layouts=(Replicate(),)
             )
     return plan

@@ -1,7 +1,5 @@
 """ZeRO stages (arXiv:1910.02054) as settings of FSDP2."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torchrft.config.job_config import Parallel

@@ -1,7 +1,5 @@
 """From `[rollout] engine_type` to an engine."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -36,6 +34,7 @@ def build_engine(
     tokenizer = load_tokenizer(pretrain)
     model_config = load_config(pretrain)
     stop_ids = stop_token_ids(model_config, pretrain, tokenizer.eos_token_id)
+    policy = (pretrain, model_config, tokenizer, stop_ids, max_len, dtype)
     engine: RolloutEngine
     if config.engine_type == "native":
         engine = NativeEngine(
@@ -44,56 +43,19 @@ def build_engine(
     elif config.engine_type == "vllm" and config.server_urls:
         from torchrft.rollout.remote import RemoteVllmEngine
 
-        engine = RemoteVllmEngine(
-            config.server_urls,
-            pretrain,
-            model_config,
-            tokenizer,
-            stop_ids,
-            max_len,
-            config.max_num_seqs,
-            timeout=config.request_timeout,
-            retries=config.request_retries,
-            temperature=config.temperature,
-            folder=config.weight_folder,
-            dtype=dtype,
-        )
+        engine = RemoteVllmEngine(config, *policy)
     elif config.engine_type == "vllm":
         from torchrft.rollout.vllm import VllmEngine
 
-        engine = VllmEngine(
-            pretrain,
-            model_config,
-            tokenizer,
-            stop_ids,
-            max_len,
-            config.max_num_seqs,
-            tp_size=config.engine_tp_size,
-            memory=config.engine_mem_util,
-            sleeps=config.enable_engine_sleep,
-            dtype=dtype,
-            device=device,
-            stop_strings=bool(config.stop),
-            options=config.vllm,
-        )
+        engine = VllmEngine(config, *policy, device)
     else:
         from torchrft.rollout.sglang import SglangEngine, join_sglang, start_sglang
 
+        transport: Any
         if config.server_urls:
-            transport: Any = join_sglang(config.server_urls, config.request_timeout)
+            transport = join_sglang(config.server_urls, config.request_timeout)
         else:
-            transport = start_sglang(
-                pretrain,
-                max_len,
-                config.max_num_seqs,
-                config.engine_tp_size,
-                config.engine_mem_util,
-                config.enable_engine_sleep,
-                dtype,
-                # Stop strings and a least length need text and its tokenizer there.
-                bool(config.stop) or config.min_new_tokens > 0,
-                config.sglang,
-            )
+            transport = start_sglang(config, pretrain, max_len, dtype)
         engine = SglangEngine(
             transport, model_config, tokenizer, stop_ids, config.engine_tp_size, dtype, device
         )

@@ -4,8 +4,6 @@ While the tensors pass, a mark of each is taken; afterwards the engine's own mem
 compared. A tensor that was dropped, is stale or lies in another order changes its mark.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 

@@ -1,9 +1,7 @@
 """The protocol every rollout engine speaks."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch.distributed as dist
 from torch import Tensor
@@ -72,6 +70,28 @@ def neighbors(tp_size: int) -> DataRanks:
     ]
     rank = dist.get_rank()
     return DataRanks(rank % tp_size, tp_size, groups[rank // tp_size])
+
+
+def completion(
+    prompt: int,
+    sample: int,
+    rows: Iterable[tuple[int, float]],
+    reason: str,
+    version: int | None,
+    sampling: SamplingParams,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Completion:
+    """Sample number `sample` of a prompt, of (token id, log-prob) `rows`.
+
+    Raises ConnectionError if the engine did not end it, but broke off for another `reason`.
+    """
+    if reason not in ("stop", "length"):
+        raise ConnectionError(f"the rollout engine ended a request with {reason!r}")
+    assert version is not None
+    pairs = list(rows)
+    tokens, logprobs = tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs)
+    text = texts(tokenizer, [tokens], sampling.stop)[0]
+    return Completion(prompt, sample, tokens, logprobs, text, cast(Any, reason), version)
 
 
 def texts(

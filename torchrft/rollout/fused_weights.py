@@ -5,8 +5,6 @@ vocabulary; vLLM on a CPU packs linear weights into a layout of its own. Their l
 origin, the same names and attributes: they are told apart by class name, without an import.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

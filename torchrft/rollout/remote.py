@@ -5,8 +5,6 @@ policy version and the temperature by which logits are divided. A completion wit
 a server that was restarted or belongs to another run, is never used.
 """
 
-from __future__ import annotations
-
 import os
 import tempfile
 import threading
@@ -20,8 +18,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
+from torchrft.config.job_config import Rollout
 from torchrft.rollout.canary import Canary, WeightSyncError
-from torchrft.rollout.engine import check_prompts, texts
+from torchrft.rollout.engine import check_prompts, completion
 from torchrft.rollout.server_client import Server, ServerError
 from torchrft.rollout.vllm import sampling_options
 from torchrft.rollout.weight_sync import WeightFiles, layout
@@ -30,6 +29,8 @@ from torchrft.tools.logging import logger
 from torchrft.types import Completion, Prompt, SamplingParams
 
 _GENERATE = "/inference/v1/generate"  # vLLM's "tokens in, tokens out"
+MadeBy = Callable[[str], int | None]
+"""The policy version of a tag, or None for a tag of anything else."""
 
 
 class RemoteVllmEngine:
@@ -38,12 +39,10 @@ class RemoteVllmEngine:
     `generate` may run in one thread while another calls `update_weights`: what is in flight ends on
     the old weights, what comes later is made by the new ones, and each completion says which.
 
-    Args:
-        max_num_seqs: sequences that this rank keeps outstanding at each server, about.
-        timeout: seconds within which a server must answer a request, retries included.
-        retries: of a request that found no connection or ended in a 5xx.
-        temperature: the one expected of `generate`; others cost a pause of the servers.
-        folder: where weights pass; the servers must see it under the same path.
+    Of `rollout` it takes server_urls, max_num_seqs (sequences that this rank keeps outstanding at
+    each server, about), request_timeout (retries included), request_retries (where no connection
+    was found, or a 5xx), weight_folder (which servers must see under the same path) and the
+    temperature expected of `generate`: others cost a pause of the servers.
 
     Raises ValueError at the start with a sentence for each server that cannot be used, and
     ConnectionError from `generate` and `update_weights` when none is left.
@@ -51,27 +50,24 @@ class RemoteVllmEngine:
 
     def __init__(
         self,
-        urls: Sequence[str],
+        rollout: Rollout,
         pretrain: str,
         config: PreTrainedConfig,
         tokenizer: PreTrainedTokenizerBase,
         stop_token_ids: tuple[int, ...],
         max_len: int,
-        max_num_seqs: int = 256,
-        timeout: float = 600.0,
-        retries: int = 3,
-        temperature: float = 1.0,
-        folder: str | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype,
     ) -> None:
-        self.servers = [Server(url, timeout, retries) for url in urls]
-        self.pretrain, self.max_len, self.max_num_seqs = pretrain, max_len, max_num_seqs
+        timeout, retries = rollout.request_timeout, rollout.request_retries
+        self.servers = [Server(url, timeout, retries) for url in rollout.server_urls]
+        self.pretrain, self.max_len, self.max_num_seqs = pretrain, max_len, rollout.max_num_seqs
         self.tokenizer, self.stop_token_ids, self.dtype = tokenizer, stop_token_ids, dtype
-        self.temperature = temperature
+        self.temperature = rollout.temperature
         self.version: int | None = None
         self.newest = -1  # the version that is on its way to the servers, or there
         with torch.device("meta"):  # names, shapes and ties of what will be sent
             self.expected = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        folder = rollout.weight_folder
         if folder is not None and not os.path.isdir(folder):
             raise ValueError(
                 f'weight_folder = "{folder}" is not a folder; make it, or name another'
@@ -79,7 +75,7 @@ class RemoteVllmEngine:
         # Every rank's, but rank 0's is used; it goes with the process.
         self._own_folder = tempfile.TemporaryDirectory(prefix="torchrft-", dir=folder)
         mine = (uuid.uuid4().hex, self._own_folder.name)
-        self.run, self.folder = distributed.broadcast_object(mine, "rollout servers")
+        self.run, self.folder = distributed.on_main(lambda: mine, "rollout servers")
         self._control = threading.Condition()  # held while servers change their weights or scale
         self._users = 0  # calls of generate that go on
         self._lock = threading.Lock()  # guards what is outstanding, and who is left out
@@ -104,40 +100,31 @@ class RemoteVllmEngine:
                 "options of docs/remote_engines.md"
             )
         server.sleeps = info["sleeps"]
-        dtype = str(self.dtype).removeprefix("torch.")
-        backend = '{"backend":"torchrft"}'
-        checks = (
-            (
-                info["layout"] == layout(self.expected),
-                f"serves another model, {info['model']}: start it with --model {self.pretrain}",
-            ),
-            (
-                info["dtype"] == dtype,
-                f"computes in {info['dtype']}: start it with --dtype {dtype}",
-            ),
-            (
-                info["max_len"] >= self.max_len,
-                f"takes {info['max_len']} tokens, fewer than max_len = {self.max_len}: start it "
-                f"with --max-model-len {self.max_len}, or lower max_len",
-            ),
-            (
-                info["logprobs_mode"] == "raw_logprobs",
-                f"gives {info['logprobs_mode']}: start it with --logprobs-mode raw_logprobs",
-            ),
-            (
-                info["backend"] == "torchrft",
-                f"takes no weights: start it with --weight-transfer-config '{backend}'",
-            ),
-            (
-                info["sees_folder"],
-                f"does not see {self.folder}: set weight_folder to a folder that it shares",
-            ),
-            (
-                not info["cuts_prompts"],
-                "cuts prompts, which fails on a CPU: start it with --no-enable-chunked-prefill",
-            ),
-        )
-        return next((f"{server.url} {text}" for good, text in checks if not good), None)
+        misfit = self._misfit(info)
+        return f"{server.url} {misfit}" if misfit else None
+
+    def _misfit(self, info: dict[str, Any]) -> str | None:
+        """What about a server keeps it from being used, with the remedy."""
+        dtype, length = str(self.dtype).removeprefix("torch."), self.max_len
+        if info["layout"] != layout(self.expected):
+            return f"serves another model, {info['model']}: start it with --model {self.pretrain}"
+        if info["dtype"] != dtype:
+            return f"computes in {info['dtype']}: start it with --dtype {dtype}"
+        if info["max_len"] < length:
+            return (
+                f"takes {info['max_len']} tokens, fewer than max_len = {length}: start it with "
+                f"--max-model-len {length}, or lower max_len"
+            )
+        if info["logprobs_mode"] != "raw_logprobs":
+            return f"gives {info['logprobs_mode']}: start it with --logprobs-mode raw_logprobs"
+        if info["backend"] != "torchrft":
+            backend = '{"backend":"torchrft"}'
+            return f"takes no weights: start it with --weight-transfer-config '{backend}'"
+        if not info["sees_folder"]:
+            return f"does not see {self.folder}: set weight_folder to a folder that it shares"
+        if info["cuts_prompts"]:
+            return "cuts prompts, which fails on a CPU: start it with --no-enable-chunked-prefill"
+        return None
 
     def _drop(self, server: Server, reason: object) -> None:
         with self._lock:
@@ -277,7 +264,7 @@ class RemoteVllmEngine:
                 pool.shutdown(cancel_futures=True)
 
     @contextmanager
-    def _scaled(self, temperature: float) -> Iterator[Callable[[str], int | None]]:
+    def _scaled(self, temperature: float) -> Iterator[MadeBy]:
         """Meanwhile all servers divide their logits by `temperature`.
 
         Yields what gives the policy version of a tag, or None for a tag of anything else.
@@ -311,11 +298,7 @@ class RemoteVllmEngine:
             self._drop(server, error)
 
     def _complete(
-        self,
-        place: int,
-        prompt: Prompt,
-        sampling: SamplingParams,
-        made_by: Callable[[str], int | None],
+        self, place: int, prompt: Prompt, sampling: SamplingParams, made_by: MadeBy
     ) -> list[Completion]:
         """The completions of one prompt, from the first server that makes them."""
         options = sampling_options(place, prompt, sampling, self.stop_token_ids)
@@ -326,31 +309,28 @@ class RemoteVllmEngine:
             server = self._least_busy()
             try:
                 choices = server.ask(_GENERATE, body)["choices"]
-                versions = [_version(choice, made_by) for choice in choices]
+                made = [self._completion(place, c, sampling, made_by) for c in choices]
+                return sorted(made, key=lambda c: c.sample_index)
             except (ConnectionError, ServerError) as error:
                 self._drop(server, error)
-                continue
             finally:
                 with self._lock:
                     server.outstanding -= 1
-            made = sorted(zip(choices, versions, strict=True), key=lambda pair: pair[0]["index"])
-            return [self._completion(place, c, sampling, version) for c, version in made]
 
     def _completion(
-        self, place: int, choice: dict[str, Any], sampling: SamplingParams, version: int
+        self, place: int, choice: dict[str, Any], sampling: SamplingParams, made_by: MadeBy
     ) -> Completion:
-        tokens = tuple(choice["token_ids"])
-        logprobs = tuple(token["logprob"] for token in choice["logprobs"]["content"])
-        assert len(tokens) == len(logprobs)
-        return Completion(
-            prompt_index=place,
-            sample_index=choice["index"],
-            token_ids=tokens,
-            logprobs=logprobs,
-            text=texts(self.tokenizer, [tokens], sampling.stop)[0],
-            finish_reason=choice["finish_reason"],
-            policy_version=version,
-        )
+        """Raises ConnectionError for one that must not be used."""
+        index, reason = choice["index"], choice["finish_reason"]
+        if reason not in ("stop", "length"):
+            raise ConnectionError(f"it ended a request with {reason!r}")
+        tags = [span["version"] for span in choice["weight_versions"] or ()]
+        version = made_by(tags[0]) if len(tags) == 1 else None
+        if version is None:
+            raise ConnectionError(f"it does not hold this run's weights, but {tags}")
+        content = choice["logprobs"]["content"]
+        rows = zip(choice["token_ids"], (token["logprob"] for token in content), strict=True)
+        return completion(place, index, rows, reason, version, sampling, self.tokenizer)
 
 
 def _load(server: Server, files: WeightFiles) -> None:
@@ -367,17 +347,6 @@ def _load(server: Server, files: WeightFiles) -> None:
     server.ask("/reset_encoder_cache", {})
     if not server.ask("/reset_prefix_cache", {})["success"]:
         raise ConnectionError("it keeps the KV cache of the old weights")
-
-
-def _version(choice: dict[str, Any], made_by: Callable[[str], int | None]) -> int:
-    """The policy version of a completion. Raises ConnectionError for one that must not be used."""
-    if choice["finish_reason"] not in ("stop", "length"):
-        raise ConnectionError(f"it ended a request with {choice['finish_reason']!r}")
-    tags = [span["version"] for span in choice["weight_versions"] or ()]
-    version = made_by(tags[0]) if len(tags) == 1 else None
-    if version is None:
-        raise ConnectionError(f"it does not hold this run's weights, but {tags}")
-    return version
 
 
 def _probe_generate(server: Server) -> None:

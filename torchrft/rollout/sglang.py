@@ -5,42 +5,31 @@ CUDA IPC, so a server must be on the trainer's host. SGLang takes no seed per re
 tokens differ from run to run.
 """
 
-from __future__ import annotations
-
 import base64
 import io
-import json
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, Protocol
+from typing import Any
 
+import httpx
 import torch
-import torch.distributed as dist
 import torch.multiprocessing  # its reductions let CUDA tensors travel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
+from torchrft.config.job_config import Rollout
 from torchrft.rollout import sglang_loader
 from torchrft.rollout.canary import Canary, WeightSyncError
-from torchrft.rollout.engine import check_prompts, neighbors, texts
-from torchrft.types import Completion, FinishReason, Prompt, SamplingParams
+from torchrft.rollout.engine import check_prompts, completion, neighbors
+from torchrft.tools.distributed import get_rank, get_world_size
+from torchrft.types import Completion, Prompt, SamplingParams
 
 _BUCKET = 512 * 2**20  # bytes sent at a time: so much memory a hand-over needs
 
 
-class _Transport(Protocol):
-    """How SGLang is reached: the calls and their fields are those of its HTTP server."""
-
-    def post(self, path: str, payload: dict[str, Any]) -> Any: ...
-
-    def close(self) -> None: ...
-
-
 class LocalSglang:
-    """`sglang.Engine` in processes of its own, started here."""
+    """`sglang.Engine` in processes of its own, started here; its calls are named as over HTTP."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         import sglang
@@ -70,24 +59,17 @@ class HttpSglang:
         self.url, self.timeout = url.rstrip("/"), timeout
 
     def post(self, path: str, payload: dict[str, Any]) -> Any:
-        data = json.dumps(payload).encode()
-        request = urllib.request.Request(
-            self.url + path, data, {"Content-Type": "application/json"}, method="POST"
-        )
+        at = f"SGLang at {self.url}{path}"
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                text = answer.read().decode()
-        except urllib.error.HTTPError as error:
-            said = error.read().decode(errors="replace")[:300]
-            raise ConnectionError(
-                f"SGLang at {self.url}{path} answered {error.code}: {said}"
-            ) from error
-        except OSError as error:  # refused, reset, timed out
-            raise ConnectionError(f"SGLang at {self.url}{path}: {error}") from error
+            answer = httpx.post(self.url + path, json=payload, timeout=self.timeout)
+        except httpx.HTTPError as error:  # refused, reset, timed out
+            raise ConnectionError(f"{at}: {error}") from error
+        if answer.is_error:
+            raise ConnectionError(f"{at} answered {answer.status_code}: {answer.text[:300]}")
         try:
-            return json.loads(text)
-        except json.JSONDecodeError:
-            return text
+            return answer.json()
+        except ValueError:
+            return answer.text
 
     def close(self) -> None:
         """The server is the user's."""
@@ -101,7 +83,7 @@ class SglangEngine:
 
     def __init__(
         self,
-        transport: _Transport | None,
+        transport: LocalSglang | HttpSglang | None,
         config: PreTrainedConfig,
         tokenizer: PreTrainedTokenizerBase,
         stop_token_ids: tuple[int, ...],
@@ -235,21 +217,9 @@ class SglangEngine:
         self, prompt: int, sample: int, output: Any, sampling: SamplingParams
     ) -> Completion:
         rows, reason = output
-        kind = reason["type"] if isinstance(reason, Mapping) else reason
-        if kind not in ("stop", "length"):
-            raise ConnectionError(f"SGLang ended a request with {reason!r}")
-        finish: FinishReason = "stop" if kind == "stop" else "length"
-        tokens = tuple(int(row[1]) for row in rows)
-        assert self.version is not None
-        return Completion(
-            prompt_index=prompt,
-            sample_index=sample,
-            token_ids=tokens,
-            logprobs=tuple(float(row[0]) for row in rows),
-            text=texts(self.tokenizer, [tokens], sampling.stop)[0],
-            finish_reason=finish,
-            policy_version=self.version,
-        )
+        reason = reason["type"] if isinstance(reason, Mapping) else reason
+        pairs = ((int(row[1]), float(row[0])) for row in rows)
+        return completion(prompt, sample, pairs, reason, self.version, sampling, self.tokenizer)
 
 
 def _serialize(tensors: list[tuple[str, Tensor]]) -> str:
@@ -262,13 +232,13 @@ def _serialize(tensors: list[tuple[str, Tensor]]) -> str:
 def join_sglang(urls: Sequence[str], timeout: float) -> HttpSglang:
     """This rank's server. Raises ValueError when there is not one server for every rank, or when it
     does not answer."""
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    ranks = get_world_size()
     if len(urls) != ranks:
         raise ValueError(
             f"[rollout] server_urls names {len(urls)} SGLang servers for {ranks} ranks; give every "
             "rank one on its own host, since weights travel by CUDA IPC"
         )
-    transport = HttpSglang(urls[dist.get_rank() if dist.is_initialized() else 0], timeout)
+    transport = HttpSglang(urls[get_rank()], timeout)
     try:
         transport.post("/flush_cache", {})
     except ConnectionError as error:
@@ -277,22 +247,14 @@ def join_sglang(urls: Sequence[str], timeout: float) -> HttpSglang:
 
 
 def start_sglang(
-    pretrain: str,
-    max_len: int,
-    max_num_seqs: int,
-    tp_size: int,
-    memory: float,
-    sleeps: bool,
-    dtype: torch.dtype,
-    needs_tokenizer: bool,
-    options: Mapping[str, Any],
+    rollout: Rollout, pretrain: str, max_len: int, dtype: torch.dtype
 ) -> LocalSglang | None:
     """The engine's processes on this rank's GPUs; None on ranks that do not lead.
 
     Raises ValueError, with SGLang's own words, when it does not start.
     """
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    if rank % tp_size:
+    rank = get_rank()
+    if rank % rollout.engine_tp_size:
         return None
     local = int(os.environ.get("LOCAL_RANK", 0))
     arguments: dict[str, Any] = {
@@ -300,24 +262,25 @@ def start_sglang(
         "load_format": "dummy",
         "dtype": str(dtype).removeprefix("torch."),
         "context_length": max_len,
-        "max_running_requests": max_num_seqs,
-        "cuda_graph_max_bs_decode": max_num_seqs,
+        "max_running_requests": rollout.max_num_seqs,
+        "cuda_graph_max_bs_decode": rollout.max_num_seqs,
         "disable_prefill_cuda_graph": True,
-        "tp_size": tp_size,
+        "tp_size": rollout.engine_tp_size,
         "base_gpu_id": local,
         "port": 30000 + 100 * local,
-        "mem_fraction_static": memory,
-        "enable_memory_saver": sleeps,
-        "skip_tokenizer_init": not needs_tokenizer,
+        "mem_fraction_static": rollout.engine_mem_util,
+        "enable_memory_saver": rollout.enable_engine_sleep,
+        # Stop strings and a least length need text and its tokenizer there.
+        "skip_tokenizer_init": not rollout.stop and rollout.min_new_tokens == 0,
         "random_seed": rank,
         "custom_weight_loader": [sglang_loader.PATH],
         "log_level": "error",
     }
     try:
-        return LocalSglang({**arguments, **options})
+        return LocalSglang({**arguments, **rollout.sglang})
     except (TypeError, ValueError, RuntimeError) as error:
         said = " ".join(str(error).split())[:600]
         raise ValueError(
             f"SGLang did not start: {said}; its options are [rollout.sglang], its memory is "
-            f"engine_mem_util = {memory}"
+            f"engine_mem_util = {rollout.engine_mem_util}"
         ) from error

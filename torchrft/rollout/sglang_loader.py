@@ -4,8 +4,6 @@ The trainer sends buckets: one flat tensor of bytes, an index of what it holds, 
 is written here, in memory that both processes share.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any

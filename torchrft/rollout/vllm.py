@@ -3,10 +3,8 @@
 Tried with vLLM 0.25 (torch 2.11, CUDA) and 0.32 (torch 2.13, CPU).
 """
 
-from __future__ import annotations
-
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
-from torchrft.rollout.engine import check_prompts, neighbors, texts
+from torchrft.config.job_config import Rollout
+from torchrft.rollout.engine import check_prompts, completion, neighbors
 from torchrft.rollout.vllm_model import load, scale_logits
 from torchrft.tools.logging import logger
 from torchrft.tools.seeds import rng_state, set_rng_state
-from torchrft.types import Completion, FinishReason, Prompt, SamplingParams
+from torchrft.types import Completion, Prompt, SamplingParams
 
 # Set before vLLM is imported, unless the user did. One process: the trainer's tensors are then
 # handed over by reference. FlashInfer's sampler knows no seeds per request.
@@ -36,41 +35,35 @@ class VllmEngine:
     """One vLLM engine for every `tp_size` ranks in a row; see `RolloutEngine` for the calls.
 
     Args:
+        rollout: engine_mem_util is the share of the GPU's memory that vLLM may take; on a CPU it
+            takes what `max_num_seqs` sequences of `max_len` tokens need. The table `vllm`, further
+            arguments of `vllm.LLM`, goes before torchrft's own.
         pretrain: folder or hub id whose config vLLM reads; its weights are not loaded.
         max_len: tokens of the longest prompt with its response.
-        memory: share of the GPU's memory that vLLM may take; on a CPU it takes what
-            `max_num_seqs` sequences of `max_len` tokens need.
-        sleeps: whether `sleep` will be called.
-        options: further arguments of `vllm.LLM`, which go before torchrft's own.
 
     Raises ValueError, with vLLM's own words, when vLLM does not start.
     """
 
     def __init__(
         self,
+        rollout: Rollout,
         pretrain: str,
         config: PreTrainedConfig,
         tokenizer: PreTrainedTokenizerBase,
         stop_token_ids: tuple[int, ...],
         max_len: int,
-        max_num_seqs: int = 256,
-        tp_size: int = 1,
-        memory: float = 0.5,
-        sleeps: bool = True,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        stop_strings: bool = False,
-        options: Mapping[str, Any] | None = None,
+        dtype: torch.dtype,
+        device: torch.device | str,
     ) -> None:
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         self.tokenizer, self.stop_token_ids = tokenizer, stop_token_ids
         self.dtype, self.on_cpu = dtype, torch.device(device).type == "cpu"
-        self.sleeps = sleeps and not self.on_cpu
+        self.sleeps = rollout.enable_engine_sleep and not self.on_cpu
         self.version: int | None = None
         self.asleep = self.cache_asleep = self.sleep_was_refused = False
         self.temperature = 1.0
-        self.ranks = neighbors(tp_size)
+        self.ranks = neighbors(rollout.engine_tp_size)
         with torch.device("meta"):  # names, shapes and ties of what will be sent
             self.expected = AutoModelForCausalLM.from_config(config, dtype=dtype)
         arguments: dict[str, Any] = {
@@ -78,10 +71,10 @@ class VllmEngine:
             "load_format": "dummy",
             "dtype": str(dtype).removeprefix("torch."),
             "max_model_len": max_len,
-            "max_num_seqs": max_num_seqs,
-            "tensor_parallel_size": tp_size,
+            "max_num_seqs": rollout.max_num_seqs,
+            "tensor_parallel_size": rollout.engine_tp_size,
             "logprobs_mode": "raw_logprobs",
-            "skip_tokenizer_init": not stop_strings,
+            "skip_tokenizer_init": not rollout.stop,
             "seed": 0,
         }
         if dist.is_initialized() and dist.get_world_size() > 1:
@@ -91,11 +84,12 @@ class VllmEngine:
             # A prompt cut in two with a seed ends in "CPU Generator does not use offset".
             arguments["enable_chunked_prefill"] = False
             arguments["max_num_batched_tokens"] = max(max_len, 8192)
-            arguments["kv_cache_memory_bytes"] = _cache_bytes(config, dtype, max_num_seqs, max_len)
+            sequences = rollout.max_num_seqs
+            arguments["kv_cache_memory_bytes"] = _cache_bytes(config, dtype, sequences, max_len)
         else:
-            arguments["gpu_memory_utilization"] = memory
+            arguments["gpu_memory_utilization"] = rollout.engine_mem_util
             arguments["enable_sleep_mode"] = self.sleeps
-        self.llm = _start({**arguments, **(options or {})}, memory)
+        self.llm = _start({**arguments, **rollout.vllm}, rollout.engine_mem_util)
         if dist.is_initialized():
             # vLLM's own end, at exit, destroys every process group: the trainer's, too.
             finalizer = getattr(self.llm.llm_engine.engine_core, "_finalizer", None)
@@ -194,21 +188,9 @@ class VllmEngine:
         scale_logits(model, lambda: self.temperature)
 
     def _completion(self, place: int, output: Any, sampling: SamplingParams) -> Completion:
-        if output.finish_reason not in ("stop", "length"):
-            raise RuntimeError(f"vLLM ended a request with {output.finish_reason!r}")
-        reason: FinishReason = output.finish_reason
-        tokens = tuple(output.token_ids)
-        assert self.version is not None
-        assert len(output.logprobs.logprobs) == len(tokens)
-        return Completion(
-            prompt_index=place,
-            sample_index=output.index,
-            token_ids=tokens,
-            logprobs=tuple(output.logprobs.logprobs),
-            text=texts(self.tokenizer, [tokens], sampling.stop)[0],
-            finish_reason=reason,
-            policy_version=self.version,
-        )
+        rows = zip(output.token_ids, output.logprobs.logprobs, strict=True)
+        reason, version = output.finish_reason, self.version
+        return completion(place, output.index, rows, reason, version, sampling, self.tokenizer)
 
 
 def sampling_options(

@@ -1,7 +1,5 @@
 """What torchrft does to the model inside a vLLM engine, in the trainer's process or a server's."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 

@@ -4,8 +4,6 @@
 workers and registers the weight transfer backend "torchrft". Tried with vLLM 0.32.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,16 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-from vllm.distributed.weight_transfer import WeightTransferEngineFactory
-from vllm.distributed.weight_transfer.base import (
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
-from vllm.model_executor.model_loader.reload import (
-    finalize_layerwise_reload,
-    initialize_layerwise_reload,
-)
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory, base
+from vllm.model_executor.model_loader import reload as layerwise
 
 from torchrft.rollout.canary import Canary, WeightSyncError, fingerprint
 from torchrft.rollout.vllm_model import load, scale_logits
@@ -39,11 +29,8 @@ class Extension:
     def torchrft_info(self: Any, probe: str) -> dict[str, Any]:
         """What a trainer must know before it uses this server; `probe` is a file of its own."""
         config = self.vllm_config
-        model, transfer, on_cpu = (
-            config.model_config,
-            config.weight_transfer_config,
-            self.device.type == "cpu",
-        )
+        model, transfer = config.model_config, config.weight_transfer_config
+        on_cpu = self.device.type == "cpu"
         return {
             "model": str(model.model),
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -65,19 +52,19 @@ class Extension:
 
 
 @dataclass
-class Nothing(WeightTransferInitInfo):
+class Nothing(base.WeightTransferInitInfo):
     """There is nothing to set up."""
 
 
 @dataclass
-class Files(WeightTransferUpdateInfo):
+class Files(base.WeightTransferUpdateInfo):
     """All weights: safetensors files, and the mark of each tensor as the trainer sent it."""
 
     paths: list[str]
     marks: dict[str, int]
 
 
-class FileTransfer(WeightTransferEngine[Nothing, Files]):
+class FileTransfer(base.WeightTransferEngine[Nothing, Files]):
     """Loads weights from files that the trainer wrote, all in one go, and checks them."""
 
     init_info_cls = Nothing
@@ -102,9 +89,9 @@ class FileTransfer(WeightTransferEngine[Nothing, Files]):
         load(self.model, expected, _read(update_info), reload)
 
     def _reload(self, pairs: Iterable[tuple[str, Tensor]]) -> None:
-        initialize_layerwise_reload(self.model)
+        layerwise.initialize_layerwise_reload(self.model)
         self.model.load_weights(pairs)
-        finalize_layerwise_reload(self.model, self.model_config)
+        layerwise.finalize_layerwise_reload(self.model, self.model_config)
 
     def finish_weight_update(self) -> None:
         pass

@@ -1,11 +1,10 @@
 """The trainer's weights, one full tensor at a time, by Hugging Face name."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from safetensors import SafetensorError
@@ -59,9 +58,7 @@ class WeightFiles:
     failure: str | None = None
 
     @classmethod
-    def write(
-        cls, pairs: Iterable[tuple[str, Tensor]], folder: str, dtype: torch.dtype
-    ) -> WeightFiles:
+    def write(cls, pairs: Iterable[tuple[str, Tensor]], folder: str, dtype: torch.dtype) -> Self:
         """Writes the tensors, as `dtype`, in buckets of bounded size.
 
         Gathering them is collective, so all are taken, even when the disk is full: that is told in

@@ -5,14 +5,12 @@ the group's timeout: past it, `TimeoutError` names the phase and the rank that w
 died shows as `ConnectionError`.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, Self, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -57,7 +55,7 @@ class DataRanks:
     group: dist.ProcessGroup | None = None
 
     @classmethod
-    def all(cls) -> DataRanks:
+    def all(cls) -> Self:
         """Every rank has samples of its own."""
         return cls(get_rank(), get_world_size())
 
@@ -163,10 +161,7 @@ def comes_from_a_collective(error: RuntimeError) -> bool:
 
 
 def _all_reduce(
-    values: Mapping[str, float],
-    op: dist.ReduceOp.RedOpType,
-    phase: str,
-    group: dist.ProcessGroup | None = None,
+    values: Mapping[str, float], op: Any, phase: str, group: dist.ProcessGroup | None = None
 ) -> dict[str, float]:
     if get_world_size() == 1:
         return dict(values)
@@ -179,11 +174,6 @@ def _all_reduce(
     return {name: reduced[name] for name in values}
 
 
-def all_reduce_sum(values: Mapping[str, float], phase: str = "all_reduce_sum") -> dict[str, float]:
-    """Sums over ranks, in one float64 collective. All ranks must pass the same keys."""
-    return _all_reduce(values, dist.ReduceOp.SUM, phase)
-
-
 def all_reduce_max(values: Mapping[str, float], phase: str = "all_reduce_max") -> dict[str, float]:
     """Maxima over ranks, in one float64 collective. All ranks must pass the same keys."""
     return _all_reduce(values, dist.ReduceOp.MAX, phase)
@@ -192,26 +182,6 @@ def all_reduce_max(values: Mapping[str, float], phase: str = "all_reduce_max") -
 def any_rank(flag: bool, phase: str = "any_rank") -> bool:
     """Whether `flag` is true on at least one rank."""
     return bool(all_reduce_max({"flag": float(flag)}, phase)["flag"])
-
-
-def gather_objects(value: T, phase: str = "gather_objects") -> list[T]:
-    """The `value` of every rank, in rank order, on every rank. Values must be picklable."""
-    if get_world_size() == 1:
-        return [value]
-    gathered: list[Any] = [None] * get_world_size()
-    with _waiting(phase):
-        dist.all_gather_object(gathered, value)
-    return gathered
-
-
-def broadcast_object(value: T, phase: str = "broadcast_object") -> T:
-    """Rank 0's `value`, on every rank. It must be picklable."""
-    if get_world_size() == 1:
-        return value
-    box = [value]
-    with _waiting(phase):
-        dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def barrier(phase: str = "barrier") -> None:
@@ -228,22 +198,7 @@ def on_main(function: Callable[[], T], phase: str) -> T:
         Exception: on rank 0 what `function` raised, on the others RankError with its text; so a
             full disk on rank 0 ends the job instead of leaving the others waiting.
     """
-    if get_world_size() == 1:
-        return function()
-    outcome: tuple[Literal["value", "error"], Any] = ("value", None)
-    raised: Exception | None = None
-    if is_main():
-        try:
-            outcome = ("value", function())
-        except Exception as error:
-            raised = error
-            outcome = ("error", f"{type(error).__name__}: {error}")
-    kind, value = broadcast_object(outcome, phase)
-    if raised is not None:
-        raise raised
-    if kind == "error":
-        raise RankError(f"rank 0 failed in phase {phase!r}: {value}")
-    return value
+    return on_all(function if is_main() else lambda: cast(T, None), phase)[0]
 
 
 def on_all(function: Callable[[], T], phase: str) -> list[T]:
@@ -255,16 +210,15 @@ def on_all(function: Callable[[], T], phase: str) -> list[T]:
     if get_world_size() == 1:
         return [function()]
     raised: Exception | None = None
-    outcome: tuple[str | None, Any] = (None, None)
+    failure, value = None, None
     try:
-        outcome = (None, function())
+        value = function()
     except Exception as error:
-        raised = error
-        outcome = (f"{type(error).__name__}: {error}", None)
-    outcomes: list[tuple[str | None, Any]] = gather_objects(outcome, phase)
+        raised, failure = error, f"{type(error).__name__}: {error}"
+    outcomes = DataRanks.all().gather((failure, value), phase)
     if raised is not None:
         raise raised
     for rank, (failure, _) in enumerate(outcomes):
         if failure is not None:
             raise RankError(f"rank {rank} failed in phase {phase!r}: {failure}")
-    return [value for _, value in outcomes]
+    return [cast(T, value) for _, value in outcomes]

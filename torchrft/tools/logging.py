@@ -1,7 +1,5 @@
 """The "torchrft" logger: legible on a terminal, plain lines in a file."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from functools import cache
@@ -31,19 +29,14 @@ def setup_logging(rank: int = 0) -> None:
     """
     for earlier in list(logger.handlers):
         logger.removeHandler(earlier)
-    prefix = "" if rank == 0 else f"[rank {rank}] "
+    line = "%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"
     handler: logging.Handler
     if on_terminal():
-        handler = RichHandler(
-            console=terminal(), show_path=False, markup=False, rich_tracebacks=False
-        )
-        handler.setFormatter(logging.Formatter(f"{prefix}%(message)s", datefmt="%H:%M:%S"))
+        handler = RichHandler(console=terminal(), show_path=False)
+        handler.setFormatter(logging.Formatter(line, datefmt="%H:%M:%S"))
     else:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(
-            logging.Formatter(
-                f"%(asctime)s %(levelname)s {prefix}%(message)s", datefmt="%Y-%m-%d %H:%M:%S"
-            )
-        )
+        line = f"%(asctime)s %(levelname)s {line}"
+        handler.setFormatter(logging.Formatter(line, datefmt="%Y-%m-%d %H:%M:%S"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)

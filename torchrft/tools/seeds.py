@@ -1,7 +1,5 @@
 """Random state: seed everything, save and restore it, derive independent seeds."""
 
-from __future__ import annotations
-
 import hashlib
 import random
 from typing import Any

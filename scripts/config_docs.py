@@ -1,6 +1,6 @@
 """The JSON schema of the TOML, for editors, and the table of fields in docs/configuration.md.
 
-`python -m torchrft.config.schema` writes both anew; a test fails when they are out of step.
+`python scripts/config_docs.py` writes both anew; a test fails when they are out of step.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from pathlib import Path
 from torchrft.config.fields import FIELDS, SECTIONS, default_text, expected
 from torchrft.config.job_config import JobConfig
 
-SCHEMA_PATH = Path(__file__).with_name("schema.json")
-DOCS_PATH = Path(__file__).parents[2] / "docs" / "configuration.md"
+ROOT = Path(__file__).parents[1]
+SCHEMA_PATH = ROOT / "torchrft" / "config" / "schema.json"
+DOCS_PATH = ROOT / "docs" / "configuration.md"
 _BEGIN, _END = "<!-- fields: begin (generated) -->", "<!-- fields: end -->"
 
 
@@ -56,8 +57,7 @@ def refreshed_docs(text: str) -> str:
 
 def main() -> None:
     SCHEMA_PATH.write_text(schema_text())
-    if DOCS_PATH.exists():
-        DOCS_PATH.write_text(refreshed_docs(DOCS_PATH.read_text()))
+    DOCS_PATH.write_text(refreshed_docs(DOCS_PATH.read_text()))
 
 
 if __name__ == "__main__":
