@@ -1,14 +1,50 @@
 """The order in which prompts are trained on, and how it is resumed."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import Sampler
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from torchrft.data.prompts import PromptDataset
 from torchrft.types import Prompt
+
+
+class PromptStream(Sampler[list[int]]):
+    """Batch sampler over an endless stream: pass after pass, each one a seeded permutation.
+
+    A step takes the next `prompts_per_step` positions of the stream, so that a step may hold the
+    end of one pass and the start of the next, and no prompt is ever skipped. Of these positions
+    rank r takes those i with i % world_size == r.
+    """
+
+    def __init__(
+        self, num_prompts: int, prompts_per_step: int, seed: int, rank: int, world_size: int
+    ) -> None:
+        self.num_prompts = num_prompts
+        self.prompts_per_step = prompts_per_step
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.position = 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        while True:
+            start = self.position
+            self.position += self.prompts_per_step
+            yield [
+                self._index(position)
+                for position in range(start, self.position)
+                if position % self.world_size == self.rank
+            ]
+
+    def _index(self, position: int) -> int:
+        number, place = divmod(position, self.num_prompts)
+        return int(_permutation(self.num_prompts, self.seed, number)[place])
 
 
 @lru_cache(maxsize=2)
@@ -22,18 +58,12 @@ def _permutation(num_prompts: int, seed: int, number: int) -> torch.Tensor:
 class PromptLoader:
     """Endless batches of prompts for one rank, in an order that only the seed decides.
 
-    The prompts are an endless stream: pass after pass, each one a seeded permutation. A step takes
-    the next `prompts_per_step` positions of it, so that a step may hold the end of one pass and the
-    start of the next, and no prompt is ever skipped. Of these positions rank r takes those i with
-    i % world_size == r.
-
     >>> loader = PromptLoader(dataset, prompts_per_step=8, seed=0)  # doctest: +SKIP
     >>> len(loader.next())  # doctest: +SKIP
     8
 
-    `position` counts prompts taken so far, over all ranks. The state is the same on all ranks and
-    holds no number of ranks: a run may go on with more or fewer of them. Raises ValueError if
-    `world_size` does not divide `prompts_per_step`.
+    Its state is the same on all ranks and holds no number of ranks: a run may go on with more or
+    fewer of them. Raises ValueError if `world_size` does not divide `prompts_per_step`.
     """
 
     def __init__(
@@ -51,53 +81,68 @@ class PromptLoader:
             raise ValueError(
                 f"{prompts_per_step} prompts per step cannot be divided among {world_size} ranks"
             )
-        self.dataset, self.prompts_per_step, self.seed = dataset, prompts_per_step, seed
-        self.rank, self.world_size = rank, world_size
-        self.position = 0
+        self._stream = PromptStream(len(dataset), prompts_per_step, seed, rank, world_size)
+        with warnings.catch_warnings():
+            # torchdata 0.11 calls a function that torch has deprecated since.
+            warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+            loader = StatefulDataLoader(
+                dataset,
+                batch_sampler=self._stream,
+                collate_fn=list,
+                # Its own generator, or making the iterator would draw from the global one.
+                generator=torch.Generator(),
+            )
+        # In this process a batch is made when it is asked for, so the stream's position is exact.
+        assert loader.num_workers == 0
+        self._batches: Iterator[list[Prompt]] = iter(loader)
 
     def next(self) -> list[Prompt]:
         """This rank's prompts of the next step."""
-        prompts = self.peek()
-        self.position += self.prompts_per_step
-        return prompts
+        return next(self._batches)
 
     def peek(self) -> list[Prompt]:
         """What the next call of `next` returns; the position stays."""
-        positions = range(self.position, self.position + self.prompts_per_step)
-        return [self._prompt(i) for i in positions if i % self.world_size == self.rank]
+        position = self._stream.position
+        try:
+            return self.next()
+        finally:
+            self._stream.position = position
 
-    def _prompt(self, position: int) -> Prompt:
-        number, place = divmod(position, len(self.dataset))
-        return self.dataset[int(_permutation(len(self.dataset), self.seed, number)[place])]
+    @property
+    def position(self) -> int:
+        """Prompts taken so far, over all ranks."""
+        return self._stream.position
 
     @property
     def episode(self) -> float:
         """Passes over the prompts finished so far, with the part of the current one."""
-        return self.position / len(self.dataset)
+        return self._stream.position / self._stream.num_prompts
 
     def finished_episode(self, every: int, since: int) -> bool:
         """Whether the `every`-th, 2 * `every`-th, … pass ended since position `since`."""
-        length = every * len(self.dataset)
-        return self.position // length > since // length
+        length = every * self._stream.num_prompts
+        return self._stream.position // length > since // length
 
     def total_steps(self, num_episodes: int) -> int:
         """Steps after which every prompt has been taken at least `num_episodes` times."""
         # Whole numbers: a quotient of floats may lie just above the whole number it should be.
-        return -(-num_episodes * len(self.dataset) // self.prompts_per_step)
+        return -(-num_episodes * self._stream.num_prompts // self._stream.prompts_per_step)
 
     def state_dict(self) -> dict[str, int]:
         """Where the stream stands: `position` counts prompts taken over all ranks."""
-        return {"position": self.position, **self._order()}
+        stream = self._stream
+        return {
+            "position": stream.position,
+            "seed": stream.seed,
+            "num_prompts": stream.num_prompts,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from `state`; raises ValueError if it belongs to another order of prompts."""
-        for key, value in self._order().items():
+        for key, value in (("num_prompts", self._stream.num_prompts), ("seed", self._stream.seed)):
             if state[key] != value:
                 raise ValueError(
                     f"cannot resume the prompt order: the checkpoint has {key} = {state[key]}, "
                     f"this run {value}"
                 )
-        self.position = int(state["position"])
-
-    def _order(self) -> dict[str, int]:
-        return {"num_prompts": len(self.dataset), "seed": self.seed}
+        self._stream.position = int(state["position"])
