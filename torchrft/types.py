@@ -101,7 +101,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A sample's reward and the parts it is the weighted sum of.
+    """A sample's reward, the parts it is the weighted sum of, and what else its sources measured.
 
     >>> Score(1.5, {"exact_match": 1.0, "format": 0.5}).value
     1.5
@@ -109,6 +109,7 @@ class Score:
 
     value: float
     parts: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,12 +12,10 @@ from typing import Any
 import numpy as np
 
 from torchrft.config.job_config import RewardFunction
+from torchrft.rewards import functions as functions
 from torchrft.rewards.registry import REWARDS, RewardCallable, arguments_of
+from torchrft.rewards.source import RewardError as RewardError
 from torchrft.types import Completion, Prompt, Score
-
-
-class RewardError(RuntimeError):
-    """A reward function raised, or returned what is no finite number."""
 
 
 @dataclass(frozen=True, slots=True)
