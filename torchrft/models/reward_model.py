@@ -60,7 +60,7 @@ class RewardModel(nn.Module):
         spans: list[tuple[int, list[int]]] = []
         for group in groups:
             samples = [self._read(sample) for sample in group]
-            shared = commonprefix(samples)
+            shared = commonprefix(samples)  # noqa: RUF071  # of lists
             parts = [samples] if shared else [[sample] for sample in samples]
             for part in parts:
                 prefix = shared or part[0]
