@@ -156,19 +156,23 @@ class StubScorer:
 
     def __init__(self, rule: Callable[..., float] | None = None, *sources: Source) -> None:
         self.rule = rule or (lambda prompt, completion: float(len(completion.text)))
-        self.sources = sources or (Source(),)
+        self.sources = {source.name: source for source in sources or (Source(),)}
         self.seen: list[Any] = []
+        self.closed = False
 
     def score(self, prompts: Any, completions: Any) -> list[Score]:
         self.seen += zip([prompts[c.prompt_index] for c in completions], completions, strict=True)
         values = [self.rule(prompts[c.prompt_index], c) for c in completions]
         return [Score(value, {"length": value}) for value in values]
 
+    def close(self) -> None:
+        self.closed = True
+
 
 @contextlib.contextmanager
 def app_server(app: Any) -> Iterator[str]:
     """The url of an app that uvicorn serves in another thread."""
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="off")
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="on")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

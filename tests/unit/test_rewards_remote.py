@@ -10,9 +10,11 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
 import pytest
+import tiny_job
+import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from reward_servers import Reply, Scripted, free_port, raw_server
+from reward_servers import Program, Reply, Scripted, free_port, raw_server
 
 from torchrft.config.reward_config import Reward
 from torchrft.rewards import remote as remote_module
@@ -482,3 +484,92 @@ def test_an_answer_that_trickles_in_is_cut_off(start):
         with pytest.raises(TimeoutError, match=r"no answer within 0\.3 seconds"):
             JsonServer(url, "remote_rm_url").exchange("/", None, 0.3)
         assert time.monotonic() - began < 5
+
+
+# ------------------------------------------------------------ training
+
+RULE = '''
+import pathlib
+import time
+
+FOLDER = pathlib.Path(__file__).parent
+calls = 0
+
+
+def parity(response):
+    """Like any rule; once it is armed, it gets stuck in the middle of the second step."""
+    global calls
+    calls += (FOLDER / "armed").exists()
+    if calls == 22:
+        (FOLDER / "armed").unlink()
+        (FOLDER / "stuck").touch()
+        time.sleep(120)
+    return float(sum(map(ord, response)) % 2 == 0)
+'''
+
+
+@pytest.fixture(scope="module")
+def parity_server(tmp_path_factory):
+    """`python -m torchrft.rewards.server` with `parity`; its folder, where it can be armed."""
+    folder = tmp_path_factory.mktemp("parity")
+    (folder / "rule.py").write_text(RULE)
+    name = f"{folder}/rule.py:parity"
+    entry = f'{{ name = "{name}", alias = "parity", isolate = false }}'
+    (folder / "server.toml").write_text(f"[reward]\nfunctions = [{entry}]\n")
+    program = Program(folder / "log.txt", "--config", str(folder / "server.toml"))
+    try:
+        program.wait()
+        yield program, folder, name
+    finally:
+        program.kill()
+
+
+def test_rewards_survive_a_kill_of_the_server(parity_server, tmp_path, monkeypatch):
+    """The server is killed while it scores and started again: the run does not notice."""
+    monkeypatch.setattr(remote_module, "_FIRST_WAIT", 0.5)
+    program, folder, name = parity_server
+    fields = {"functions": None, "remote_rm_url": program.url, "remote_rm_batch_size": 4}
+    local = tiny_job.run(tmp_path / "local", functions=name)
+    whole = tiny_job.run(tmp_path / "whole", **fields)
+    (folder / "armed").touch()
+
+    def kill():
+        while not (folder / "stuck").exists():
+            time.sleep(0.01)
+        program.kill()
+        program.start()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    broken = tiny_job.run(tmp_path / "broken", **fields)
+    killer.join()
+    assert (folder / "stuck").exists()
+    rewards = [
+        [record["reward/mean"] for record in tiny_job.records(tmp_path / run)]
+        for run in ("local", "whole", "broken")
+    ]
+    assert len(set(rewards[0])) > 1
+    assert rewards[0] == rewards[1] == rewards[2]
+    record = tiny_job.records(tmp_path / "broken")[-1]
+    assert record["reward/remote/parity"] == rewards[0][-1]  # the server's part, logged by name
+    expected = tiny_job.weights(local)
+    for job in (whole, broken):
+        for key, value in tiny_job.weights(job).items():
+            assert torch.equal(value, expected[key]), key
+
+
+def test_a_run_without_its_server_does_not_start(tmp_path):
+    url = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(ValueError, match=f"no reward server can be reached: {url} "):
+        tiny_job.run(tmp_path, functions=None, remote_rm_url=url)
+
+
+def test_a_reward_that_is_none_stops_the_run_before_the_optimizer(tmp_path):
+    def nothing(body):
+        return Reply({"rewards": [None] * len(body["prompts"])})
+
+    with Scripted(nothing) as server, pytest.raises(RewardError, match="got null") as caught:
+        tiny_job.run(tmp_path, functions=None, remote_rm_url=server.url)
+    assert server.url in str(caught.value)
+    assert "prompt row" in str(caught.value)
+    assert len(server.asked) == 1

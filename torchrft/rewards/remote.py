@@ -198,7 +198,8 @@ def request_body(
     """
     for request in batch:
         try:
-            json.dumps([request.prompt.label, dict(request.prompt.metadata)])
+            prompt = request.prompt
+            json.dumps([prompt.label, dict(prompt.metadata), prompt.messages])
         except (TypeError, ValueError, RecursionError) as error:
             raise RewardError(
                 f"reward source 'remote', prompt row {request.prompt.row}: its label or metadata "
@@ -210,6 +211,7 @@ def request_body(
     if protocol == "predecessor":
         return {"queries": texts, "prompts": prompts, "references": labels}
     more: dict[str, list[Any]] = {
+        "messages": [request.prompt.messages for request in batch],
         "prompt_token_ids": [request.prompt.token_ids for request in batch],
         "token_ids": [request.completion.token_ids for request in batch],
         "finish_reasons": [request.completion.finish_reason for request in batch],

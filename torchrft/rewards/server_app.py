@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import prometheus_client as prometheus
 from fastapi import Body, FastAPI, HTTPException, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict, Discriminator, Tag, model_validator
 from starlette.exceptions import HTTPException as AnyHTTPException
@@ -23,20 +24,13 @@ from torchrft.tools.http import gunzip
 from torchrft.tools.logging import logger
 from torchrft.types import Completion, FinishReason, Prompt, Score
 
-TAKES = ["prompt_token_ids", "token_ids", "finish_reasons", "rows"]
+if TYPE_CHECKING:
+    from torchrft.rewards.scorer import Scorer
+
+TAKES = ["messages", "prompt_token_ids", "token_ids", "finish_reasons", "rows"]
 """The lists of `ScoreRequest` that are torchrft's own."""
 
 _WAITING = 256  # requests; further ones are sent away for a while
-
-
-class Scores(Protocol):
-    """The `Scorer`, or anything that scores like it. `arguments` of a source may be missing."""
-
-    sources: Sequence[Any]
-
-    def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Score]:
-        """One score per completion, in their order."""
-        ...
 
 
 class ScoreRequest(BaseModel):
@@ -56,6 +50,8 @@ class ScoreRequest(BaseModel):
     """The prompts' images; this version takes none."""
     metadata: list[dict[str, Any] | None] | None = None
     """Further columns of the prompt's row."""
+    messages: list[list[dict[str, Any]]] | None = None
+    """The chats that the prompts were made from."""
     prompt_token_ids: list[list[int]] | None = None
     """The prompts' token ids."""
     token_ids: list[list[int]] | None = None
@@ -93,7 +89,8 @@ class ScoreRequest(BaseModel):
             label = self.labels[place] if self.labels else None
             metadata = (self.metadata[place] if self.metadata else None) or {}
             given = tuple(self.prompt_token_ids[place]) if self.prompt_token_ids else ()
-            prompts.append(Prompt(row, text, given, label, metadata))
+            chat = tuple(self.messages[place]) if self.messages else ()
+            prompts.append(Prompt(row, text, given, label, metadata, chat))
             ids = tuple(self.token_ids[place]) if self.token_ids else ()
             reason: FinishReason = self.finish_reasons[place] if self.finish_reasons else "stop"
             completions.append(Completion(place, 0, ids, (0.0,) * len(ids), response, reason))
@@ -153,19 +150,33 @@ AnyRequest = Annotated[
 ]
 
 
+def _error(status: int, text: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """An ErrorAnswer; lone surrogates, which a request may hold, have no UTF-8."""
+    text = text.encode(errors="backslashreplace").decode()
+    return JSONResponse({"error": text}, status, headers)
+
+
 class Gate:
-    """Asks for the token and bounds the body, before anything reads it; unpacks gzip.
+    """Asks for the token and bounds the body, before anything reads it; unpacks gzip; counts.
 
     Args: token, None for an open server; limit, bytes of a body, as sent and decompressed.
     """
 
-    def __init__(self, app: ASGIApp, token: str | None, limit: int) -> None:
-        self.app, self.limit = app, limit
+    def __init__(
+        self, app: ASGIApp, token: str | None, limit: int, requests: prometheus.Counter
+    ) -> None:
+        self.app, self.limit, self.requests = app, limit, requests
         self.expected = None if token is None else b"Bearer " + token.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+
+        async def counted(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                self.requests.labels(message["status"]).inc()
+            await send(message)
+
         headers = dict(scope["headers"])
         given = headers.get(b"authorization", b"")
         allowed = self.expected is None or hmac.compare_digest(given, self.expected)
@@ -186,14 +197,14 @@ class Gate:
             fault = 415, f"Content-Encoding must be gzip, not {encoding.decode('latin-1')}"
         if fault is not None:
             extra = {"WWW-Authenticate": "Bearer"} if fault[0] == 401 else None
-            return await JSONResponse({"error": fault[1]}, *fault[:1], extra)(scope, receive, send)
+            return await _error(*fault, extra)(scope, receive, counted)
         scope["headers"] = [pair for pair in scope["headers"] if pair[0] != b"content-encoding"]
         unread = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replay() -> Any:
             return unread.pop() if unread else await receive()
 
-        await self.app(scope, replay, send)
+        await self.app(scope, replay, counted)
 
     async def _read(self, receive: Receive, keep: bool) -> bytes | None:
         """The body; None for one that is too large. Much of that is taken in nevertheless, or the
@@ -231,7 +242,7 @@ class _Numbers:
 class _Turns:
     """Has one request scored at a time, in one thread: sources need not be thread-safe."""
 
-    def __init__(self, scorer: Scores, numbers: _Numbers) -> None:
+    def __init__(self, scorer: Scorer, numbers: _Numbers) -> None:
         self.scorer, self.numbers = scorer, numbers
         self.turn, self.waiting = asyncio.Lock(), 0
         self.thread = ThreadPoolExecutor(1, "scorer")
@@ -265,23 +276,28 @@ class _Turns:
         return scores
 
 
-def create_app(scorer: Scores, token: str | None = None, max_bytes: int = 1 << 26) -> FastAPI:
-    """The server of what `scorer` mixes.
+def create_app(scorer: Scorer, token: str | None = None, max_bytes: int = 1 << 26) -> FastAPI:
+    """The server of what `scorer` mixes, which it closes at its end.
 
     Args: token, that requests must bear but those to /health; max_bytes, of a request's body,
         compressed or not.
     """
     numbers = _Numbers()
     turns = _Turns(scorer, numbers)
-    wanted = {name for source in scorer.sources for name in getattr(source, "arguments", ())}
-    needs = [
-        field
-        for field, argument in (("token_ids", "token_ids"), ("finish_reasons", "finish_reason"))
-        if argument in wanted
-    ]
-    app = FastAPI(title="torchrft reward server", redirect_slashes=False)
+    wanted = {
+        name for source in scorer.sources.values() for name in getattr(source, "arguments", ())
+    }
+    fields = {"token_ids": "token_ids", "finish_reason": "finish_reasons", "images": "images"}
+    needs = [field for argument, field in fields.items() if argument in wanted]
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        scorer.close()  # here, since uvicorn ends the process by the signal that it got
+
+    app = FastAPI(title="torchrft reward server", redirect_slashes=False, lifespan=lifespan)
     app.add_middleware(GZipMiddleware, minimum_size=1024, compresslevel=1)
-    app.add_middleware(Gate, token=token, limit=max_bytes)
+    app.add_middleware(Gate, token=token, limit=max_bytes, requests=numbers.requests)
     faults: dict[int | str, dict[str, Any]] = {
         status: {"model": ErrorAnswer} for status in (400, 401, 413, 415, 422, 500, 503)
     }
@@ -308,11 +324,17 @@ def create_app(scorer: Scores, token: str | None = None, max_bytes: int = 1 << 2
     async def health(request: Request, response: Response) -> HealthAnswer:
         """That the server is up, and what it takes; never needs the token."""
         response.headers["Accept-Encoding"] = "gzip"  # requests may be compressed: RFC 7694
-        names = [source.name for source in scorer.sources]
         authorized = request.state.authorized
-        return HealthAnswer(status="ok", sources=names, takes=TAKES, authorized=authorized)
+        return HealthAnswer(
+            status="ok", sources=list(scorer.sources), takes=TAKES, authorized=authorized
+        )
 
-    @app.get("/metrics", dependencies=secured, responses={401: {"model": ErrorAnswer}})
+    @app.get(
+        "/metrics",
+        dependencies=secured,
+        response_class=PlainTextResponse,
+        responses={401: {"model": ErrorAnswer}},
+    )
     async def metrics() -> Response:
         """Counters for Prometheus."""
         kind = prometheus.CONTENT_TYPE_LATEST
@@ -321,16 +343,10 @@ def create_app(scorer: Scores, token: str | None = None, max_bytes: int = 1 << 2
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
         told = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
-        return JSONResponse({"error": "; ".join(told)}, 422)
+        return _error(422, "; ".join(told))
 
     @app.exception_handler(AnyHTTPException)
     async def refused(request: Request, error: AnyHTTPException) -> JSONResponse:
-        return JSONResponse({"error": error.detail}, error.status_code, error.headers)
-
-    @app.middleware("http")
-    async def count(request: Request, call_next: Any) -> Response:
-        response: Response = await call_next(request)
-        numbers.requests.labels(response.status_code).inc()
-        return response
+        return _error(error.status_code, str(error.detail), error.headers)
 
     return app
