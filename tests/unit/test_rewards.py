@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from torchrft.config.job_config import RewardFunction
+from torchrft.config.reward_config import Reward, RewardFunction
 from torchrft.rewards import build_scorer, register
 from torchrft.rewards.registry import REWARDS
 from torchrft.rewards.scorer import RewardError
@@ -28,7 +28,11 @@ def completion(text="4", prompt_index=0, sample_index=0):
 
 def scorer(*names, **weights):
     entries = [RewardFunction(name=name) for name in names]
-    return build_scorer([*entries, *(RewardFunction(name=n, weight=w) for n, w in weights.items())])
+    return build_scorer(
+        Reward(
+            functions=[*entries, *(RewardFunction(name=n, weight=w) for n, w in weights.items())]
+        )
+    )
 
 
 @pytest.mark.parametrize(

@@ -115,13 +115,14 @@ def _refuse(faults: list[str]) -> NoReturn:
     raise SystemExit(2)
 
 
-def load(argv: list[str], world_size: int | None = None) -> LoadedConfig:
+def load(argv: list[str], world_size: int | None = None, is_partial: bool = False) -> LoadedConfig:
     """Read flags and their TOML and judge them for `world_size` ranks (by default the job's).
 
-    Raises ConfigError with all faults of the TOML, the flags and the rules together.
+    With `is_partial` no training follows: required fields may be missing, and the rules that join
+    fields are not applied. Raises ConfigError with all faults of TOML, flags and rules together.
     """
     flags = command_line.parse(argv)
-    draft = _Draft(faults=list(flags.faults), spoiled=set(flags.spoiled))
+    draft = _Draft(faults=list(flags.faults), spoiled=set(flags.spoiled), is_partial=is_partial)
     if flags.config_file is not None:
         _merge_toml(flags.config_file, draft)
     for name, value in flags.values.items():
@@ -336,8 +337,8 @@ def to_toml(config: JobConfig) -> str:
     """
     silent = silent_fields(config)
     tables: dict[str, Any] = {}
-    for section, table in config.model_dump().items():
-        kept = {k: v for k, v in table.items() if v is not None and k not in silent}
+    for section, table in config.model_dump(exclude_none=True).items():
+        kept = {k: v for k, v in table.items() if k not in silent}
         if kept:
             tables[section] = kept
     return tomli_w.dumps(tables)

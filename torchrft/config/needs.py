@@ -80,6 +80,18 @@ def _clips(config: JobConfig) -> bool:
     return policy_loss(config) != "reinforce"
 
 
+def _has_functions(config: JobConfig) -> bool:
+    return bool(config.reward.functions)
+
+
+def _has_models(config: JobConfig) -> bool:
+    return bool(config.reward.scalar_models(config.model.pretrain))
+
+
+def _has_servers(config: JobConfig) -> bool:
+    return bool(config.reward.remote_rm_url)
+
+
 CRITIC_FIELDS = ("critic_pretrain", "freezing_actor_steps", "value_clip")
 
 _CRITIC = 'advantage_estimator = "gae"'
@@ -87,6 +99,8 @@ _ADAPTIVE = 'kl_controller = "adaptive" or the cpgd policy loss'
 _RETURNS = 'advantage_estimator = "reinforce", "reinforce_plus_plus" or "gae"'
 _OWN_ENGINE = 'engine_type = "vllm" or "sglang" and no server_urls'
 _WEIGHTED = 'advantage_estimator = "cpgd"'
+
+_REMOTE = "weight normalize protocol timeout deadline retries batch_size concurrency token_env"
 
 # Only a warning where the guide's own examples set a field idly, or sweeps switch the need off.
 NEEDS: tuple[Need, ...] = (
@@ -130,6 +144,23 @@ NEEDS: tuple[Need, ...] = (
         lambda c: c.reward.reward_running_norm,
         "reward_running_norm = true",
     ),
+    Need("reward_timeout", _has_functions, "functions"),
+    Need("reward_workers", _has_functions, "functions"),
+    Need("reward_memory", _has_functions, "functions"),
+    Need(
+        "error_reward",
+        lambda c: _has_functions(c) or bool(c.reward.judges) or _has_servers(c),
+        "functions, judges or remote_rm_url",
+    ),
+    Need(
+        "reward_model_offload",
+        lambda c: _has_models(c) and not c.reward.rm_use_engine,
+        "reward_pretrain or models outside of the inference engine",
+    ),
+    *(Need(f"remote_rm_{name}", _has_servers, "remote_rm_url") for name in _REMOTE.split()),
+    Need("source_key", lambda c: bool(c.reward.recipes), "recipes"),
+    Need("recipes", lambda c: c.reward.source_key is not None, "source_key"),
+    Need("gate_reward", lambda c: bool(c.reward.gate), "gate"),
     Need("system_prompt", lambda c: c.data.apply_chat_template, "apply_chat_template = true"),
     Need(
         "max_tokens_per_microbatch",

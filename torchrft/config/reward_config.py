@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator
@@ -11,7 +12,6 @@ from torchrft.config.field_types import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    PythonFunction,
     Section,
     Text,
     TextOrList,
@@ -50,8 +50,8 @@ class RewardModel(Section):
     tokenizer: Text | None = None
     """Folder or hub id of its tokenizer; by default `pretrain`."""
     chat_template: Text | None = None
-    """Jinja text, or file of it, that joins prompt and response; by default the texts are joined as
-    they are."""
+    """Jinja chat template, or file of it, that makes one text of prompt and response; by default
+    the tokenizer's own, where it is another than the policy's."""
 
 
 class Judge(Section):
@@ -68,15 +68,26 @@ class Judge(Section):
     model: Text | None = None
     """The server's name of the model; for engine "remote"."""
     template: Text
-    """Text, or file of it, with {prompt}, {response} and {label}."""
-    parser: Literal["last_number", "verdict"] | PythonFunction = "last_number"
-    """How an answer becomes a number."""
+    """Jinja text, or file of it, of {{ prompt }}, {{ response }}, {{ label }}, {{ metadata.x }}."""
+    parser: Text = "last_number"
+    """How an answer becomes a number: "last_number", "verdict", a regular expression with one
+    group, or `path/to/file.py:function`."""
     votes: PositiveInt = 1
-    """Answers per sample; the majority decides."""
+    """Answers per sample."""
+    aggregate: Literal["majority", "mean"] = "majority"
+    """How the votes become one number."""
     temperature: NonNegativeFloat = 0.0
     """Sampling temperature of the answers."""
     max_new_tokens: PositiveInt = 256
     """Maximum tokens of an answer."""
+    max_len: PositiveInt = 4096
+    """Maximum tokens of a judge's prompt with its answer."""
+    timeout: PositiveFloat = 120.0
+    """Seconds for one answer of a server, retries included."""
+    concurrency: PositiveInt = 16
+    """Requests to servers under way at once, per rank."""
+    token_env: Text | None = None
+    """Environment variable that holds the server's bearer token."""
     weight: float = 1.0
     """Weight in the sum."""
     normalize: bool = False
@@ -112,13 +123,15 @@ class Reward(Section):
     """Put the z-score by the remote reward's running mean and deviation into the sum."""
     remote_rm_protocol: Literal["torchrft", "predecessor"] = "torchrft"
     """Form of request and answer; docs/rewards.md has both."""
-    remote_rm_timeout: PositiveFloat = 60.0
-    """Seconds for one request, retries included."""
-    remote_rm_retries: NonNegativeInt = 3
-    """Retries after connection errors, 429 and 5xx."""
+    remote_rm_timeout: PositiveFloat = 300.0
+    """Seconds within which a reward server must answer a request; past it, others get its work."""
+    remote_rm_deadline: PositiveFloat = 1800.0
+    """Seconds after which rewards that were asked for end the job, retries included."""
+    remote_rm_retries: NonNegativeInt = 10
+    """Retries of a request after connection errors, 429 and 5xx, from 0.5 s to 30 s apart."""
     remote_rm_batch_size: PositiveInt = 64
     """Samples per request."""
-    remote_rm_concurrency: PositiveInt = 8
+    remote_rm_concurrency: PositiveInt = 4
     """Requests under way at once, per rank."""
     remote_rm_token_env: Text | None = None
     """Environment variable that holds the server's bearer token."""
@@ -148,6 +161,20 @@ class Reward(Section):
     """Subtract the running mean as well; needs `reward_running_norm`."""
     reward_clip: NonNegativeFloat = 0.0
     """Clip rewards to plus or minus this; 0 is off."""
+
+    def scalar_models(self, policy: str) -> list[RewardModel]:
+        """`models` and `reward_pretrain`; for `rm_use_engine` alone, the model `policy`."""
+        plain = self.reward_pretrain or []
+        if self.rm_use_engine and not (self.models or plain or self.judges):
+            plain = [policy]
+        return [*self.models, *(RewardModel(pretrain=pretrain) for pretrain in plain)]
+
+    def names(self, policy: str) -> list[str]:
+        """What parts, recipes and gate call the rewards, in the order of the sum."""
+        functions = [entry.alias or entry.name for entry in self.functions]
+        models = [entry.name or Path(entry.pretrain).name for entry in self.scalar_models(policy)]
+        remote = ["remote"] if self.remote_rm_url else []
+        return [*functions, *models, *(judge.name for judge in self.judges), *remote]
 
 
 TABLES: dict[str, type[Section]] = {
