@@ -12,7 +12,9 @@ import torch
 from tiny_job import MODEL
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-ENCODER: dict[str, Any] = {
+# Of the families that have no causal LM in tests/tiny.py.
+_OTHERS = ("bert", "gpt2", "xlnet")
+_OTHER: dict[str, Any] = {
     "vocab_size": tiny.VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -26,8 +28,8 @@ ENCODER: dict[str, Any] = {
 
 def save(folder: Path, family: str = "qwen2", seed: int = 0, **options: Any) -> str:
     """A scalar reward model with large random weights and the debug model's tokenizer."""
-    if family == "bert":
-        config = AutoConfig.for_model(family, **{**ENCODER, "num_labels": 1, **options})
+    if family in _OTHERS:
+        config = AutoConfig.for_model(family, **{**_OTHER, "num_labels": 1, **options})
     else:
         config = tiny.config(family, **{"num_labels": 1, **options})
     with torch.random.fork_rng(devices=[]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -106,6 +107,7 @@ class EngineAnswers:
     ) -> None:
         self.engine, self.entry, self.max_len = engine, entry, max_len
         self.tokenizer: Any = tokenizer
+        self.lock = threading.Lock()  # a server asks from several threads
 
     def __call__(
         self, texts: Sequence[str], seeds: Sequence[Sequence[int]]
@@ -122,7 +124,9 @@ class EngineAnswers:
             seeds=tuple(tuple(seeds[prompt.row]) for prompt in fitting),
         )
         answers: list[list[str] | None] = [None for _ in texts]
-        for completion in self.engine.generate(fitting, sampling):
+        with self.lock:
+            completions = self.engine.generate(fitting, sampling)
+        for completion in completions:
             place = fitting[completion.prompt_index].row
             answers[place] = [*(answers[place] or ()), completion.text]
         return answers

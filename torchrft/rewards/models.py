@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
@@ -127,12 +128,17 @@ class Forward(Protocol):
 
 
 class Batches:
-    """Forward passes of at most `size` samples, as many on each rank."""
+    """Forward passes of at most `size` samples, as many on each rank.
+
+    Raises ValueError for a model whose scores depend on padding, if `size` allows it.
+    """
 
     collective = True
 
     def __init__(self, model: RewardModel, size: int, offload: bool) -> None:
         self.model, self.size = model, size
+        if size > 1:
+            model.check_padding()
         self.host = HostWeights(model) if offload else None
 
     @torch.no_grad()
@@ -166,6 +172,7 @@ class ScalarModel:
 
     def __init__(self, name: str, reader: Reader, forward: Forward) -> None:
         self.name, self.reader, self.forward = name, reader, forward
+        self.lock = threading.Lock()  # a server asks from several threads
         self.collective = forward.collective
 
     def check(self, prompts: Sequence[Prompt]) -> None:
@@ -184,7 +191,8 @@ class ScalarModel:
             distributed.on_all(read, "reward")
         else:
             read()
-        return [RewardResult(score) for score in self.forward(groups)]
+        with self.lock:
+            return [RewardResult(score) for score in self.forward(groups)]
 
     def _read(self, requests: Sequence[RewardRequest]) -> list[list[int]]:
         try:
