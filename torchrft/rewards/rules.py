@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -181,9 +182,10 @@ _TAIL = 4000  # characters at the end of a response in which its answer is looke
 
 def _needs_math_verify(**options: Any) -> None:
     try:
-        import math_verify  # noqa: F401
+        import math_verify
     except ImportError as error:
         raise ValueError("it needs math-verify: pip install 'torchrft[math]'") from error
+    logging.getLogger(math_verify.__name__).setLevel(logging.ERROR)  # it warns of missing timeouts
 
 
 @lru_cache(maxsize=4096)  # the samples of a prompt have one label

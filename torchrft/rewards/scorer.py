@@ -63,7 +63,7 @@ class Scorer:
             counted = [self._counted(request.prompt) for request in requests]
             for source in self.sources.values():
                 if not source.collective:
-                    self._ask(source, requests, counted, found)
+                    self._take(source.name, *self._ask(source, requests, counted), found)
         except Exception as error:
             failure = error
         together = [source for source in self.sources.values() if source.collective]
@@ -71,8 +71,10 @@ class Scorer:
             return []
         if failure is not None:
             raise failure
-        for source in together:
-            self._ask(source, requests, counted, found)
+        # All are asked before any answer is judged: a fault of one rank's must not part the ranks.
+        answers = [self._ask(source, requests, counted) for source in together]
+        for source, answer in zip(together, answers, strict=True):
+            self._take(source.name, *answer, found)
         return [self._score(results) for results in found]
 
     def normalized(self, scores: Sequence[Score]) -> list[Score]:
@@ -128,36 +130,43 @@ class Scorer:
         source: RewardSource,
         requests: Sequence[RewardRequest],
         counted: Sequence[Sequence[str]],
+    ) -> tuple[Sequence[RewardRequest], Sequence[RewardResult], Sequence[int]]:
+        """The requests that the source counts for, its results, and those requests' places."""
+        places = [place for place, names in enumerate(counted) if source.name in names]
+        asked = [requests[place] for place in places]
+        return asked, source.score(asked) if asked or source.collective else [], places
+
+    def _take(
+        self,
+        name: str,
+        requests: Sequence[RewardRequest],
+        results: Sequence[RewardResult],
+        places: Sequence[int],
         found: Sequence[dict[str, RewardResult]],
     ) -> None:
-        """Adds the source's results for the requests that it counts for."""
-        name = source.name
-        places = [place for place, names in enumerate(counted) if name in names]
-        if not places and not source.collective:
-            return
-        results = source.score([requests[place] for place in places])
-        if len(results) != len(places):
+        """Checks the results of the source `name` and puts them to their places in `found`."""
+        if len(results) != len(requests):
+            first = f", the first of prompt row {requests[0].prompt.row}" if requests else ""
             raise RewardError(
-                f"reward source {name!r} gave {len(results)} rewards for {len(places)} samples, "
-                f"the first of prompt row {requests[places[0]].prompt.row if places else None}"
+                f"reward {name!r} gave {len(results)} rewards for {len(requests)} samples{first}"
             )
         errors = []
-        for place, result in zip(places, results, strict=True):
-            row = requests[place].prompt.row
+        for place, request, result in zip(places, requests, results, strict=True):
+            row = request.prompt.row
             if result.error is not None:
                 errors.append(f"prompt row {row}: {result.error}")
                 result = replace(result, score=self.config.error_reward)
             for number in (result.score, *result.parts.values(), *result.metrics.values()):
                 if not math.isfinite(as_float(number)):
                     raise RewardError(
-                        f"reward source {name!r}, prompt row {row}: a reward must be a finite "
-                        f"number, got {number!r:.80}"
+                        f"reward {name!r}, prompt row {row}: a reward must be a finite number, got "
+                        f"{number!r:.80}"
                     )
             found[place][name] = result
         if errors:
             logger.warning(
-                f"reward {name!r}: no verdict on {len(errors)} of {len(places)} samples, which get "
-                f"error_reward = {self.config.error_reward:g}; the first is {errors[0]}"
+                f"reward {name!r}: no verdict on {len(errors)} of {len(requests)} samples, which "
+                f"get error_reward = {self.config.error_reward:g}; the first is {errors[0]}"
             )
 
     def _score(self, results: Mapping[str, RewardResult]) -> Score:

@@ -22,8 +22,8 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
-from torchrft.rewards import rules as rules  # registers those that a worker may be asked for
 from torchrft.rewards.registry import RuleFault, make_rule
+from torchrft.rewards.rules import BUILT_IN, BuiltIn
 from torchrft.rewards.source import RewardError, RewardResult
 
 Rows = Sequence[Mapping[str, Any]]
@@ -191,6 +191,8 @@ def serve(fd: int, lifeline: int) -> None:
     try:
         tasks, memory = connection.recv()
         rules = [replace(make_rule(t.name, t.options), tolerant=t.tolerant) for t in tasks]
+        for task in tasks:  # also imports what a rule needs, before its deadlines count
+            BUILT_IN.get(task.name, BuiltIn()).check(**task.options)
     except Exception as error:
         connection.send(("broken", f"{type(error).__name__}: {error}"))
         return
@@ -200,11 +202,11 @@ def serve(fd: int, lifeline: int) -> None:
     connection.send(("ready", None))
     while True:
         try:
-            task, rows, timeout = connection.recv()
+            place, rows, timeout = connection.recv()
         except EOFError:
             return
         try:
-            answer: tuple[str, Any] = "results", rules[task](rows, timeout)
+            answer: tuple[str, Any] = "results", rules[place](rows, timeout)
         except RuleFault as fault:
             answer = "fault", (fault.index, fault.text)
         except MemoryError:
