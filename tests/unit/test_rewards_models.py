@@ -119,8 +119,8 @@ def test_siblings_share_what_they_begin_with(tmp_path):
 
 def test_a_model_that_padding_changes_is_refused(tmp_path):
     """XLNet reads its score from the end of the row; alone in its batch a sample has no padding."""
-    options = {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48, "initializer_range": 0.5}
-    tiny_classifiers.save(tmp_path, "xlnet", **options)
+    options = {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48, "pad_token_id": 0}
+    tiny_classifiers.save(tmp_path, "xlnet", initializer_range=0.5, **options)
     with pytest.raises(ValueError, match=r"XLNetFor.* gives .* set micro_rollout_batch_size = 1"):
         source(str(tmp_path), size=2)
     expected = tiny_classifiers.reference(str(tmp_path), ids_of(requests()))
@@ -182,7 +182,7 @@ def test_what_the_config_asks_for_and_cannot_have(tmp_path):
 
 CHAT = ({"role": "system", "content": "be"}, {"role": "user", "content": "12="})
 TURNS = (
-    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
+    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }},{% endfor %}"
     "{% if add_generation_prompt %}a:{% endif %}"
 )
 
@@ -232,8 +232,8 @@ def test_another_vocabulary_is_read_as_text(tmp_path):
 def test_another_chat_template_is_written_anew(tmp_path):
     folder = tiny_classifiers.save(tmp_path)
     given = Reader(Entry(pretrain=folder, chat_template=TURNS), policy_tokenizer())
-    assert read(given, request(messages=CHAT)) == ["s:be;u:12=;a:2;"]
-    assert read(given, request()) == ["u:12=;a:2;"]
+    assert read(given, request(messages=CHAT)) == ["s:be,u:12=,a:2,"]
+    assert read(given, request()) == ["u:12=,a:2,"]
     # The tokenizer's own counts where it is another than the policy's.
     policy = policy_tokenizer()
     policy.chat_template = TURNS
@@ -250,7 +250,7 @@ def test_without_a_policy_texts_are_joined(tmp_path):
     reader = Reader(Entry(pretrain=folder), None)
     assert read(reader, request(text="<|user|>1=<|assistant|>")) == ["<|user|>1=<|assistant|>2"]
     assert read(Reader(Entry(pretrain=folder, chat_template=TURNS), None), request()) == [
-        "u:12=;a:2;"
+        "u:12=,a:2,"
     ]
 
 
@@ -294,10 +294,9 @@ def test_the_job_offloads_between_rewards(tmp_path, monkeypatch):
     options = {"reward_pretrain": folder, "functions": None, "max_steps": 1}
     tiny_job.run(tmp_path / "kept", **options)
     assert not seen
-    job = tiny_job.run(tmp_path / "away", **options, reward_model_offload=True)
+    tiny_job.run(tmp_path / "away", **options, reward_model_offload=True)
     assert seen == ["on", "off"]
-    forward = job.scorer.sources["rm"].forward
-    forward([])
+    assert Batches(load(folder), 2, offload=True)([]) == []
     assert seen == ["on", "off"]  # nothing to score, nothing moved
     kept, away = (rollout(tmp_path / name, 1) for name in ("kept", "away"))
     assert [row["reward"] for row in kept] == [row["reward"] for row in away]

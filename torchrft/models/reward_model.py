@@ -48,7 +48,6 @@ class RewardModel(nn.Module):
             model.set_attn_implementation(attention.NAME)
         text: Any = model.config.get_text_config()
         self.pad: int | None = text.pad_token_id
-        self.max_len: int | None = getattr(text, "max_position_embeddings", None)
 
     def forward(self, groups: Sequence[Group]) -> Tensor:
         """Scores float32 [B] of all groups' samples, in their order; none may be empty."""

@@ -67,7 +67,7 @@ class Reader:
         if given is not None:
             self.template = text_or_file(given, "chat_template")
         limits = (max_len, self.tokenizer.model_max_length)
-        self.max_len = min(limit for limit in limits if limit is not None)
+        self.max_len = min(limit for limit in limits if limit is not None and limit > 0)
 
     def __call__(self, requests: Sequence[RewardRequest]) -> list[list[int]]:
         """Raises ValueError, naming the prompt's row, for a sample that the model cannot read."""
