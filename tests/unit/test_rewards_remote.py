@@ -526,9 +526,10 @@ def parity_server(tmp_path_factory):
 
 def test_rewards_survive_a_kill_of_the_server(parity_server, tmp_path, monkeypatch):
     """The server is killed while it scores and started again: the run does not notice."""
-    monkeypatch.setattr(remote_module, "_FIRST_WAIT", 0.5)
+    monkeypatch.setattr(remote_module, "_LONGEST_WAIT", 0.2)
     program, folder, name = parity_server
     fields = {"functions": None, "remote_rm_url": program.url, "remote_rm_batch_size": 4}
+    fields["remote_rm_retries"] = 1000
     local = tiny_job.run(tmp_path / "local", functions=name)
     whole = tiny_job.run(tmp_path / "whole", **fields)
     (folder / "armed").touch()

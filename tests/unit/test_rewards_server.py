@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
@@ -203,7 +204,7 @@ def test_the_token_is_needed_everywhere_but_for_health():
         assert ask(url, "/health", **right)[2] == {
             "status": "ok",
             "sources": ["length"],
-            "takes": ["messages", "prompt_token_ids", "token_ids", "finish_reasons", "rows"],
+            "takes": ["rows"],
             "authorized": True,
         }
 
@@ -228,9 +229,11 @@ def test_failures_of_a_source_are_500_with_its_sentence():
 
 
 def test_a_function_that_wants_tokens_does_not_get_none():
-    scorer = StubScorer(None, Source("spread", ("token_ids", "finish_reason")), Source("judge"))
-    del scorer.sources["judge"].arguments  # a model has none
+    scorer = StubScorer(None, Source("spread", ("token_ids", "finish_reason")))
+    scorer.sources["model"] = SimpleNamespace(name="model")  # which does not say what it reads
     with app_server(create_app(scorer)) as url:
+        own = ["messages", "prompt_token_ids", "token_ids", "finish_reasons"]
+        assert ask(url, "/health")[2]["takes"] == ["rows", *own]
         status, _, answer = ask(url, body=BODY)
         assert (status, answer["error"]) == (422, "the rewards served here need token_ids")
         more = {"token_ids": [[1], [2]], "finish_reasons": ["stop", "stop"]}
@@ -243,6 +246,16 @@ def test_a_function_that_wants_tokens_does_not_get_none():
         assert (result.score, result.metrics) == (1.0, {"length": 1.0})
         assert scorer.seen[-1][0].row == 3
         assert scorer.seen[-1][1].token_ids == (2,)
+
+
+def test_only_what_is_wanted_is_sent():
+    scorer = StubScorer(None, Source("spread", ("token_ids", "response")))
+    with app_server(create_app(scorer, zipped=False)) as url:
+        _, headers, answer = ask(url, "/health")
+    assert answer["takes"] == ["rows", "token_ids"]
+    assert "Accept-Encoding" not in headers
+    with app_server(create_app(scorer)) as url:
+        assert ask(url, "/health")[1]["Accept-Encoding"] == "gzip"
 
 
 def test_sources_are_asked_by_one_thread_at_a_time():

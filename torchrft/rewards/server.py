@@ -103,7 +103,9 @@ def serve(argv: Sequence[str] | None = None) -> None:
     if token is None and options.host not in _LOOPBACK:
         logger.warning(f"anybody who reaches {options.host} may ask for rewards; see --token_env")
     scorer = _scorer(options.config, flags)
-    app = create_app(scorer, token, options.max_request_mb << 20)
+    # Within one machine, compressing takes longer than sending.
+    zipped = options.host not in _LOOPBACK
+    app = create_app(scorer, token, options.max_request_mb << 20, zipped)
     logger.info(f"serving {', '.join(scorer.sources)} at http://{options.host}:{options.port}")
     uvicorn.run(app, host=options.host, port=options.port, log_level="warning")
 

@@ -27,8 +27,13 @@ from torchrft.types import Completion, FinishReason, Prompt, Score
 if TYPE_CHECKING:
     from torchrft.rewards.scorer import Scorer
 
-TAKES = ["messages", "prompt_token_ids", "token_ids", "finish_reasons", "rows"]
-"""The lists of `ScoreRequest` that are torchrft's own."""
+_OWN = {
+    "messages": "messages",
+    "prompt_token_ids": "prompt_token_ids",
+    "token_ids": "token_ids",
+    "finish_reasons": "finish_reason",
+}
+"""Lists of `ScoreRequest` beyond the common ones, and the arguments of functions they fill."""
 
 _WAITING = 256  # requests; further ones are sent away for a while
 
@@ -276,19 +281,22 @@ class _Turns:
         return scores
 
 
-def create_app(scorer: Scorer, token: str | None = None, max_bytes: int = 1 << 26) -> FastAPI:
+def create_app(
+    scorer: Scorer, token: str | None = None, max_bytes: int = 1 << 26, zipped: bool = True
+) -> FastAPI:
     """The server of what `scorer` mixes, which it closes at its end.
 
     Args: token, that requests must bear but those to /health; max_bytes, of a request's body,
-        compressed or not.
+        compressed or not; zipped, whether clients are told that they may compress them.
     """
     numbers = _Numbers()
     turns = _Turns(scorer, numbers)
-    wanted = {
-        name for source in scorer.sources.values() for name in getattr(source, "arguments", ())
-    }
-    fields = {"token_ids": "token_ids", "finish_reason": "finish_reasons", "images": "images"}
-    needs = [field for argument, field in fields.items() if argument in wanted]
+    sources = scorer.sources.values()
+    wanted = {name for source in sources for name in getattr(source, "arguments", ())}
+    needs = [f for f, argument in {**_OWN, "images": "images"}.items() if argument in wanted]
+    # A model, which does not say what it wants, may want any.
+    takes_all = any(not hasattr(source, "arguments") for source in sources)
+    takes = ["rows", *(_OWN if takes_all else (name for name in needs if name in _OWN))]
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -323,10 +331,11 @@ def create_app(scorer: Scorer, token: str | None = None, max_bytes: int = 1 << 2
     @app.get("/health")
     async def health(request: Request, response: Response) -> HealthAnswer:
         """That the server is up, and what it takes; never needs the token."""
-        response.headers["Accept-Encoding"] = "gzip"  # requests may be compressed: RFC 7694
+        if zipped:
+            response.headers["Accept-Encoding"] = "gzip"  # of requests: RFC 7694
         authorized = request.state.authorized
         return HealthAnswer(
-            status="ok", sources=list(scorer.sources), takes=TAKES, authorized=authorized
+            status="ok", sources=list(scorer.sources), takes=takes, authorized=authorized
         )
 
     @app.get(
