@@ -33,9 +33,6 @@ def build_rewards(
     engine = partial(judge_engine, config=config, dtype=dtype, device=world.device)
     for judge in reward.judges:
         others.append(Weighted(build_judge(judge, config, engine), judge.weight, judge.normalize))
-    engine = partial(judge_engine, config=config, dtype=dtype, device=world.device)
-    for judge in reward.judges:
-        others.append(Weighted(build_judge(judge, config, engine), judge.weight, judge.normalize))
     if reward.remote_rm_url:
         remote = RemoteRewards(reward)
         others.append(Weighted(remote, reward.remote_rm_weight, reward.remote_rm_normalize))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -20,6 +20,7 @@ from torchrft.types import Prompt
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds before a server that failed is asked again
 _HEALTH_TIMEOUT = 10.0  # seconds
 _LARGEST_ANSWER = 1 << 26  # bytes
+_LARGEST = sys.float_info.max
 _TRANSIENT = (*FAILURES, ServerError)
 
 
@@ -35,24 +36,24 @@ class _Server(JsonServer):
     failures = 0  # in a row
     fault = ""  # the last one
     asked_again_at = 0.0  # time.monotonic()
-    extras: frozenset[str] = frozenset()  # what it takes beyond the protocol's lists
+    extras: Collection[str] = ()  # what it takes beyond the protocol's lists
 
     def check(self, timeout: float = _HEALTH_TIMEOUT) -> None:
-        """Asks /health. Raises ConnectionError, TimeoutError or ServerError if it is not well.
+        """Asks /health. Raises one of FAILURES or ServerError if the server is not well.
 
-        A server without /health that answers so is well. Raises ValueError for a refused token.
+        One that has no /health and says so is well. Raises ValueError for a refused token.
         """
         try:
             health = parse(self.exchange(self.beside("health"), None, timeout))
         except ServerError as error:
-            if error.status >= 500 or error.status == 429:
+            if error.passes:
                 raise
             health = None
         except ValueError:
             health = None
         if isinstance(health, dict):
-            extras = health.get("takes", [])
-            self.extras = frozenset(map(str, extras if isinstance(extras, list) else []))
+            takes = health.get("takes")
+            self.extras = takes if isinstance(takes, list) else ()
             if health.get("authorized") is False:
                 raise ValueError(
                     f"{self.url} refuses the token: remote_rm_token_env must name the environment "
@@ -124,13 +125,11 @@ class RemoteRewards:
             server, failures = self._next(deadline, ended)
             try:
                 content = self._ask(server, failures, batch, deadline)
-            except ServerError as error:
-                if error.status < 500 and error.status != 429:
+            except _TRANSIENT as error:
+                if isinstance(error, ServerError) and not error.passes:
                     raise RewardError(
                         f"reward source 'remote', {server.url} refuses prompt rows {rows}: {error}"
                     ) from error
-                self._failed(server, failures, error)
-            except FAILURES as error:
                 self._failed(server, failures, error)
             except ValueError as error:
                 raise RewardError(f"reward source 'remote', {server.url}: {error}") from error
@@ -242,46 +241,34 @@ def parse_answer(content: bytes, rows: Sequence[int], url: str) -> list[RewardRe
         raise RewardError(f"{where}: the answer is no JSON ({error}): {said}") from None
     if not isinstance(answer, dict) or not isinstance(answer.get("rewards"), list):
         raise RewardError(f'{where}: the answer has no list "rewards": {said}')
-    logs = answer.get("extra_logs")
-    if not isinstance(logs, dict | None):
+    logs = answer.get("extra_logs") or {}
+    if not isinstance(logs, dict):
         raise RewardError(f'{where}: "extra_logs" must be an object of numbers or lists: {said}')
     metrics: list[dict[str, float]] = [{} for _ in rows]
-    for name, value in (logs or {}).items():
+    for name, value in logs.items():
         values = value if isinstance(value, list) else [value] * len(rows)
-        for place, number in _numbers(values, rows, f"{where}: the log {name[:80]!r}"):
-            metrics[place][name] = number
-    scores = dict(_numbers(answer["rewards"], rows, f'{where}: "rewards"'))
-    for place, row in enumerate(rows):
-        if place not in scores:
-            raise RewardError(f"{where}, prompt row {row}: a reward must be a number, got null")
-    return [RewardResult(scores[place], metrics=metrics[place]) for place in range(len(rows))]
+        _check(values, rows, f"{where}: the log {name!r:.80}", (int, float, type(None)))
+        for place, number in enumerate(values):
+            if number is not None:
+                metrics[place][name] = float(number)
+    _check(answer["rewards"], rows, f'{where}: "rewards"', (int, float))
+    scores = map(float, answer["rewards"])
+    return [RewardResult(score, metrics=log) for score, log in zip(scores, metrics, strict=True)]
 
 
-def _numbers(values: list[Any], rows: Sequence[int], what: str) -> Iterator[tuple[int, float]]:
-    """Place and number of each value that is not null; RewardError if it is no finite number."""
+def _check(values: list[Any], rows: Sequence[int], what: str, kinds: tuple[type, ...]) -> None:
+    """Raises RewardError unless there is a value of `kinds` for each row, if a number a finite."""
     if len(values) != len(rows):
         raise RewardError(
             f"{what} has {len(values)} values for {len(rows)} samples, of the prompt rows "
             f"{_few(rows)}"
         )
-    for place, value in enumerate(values):
-        if value is not None:
-            yield (
-                place,
-                _number(value, f"{what}, prompt row {rows[place]}, must be a finite number"),
+    for row, value in zip(rows, values, strict=True):
+        # A bool is no number here; an int beyond the floats is none either.
+        if type(value) not in kinds or not -_LARGEST <= (value or 0) <= _LARGEST:
+            raise RewardError(
+                f"{what}, prompt row {row}, must be a finite number, got {value!r:.80}"
             )
-
-
-def _number(value: Any, sentence: str) -> float:
-    number = math.nan
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except OverflowError:  # an int beyond the floats
-            number = math.inf
-    if not math.isfinite(number):
-        raise RewardError(f"{sentence}, got {value!r:.80}")
-    return number
 
 
 def _few(rows: Sequence[int]) -> str:

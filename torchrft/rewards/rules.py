@@ -51,7 +51,10 @@ def exact_match(response: str, label: Any) -> float:
     return float(response.strip() == _text(label))
 
 
-_NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?(?:\s?/\s?\d+)?", re.ASCII)
+# Neither the 7 of x7 is a number, nor is the minus of 5-7 a sign.
+_NUMBER = re.compile(
+    r"(?<!\w)[-+]?(?:\d[\d,]*(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?(?:\s?/\s?\d+)?", re.ASCII
+)
 _LONGEST = 400  # characters of a number that is looked at
 
 
@@ -199,21 +202,50 @@ def _gold(label: str) -> list[Any]:
     return gold
 
 
-def _is_equal(gold: list[Any], response: str) -> float:
+_SPACING = re.compile(r"\\(?:left|right|,|;|!)|\$|(?<![A-Za-z0-9])\s+|\s+(?![A-Za-z0-9])")
+_INTEGER = re.compile(r"[-+]?(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)")
+
+
+def _plain(answer: str) -> str:
+    """LaTeX without what only changes its looks."""
+    return _SPACING.sub("", answer).replace("dfrac", "frac").replace("tfrac", "frac")
+
+
+@lru_cache(maxsize=4096)  # and many of their answers are the same
+def _is_equal(label: str, answer: str) -> float:
     from math_verify import parse, verify
 
+    # Parsing LaTeX takes milliseconds, which most answers need not cost.
+    in_box = answer.startswith("\\boxed{") and answer.endswith("}")
+    gold, given = _plain(label), _plain(answer[7:-1] if in_box else answer)
+    if gold == given != "":
+        return 1.0
+    if _INTEGER.fullmatch(gold) and _INTEGER.fullmatch(given) and max(map(len, (gold, given))) < 99:
+        return float(int(gold.replace(",", "")) == int(given.replace(",", "")))
     # Their timeouts are off: a worker process has its own.
-    answer = parse(response[-_TAIL:], parsing_timeout=None)
-    return float(verify(gold, answer, timeout_seconds=None))
+    found = parse(answer, parsing_timeout=None)
+    return float(verify(_gold(label), found, timeout_seconds=None))
+
+
+def _answer(response: str) -> str:
+    """The last \\boxed{...}, else the end of the response."""
+    start = response.rfind("\\boxed{")
+    depth = 0
+    for place in range(start + 6, min(start + _TAIL, len(response)) if start >= 0 else 0):
+        depth += {"{": 1, "}": -1}.get(response[place], 0)
+        if depth == 0:
+            return response[start : place + 1]
+    return response[-_TAIL:]
 
 
 @_built_in("math", bounded=False, check=_needs_math_verify)
 def math(response: str, label: Any) -> float:
-    """1 if `math-verify` finds the response's last answer equal to the label, as mathematics.
+    """1 if the response's answer equals the label as mathematics, by `math-verify`.
 
+    The answer is the last \\boxed{...}, else what math-verify finds in the last 4,000 characters.
     Both may be LaTeX or plain. Raises LabelError for a label without an answer.
     """
-    return _is_equal(_gold(_text(label)), response)
+    return _is_equal(_text(label), _answer(response))
 
 
 @_built_in("gsm8k", bounded=False, check=_needs_math_verify)
@@ -223,7 +255,7 @@ def gsm8k(response: str, label: Any) -> float:
     A response without that mark is looked at as a whole.
     """
     gold = _text(label).rpartition("####")[2].strip().replace(",", "")
-    return _is_equal(_gold(gold), response.rpartition("####")[2])
+    return _is_equal(gold, _answer(response.rpartition("####")[2]))
 
 
 @_built_in("code", bounded=False)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import prometheus_client as prometheus
-from fastapi import Body, FastAPI, HTTPException, Request, Response, Security
+from fastapi import FastAPI, HTTPException, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.security import HTTPBearer
-from pydantic import BaseModel, ConfigDict, Discriminator, Tag, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -27,34 +28,32 @@ from torchrft.types import Completion, FinishReason, Prompt, Score
 if TYPE_CHECKING:
     from torchrft.rewards.scorer import Scorer
 
-_OWN = {
-    "messages": "messages",
-    "prompt_token_ids": "prompt_token_ids",
-    "token_ids": "token_ids",
-    "finish_reasons": "finish_reason",
-}
-"""Lists of `ScoreRequest` beyond the common ones, and the arguments of functions they fill."""
-
 _WAITING = 256  # requests; further ones are sent away for a while
+# Lists beyond the common ones, and the arguments of functions that they fill.
+_OWN = {"token_ids": "token_ids", "finish_reasons": "finish_reason"}
+_MODELS_OWN = ("messages", "prompt_token_ids", *_OWN)
 
 
 class ScoreRequest(BaseModel):
-    """B samples to score, each list of length B. `responses` may be left out with `query`."""
+    """B samples to score, each list of length B. Either of `responses` and `query` may be missing.
 
-    model_config = ConfigDict(extra="forbid")
+    The predecessor's form, {"queries", "prompts", "references"}, is taken as well.
+    """
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     prompts: list[str]
     """Prompts as the model saw them."""
     responses: list[str] | None = None
     """What the model answered."""
-    query: list[str] | None = None
+    query: list[str] | None = Field(None, validation_alias=AliasChoices("query", "queries"))
     """Prompts with their responses."""
-    labels: list[Any] | None = None
+    labels: list[Any] | None = Field(None, validation_alias=AliasChoices("labels", "references"))
     """The prompts' labels, any JSON."""
     images: list[list[str] | None] | None = None
     """The prompts' images; this version takes none."""
     metadata: list[dict[str, Any] | None] | None = None
-    """Further columns of the prompt's row."""
+    """Further columns of the prompts' rows."""
     messages: list[list[dict[str, Any]]] | None = None
     """The chats that the prompts were made from."""
     prompt_token_ids: list[list[int]] | None = None
@@ -71,53 +70,43 @@ class ScoreRequest(BaseModel):
         lengths = {name: len(value) for name, value in self if value is not None}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"the lists must be equally long, but there are {lengths}")
-        if any(self.images or []):
+        if any(self.images or ()):
             raise ValueError("images are not scored by this version; leave them out")
+        if self.responses is None and self.query is None:
+            raise ValueError("responses are missing")
         if self.responses is None:
-            if self.query is None:
-                raise ValueError("responses are missing")
-            for place, (prompt, text) in enumerate(zip(self.prompts, self.query, strict=True)):
-                if not text.startswith(prompt):
+            for place, text in enumerate(self.query or ()):
+                if not text.startswith(self.prompts[place]):
                     raise ValueError(f"query {place} does not begin with its prompt")
         return self
 
     def samples(self) -> tuple[list[Prompt], list[Completion]]:
         """What the scorer is asked about."""
-        prompts, completions = [], []
-        for place, text in enumerate(self.prompts):
-            response = (
-                (self.query or [])[place][len(text) :]
-                if self.responses is None
-                else self.responses[place]
+        places = range(len(self.prompts))
+        of = partial(_each, len(places))
+        prompts = [
+            Prompt(row, text, tuple(ids), label, metadata or {}, tuple(chat))
+            for row, text, ids, label, metadata, chat in zip(
+                self.rows or places,
+                self.prompts,
+                of(self.prompt_token_ids, ()),
+                of(self.labels, None),
+                of(self.metadata, None),
+                of(self.messages, ()),
+                strict=True,
             )
-            row = self.rows[place] if self.rows else place
-            label = self.labels[place] if self.labels else None
-            metadata = (self.metadata[place] if self.metadata else None) or {}
-            given = tuple(self.prompt_token_ids[place]) if self.prompt_token_ids else ()
-            chat = tuple(self.messages[place]) if self.messages else ()
-            prompts.append(Prompt(row, text, given, label, metadata, chat))
-            ids = tuple(self.token_ids[place]) if self.token_ids else ()
-            reason: FinishReason = self.finish_reasons[place] if self.finish_reasons else "stop"
-            completions.append(Completion(place, 0, ids, (0.0,) * len(ids), response, reason))
-        return prompts, completions
+        ]
+        cut = [t[len(p) :] for p, t in zip(self.prompts, self.query or (), strict=False)]
+        texts = cut if self.responses is None else self.responses
+        own = of(self.token_ids, ()), of(self.finish_reasons, "stop")
+        return prompts, [
+            Completion(place, 0, tuple(ids), (0.0,) * len(ids), text, reason)
+            for place, text, ids, reason in zip(places, texts, *own, strict=True)
+        ]
 
 
-class PredecessorRequest(BaseModel):
-    """The predecessor's form: `queries` are prompts with their responses, `references` labels."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    queries: list[str]
-    prompts: list[str]
-    references: list[Any] | None = None
-
-    @model_validator(mode="after")
-    def _fits(self) -> PredecessorRequest:
-        self.as_score_request()
-        return self
-
-    def as_score_request(self) -> ScoreRequest:
-        return ScoreRequest(query=self.queries, prompts=self.prompts, labels=self.references)
+def _each(count: int, values: list[Any] | None, default: Any) -> list[Any]:
+    return [default] * count if values is None else values
 
 
 class ScoreAnswer(BaseModel):
@@ -134,25 +123,15 @@ class ErrorAnswer(BaseModel):
 
 
 class HealthAnswer(BaseModel):
-    """That the server is up; whose rewards it mixes; what it takes beyond the common lists."""
+    """Whose rewards are mixed, and which lists are taken beyond the common ones.
 
-    status: Literal["ok"]
+    `authorized`: this request had the right token, or none is needed.
+    """
+
+    status: str
     sources: list[str]
     takes: list[str]
     authorized: bool
-    """Whether this request had the right token, or none is needed."""
-
-
-def _form(body: Any) -> str:
-    """Which of the two forms a body has, for messages about the right one."""
-    old = body.__class__ is PredecessorRequest or (isinstance(body, dict) and "queries" in body)
-    return "predecessor" if old else "torchrft"
-
-
-AnyRequest = Annotated[
-    Annotated[ScoreRequest, Tag("torchrft")] | Annotated[PredecessorRequest, Tag("predecessor")],
-    Discriminator(_form),
-]
 
 
 def _error(status: int, text: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
@@ -168,9 +147,9 @@ class Gate:
     """
 
     def __init__(
-        self, app: ASGIApp, token: str | None, limit: int, requests: prometheus.Counter
+        self, app: ASGIApp, token: str | None, limit: int, count: Callable[[int], None]
     ) -> None:
-        self.app, self.limit, self.requests = app, limit, requests
+        self.app, self.limit, self.count = app, limit, count
         self.expected = None if token is None else b"Bearer " + token.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -179,7 +158,7 @@ class Gate:
 
         async def counted(message: Any) -> None:
             if message["type"] == "http.response.start":
-                self.requests.labels(message["status"]).inc()
+                self.count(message["status"])
             await send(message)
 
         headers = dict(scope["headers"])
@@ -224,61 +203,89 @@ class Gate:
         return b"".join(parts) if size <= self.limit else None
 
 
-class _Numbers:
-    """What /metrics tells, in a registry of its own."""
+class _Service:
+    """What is asked for at each path.
 
-    def __init__(self) -> None:
+    One request is scored at a time, in one thread: sources need not be thread-safe.
+    """
+
+    def __init__(self, scorer: Scorer, zipped: bool) -> None:
+        self.scorer, self.zipped = scorer, zipped
+        self.turn, self.thread = asyncio.Lock(), ThreadPoolExecutor(1, "scorer")
+        sources = scorer.sources.values()
+        wanted = {name for source in sources for name in getattr(source, "arguments", ())}
+        fields = {**_OWN, "images": "images"}
+        self.needs = [field for field, argument in fields.items() if argument in wanted]
+        # A model, which does not say what it wants, may want any.
+        says = all(hasattr(source, "arguments") for source in sources)
+        self.takes = ["rows", *((n for n in _OWN if n in self.needs) if says else _MODELS_OWN)]
         self.registry = prometheus.CollectorRegistry()
-        name = "torchrft_reward_"
-        self.requests = prometheus.Counter(
-            f"{name}requests", "Requests by status.", ["status"], registry=self.registry
-        )
-        self.samples = prometheus.Counter(
-            f"{name}samples", "Samples scored.", registry=self.registry
-        )
-        self.seconds = prometheus.Histogram(
-            f"{name}seconds", "Seconds of scoring a request.", registry=self.registry
-        )
-        self.waiting = prometheus.Gauge(
-            f"{name}waiting", "Requests in work or waiting.", registry=self.registry
-        )
+        of = partial(dict, namespace="torchrft_reward", registry=self.registry)
+        self.requests = prometheus.Counter("requests", "Requests.", ["status"], **of())
+        self.samples = prometheus.Counter("samples", "Samples scored.", **of())
+        self.seconds = prometheus.Histogram("seconds", "Seconds of scoring a request.", **of())
+        self.gauge = prometheus.Gauge("waiting", "Requests in work or waiting.", **of())
+        self.waiting = 0
 
+    def count(self, status: int) -> None:
+        self.requests.labels(status).inc()
 
-class _Turns:
-    """Has one request scored at a time, in one thread: sources need not be thread-safe."""
-
-    def __init__(self, scorer: Scorer, numbers: _Numbers) -> None:
-        self.scorer, self.numbers = scorer, numbers
-        self.turn, self.waiting = asyncio.Lock(), 0
-        self.thread = ThreadPoolExecutor(1, "scorer")
-
-    async def score(self, body: ScoreRequest, request: Request) -> list[Score]:
+    async def score(self, body: ScoreRequest, request: Request) -> ScoreAnswer:
+        """Scores B samples."""
+        if missing := [name for name in self.needs if getattr(body, name) is None]:
+            raise HTTPException(422, f"the rewards served here need {', '.join(missing)}")
         if self.waiting >= _WAITING:
             raise HTTPException(503, "too many requests are waiting", {"Retry-After": "1"})
         self.waiting += 1
-        self.numbers.waiting.set(self.waiting)
+        self.gauge.set(self.waiting)
         try:
             async with self.turn:
                 if await request.is_disconnected():
                     raise HTTPException(400, "the client has gone")
                 loop = asyncio.get_running_loop()
-                return await loop.run_in_executor(self.thread, self._score, body)
+                scores = await loop.run_in_executor(self.thread, self._score, body)
+        finally:
+            self.waiting -= 1
+            self.gauge.set(self.waiting)
+        logs = [{**score.parts, **score.metrics} for score in scores]
+        names = dict.fromkeys(name for log in logs for name in log)
+        extra_logs = {name: [log.get(name) for log in logs] for name in names}
+        return ScoreAnswer(rewards=[score.value for score in scores], extra_logs=extra_logs)
+
+    def _score(self, body: ScoreRequest) -> list[Score]:
+        try:
+            with self.seconds.time():
+                scores = self.scorer.score(*body.samples())
         except RewardError as error:
             raise HTTPException(500, str(error)) from error
-        except HTTPException:
-            raise
         except Exception as error:
             logger.exception("scoring failed")
             raise HTTPException(500, f"{type(error).__name__}: {error}") from error
-        finally:
-            self.waiting -= 1
-            self.numbers.waiting.set(self.waiting)
-
-    def _score(self, body: ScoreRequest) -> list[Score]:
-        with self.numbers.seconds.time():
-            scores = self.scorer.score(*body.samples())
-        self.numbers.samples.inc(len(scores))
+        self.samples.inc(len(scores))
         return scores
+
+    async def health(self, request: Request, response: Response) -> HealthAnswer:
+        """That the server is up, and what it takes; never needs the token."""
+        if self.zipped:
+            response.headers["Accept-Encoding"] = "gzip"  # of requests: RFC 7694
+        sources, authorized = list(self.scorer.sources), request.state.authorized
+        return HealthAnswer(status="ok", sources=sources, takes=self.takes, authorized=authorized)
+
+    async def metrics(self) -> Response:
+        """Counters for Prometheus."""
+        text = prometheus.generate_latest(self.registry)
+        return Response(text, media_type=prometheus.CONTENT_TYPE_LATEST)
+
+
+async def _malformed(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    told = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
+    return _error(422, "; ".join(told))
+
+
+async def _refused(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, AnyHTTPException)
+    return _error(error.status_code, str(error.detail), error.headers)
 
 
 def create_app(
@@ -289,73 +296,27 @@ def create_app(
     Args: token, that requests must bear but those to /health; max_bytes, of a request's body,
         compressed or not; zipped, whether clients are told that they may compress them.
     """
-    numbers = _Numbers()
-    turns = _Turns(scorer, numbers)
-    sources = scorer.sources.values()
-    wanted = {name for source in sources for name in getattr(source, "arguments", ())}
-    needs = [f for f, argument in {**_OWN, "images": "images"}.items() if argument in wanted]
-    # A model, which does not say what it wants, may want any.
-    takes_all = any(not hasattr(source, "arguments") for source in sources)
-    takes = ["rows", *(_OWN if takes_all else (name for name in needs if name in _OWN))]
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         scorer.close()  # here, since uvicorn ends the process by the signal that it got
 
+    def faults(*statuses: int) -> dict[int | str, dict[str, Any]]:
+        return {status: {"model": ErrorAnswer} for status in statuses}
+
+    service = _Service(scorer, zipped)
     app = FastAPI(title="torchrft reward server", redirect_slashes=False, lifespan=lifespan)
     app.add_middleware(GZipMiddleware, minimum_size=1024, compresslevel=1)
-    app.add_middleware(Gate, token=token, limit=max_bytes, requests=numbers.requests)
-    faults: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorAnswer} for status in (400, 401, 413, 415, 422, 500, 503)
-    }
-    secured = [Security(HTTPBearer(auto_error=False))] if token else []
-
-    async def score(body: Annotated[AnyRequest, Body()], request: Request) -> ScoreAnswer:
-        """Scores B samples; torchrft's form or the predecessor's."""
-        asked = body if isinstance(body, ScoreRequest) else body.as_score_request()
-        for name in needs:
-            if getattr(asked, name) is None:
-                raise HTTPException(422, f"the rewards served here need {name}")
-        scores = await turns.score(asked, request)
-        logs = [{**score.parts, **score.metrics} for score in scores]
-        names = dict.fromkeys(name for log in logs for name in log)
-        extra_logs = {name: [log.get(name) for log in logs] for name in names}
-        return ScoreAnswer(rewards=[score.value for score in scores], extra_logs=extra_logs)
-
-    for path in ("/score", "/", "/get_reward"):
-        app.post(path, responses=faults, dependencies=secured, include_in_schema=path == "/score")(
-            score
-        )
-
-    @app.get("/health")
-    async def health(request: Request, response: Response) -> HealthAnswer:
-        """That the server is up, and what it takes; never needs the token."""
-        if zipped:
-            response.headers["Accept-Encoding"] = "gzip"  # of requests: RFC 7694
-        authorized = request.state.authorized
-        return HealthAnswer(
-            status="ok", sources=list(scorer.sources), takes=takes, authorized=authorized
-        )
-
-    @app.get(
-        "/metrics",
-        dependencies=secured,
-        response_class=PlainTextResponse,
-        responses={401: {"model": ErrorAnswer}},
-    )
-    async def metrics() -> Response:
-        """Counters for Prometheus."""
-        kind = prometheus.CONTENT_TYPE_LATEST
-        return Response(prometheus.generate_latest(numbers.registry), media_type=kind)
-
-    @app.exception_handler(RequestValidationError)
-    async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
-        told = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
-        return _error(422, "; ".join(told))
-
-    @app.exception_handler(AnyHTTPException)
-    async def refused(request: Request, error: AnyHTTPException) -> JSONResponse:
-        return _error(error.status_code, str(error.detail), error.headers)
-
+    app.add_middleware(Gate, token=token, limit=max_bytes, count=service.count)
+    app.add_exception_handler(RequestValidationError, _malformed)
+    app.add_exception_handler(AnyHTTPException, _refused)
+    secured: Any = {"dependencies": [Security(HTTPBearer(auto_error=False))] if token else []}
+    responses = faults(400, 401, 413, 415, 422, 500, 503)
+    app.post("/score", responses=responses, **secured)(service.score)
+    for path in ("/", "/get_reward"):
+        app.post(path, include_in_schema=False)(service.score)
+    app.get("/health")(service.health)
+    text: Any = {"response_class": PlainTextResponse, "responses": faults(401)}
+    app.get("/metrics", **text, **secured)(service.metrics)
     return app
