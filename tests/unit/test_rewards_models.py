@@ -320,7 +320,7 @@ class Resident:
 
 
 def score_on_a_rank(rank, folder):
-    """Uneven parts of 12 samples, the last of nothing; the model in shards, one of them freed."""
+    """Uneven parts of 12 samples, one of them nothing; then even ones, with weights on the host."""
     scalar = source(folder, 3, World(rank, 2, rank, torch.device("cpu")))
     model = scalar.forward.model
     sharded = [p for p in model.parameters() if isinstance(p, DTensor)]
@@ -331,6 +331,10 @@ def score_on_a_rank(rank, folder):
         first = sum(parts[:rank])
         found.append(scores(scalar, asked[first : first + parts[rank]]))
     after = sum(p.to_local().numel() for p in model.parameters())
+    scalar.forward.host = HostWeights(model, "cpu")
+    assert all(p.to_local().untyped_storage().nbytes() == 0 for p in model.parameters())
+    found.append(scores(scalar, asked[6 * rank : 6 * rank + 6]))
+    scalar.forward.host = None
     scalar.reader.max_len = 8
     try:
         scalar.score([request()] if rank else [request(answer=(9,) * 20)])
@@ -346,7 +350,7 @@ def test_ranks_share_one_model_and_score_their_own(family, tmp_path):
     (one, share, after, failure), (two, _, _, other) = run_ranks(score_on_a_rank, 2, folder)
     for mine, theirs in zip(one, two, strict=True):
         assert [*mine, *theirs] == pytest.approx(expected, abs=1e-5)
-    assert [len(part) for part in two] == [5, 0, 11]
+    assert [len(part) for part in two] == [5, 0, 11, 6]
     assert 0.4 < share < 0.6
     assert after == share  # sharded again after each layer
     assert failure.startswith("RewardError: reward source 'rm', prompt row 3")

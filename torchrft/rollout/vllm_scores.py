@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from torchrft.config.availability import engine_missing
 from torchrft.config.job_config import Rollout
+from torchrft.models.reward_model import reward_config
 from torchrft.rollout.vllm import cache_bytes, start
 
 _TOKENS = 16384  # that the KV cache holds at least; a sample leaves it once it has its score
@@ -40,7 +40,7 @@ class VllmScores:
                 f'rm_use_engine = true runs the reward model "{pretrain}" in vLLM, which {why}; '
                 "without rm_use_engine transformers runs it"
             )
-        config = AutoConfig.from_pretrained(pretrain)
+        config = reward_config(pretrain)
         self.pad = config.get_text_config().pad_token_id
         arguments: dict[str, Any] = {
             "model": pretrain,
