@@ -348,7 +348,7 @@ BAD = {
         '"rewards" has 1 values for 2 samples, of the prompt rows 10, 11',
     ),
     "too_many": ({"rewards": [1, 2, 3]}, '"rewards" has 3 values for 2 samples'),
-    "null": ({"rewards": [1, None]}, "prompt row 11: a reward must be a number, got null"),
+    "null": ({"rewards": [1, None]}, "prompt row 11, must be a finite number, got None"),
     "text": ({"rewards": [1, "1"]}, "prompt row 11, must be a finite number, got '1'"),
     "boolean": ({"rewards": [True, 1]}, "prompt row 10, must be a finite number, got True"),
     "nested": ({"rewards": [[1], [0]]}, r"prompt row 10, must be a finite number, got \[1\]"),
@@ -569,7 +569,7 @@ def test_a_reward_that_is_none_stops_the_run_before_the_optimizer(tmp_path):
     def nothing(body):
         return Reply({"rewards": [None] * len(body["prompts"])})
 
-    with Scripted(nothing) as server, pytest.raises(RewardError, match="got null") as caught:
+    with Scripted(nothing) as server, pytest.raises(RewardError, match="got None") as caught:
         tiny_job.run(tmp_path, functions=None, remote_rm_url=server.url)
     assert server.url in str(caught.value)
     assert "prompt row" in str(caught.value)

@@ -235,7 +235,8 @@ def test_a_function_that_wants_tokens_does_not_get_none():
         own = ["messages", "prompt_token_ids", "token_ids", "finish_reasons"]
         assert ask(url, "/health")[2]["takes"] == ["rows", *own]
         status, _, answer = ask(url, body=BODY)
-        assert (status, answer["error"]) == (422, "the rewards served here need token_ids")
+        said = "the rewards served here need token_ids, finish_reasons"
+        assert (status, answer["error"]) == (422, said)
         more = {"token_ids": [[1], [2]], "finish_reasons": ["stop", "stop"]}
         assert ask(url, body={**BODY, "token_ids": [[1], [2]]})[0] == 422
         assert ask(url, body={**BODY, **more})[::2] == (200, ANSWER)
@@ -378,8 +379,13 @@ def test_the_openapi_document_holds():
     for operation in (result.ok() for result in schema.get_all_operations()):
 
         @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-        @given(operation.as_strategy())
-        def attempt(case):
+        @given(operation.as_strategy(), st.booleans())
+        def attempt(case, evens):
+            if evens and isinstance(case.body, dict):  # lists of one length hardly come by chance
+                lists = [value for value in case.body.values() if isinstance(value, list)]
+                for value in lists:
+                    del value[min(map(len, lists)) :]
+                case.body.pop("images", None)
             response = case.call_and_validate(checks=wanted)
             seen.add((case.path, response.status_code))
 

@@ -220,11 +220,11 @@ class _Service:
         says = all(hasattr(source, "arguments") for source in sources)
         self.takes = ["rows", *((n for n in _OWN if n in self.needs) if says else _MODELS_OWN)]
         self.registry = prometheus.CollectorRegistry()
-        of = partial(dict, namespace="torchrft_reward", registry=self.registry)
-        self.requests = prometheus.Counter("requests", "Requests.", ["status"], **of())
-        self.samples = prometheus.Counter("samples", "Samples scored.", **of())
-        self.seconds = prometheus.Histogram("seconds", "Seconds of scoring a request.", **of())
-        self.gauge = prometheus.Gauge("waiting", "Requests in work or waiting.", **of())
+        of: Any = {"namespace": "torchrft_reward", "registry": self.registry}
+        self.requests = prometheus.Counter("requests", "Requests.", ["status"], **of)
+        self.samples = prometheus.Counter("samples", "Samples scored.", **of)
+        self.seconds = prometheus.Histogram("seconds", "Seconds of scoring a request.", **of)
+        self.gauge = prometheus.Gauge("waiting", "Requests in work or waiting.", **of)
         self.waiting = 0
 
     def count(self, status: int) -> None:

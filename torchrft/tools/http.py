@@ -28,6 +28,7 @@ class ServerError(Exception):
     def __init__(self, status: int, message: str, retry_after: float = 0.0) -> None:
         super().__init__(f"HTTP {status}: {message}")
         self.status, self.message, self.retry_after = status, message, retry_after
+        self.passes = status >= 500 or status == 429  # it may be otherwise the next time
 
 
 class JsonServer:
