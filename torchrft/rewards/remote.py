@@ -106,9 +106,13 @@ class RemoteRewards:
         try:
             scored = [pool.submit(self._score, batch, deadline, ended) for batch in batches]
             for first in as_completed(scored):
-                first.result()  # what fails first ends the others
-        finally:
+                first.result()
+        except BaseException:  # what fails first ends the others
             ended.set()
+            for server in self.servers:
+                server.cut()
+            raise
+        finally:
             pool.shutdown(wait=False, cancel_futures=True)
         return [result for part in scored for result in part.result()]
 
@@ -175,7 +179,7 @@ class RemoteRewards:
         with self.lock:
             if server.failures != failures:
                 return
-            wait = min(_FIRST_WAIT * 2**failures, _LONGEST_WAIT)
+            wait = min(_FIRST_WAIT * 2 ** min(failures, 30), _LONGEST_WAIT)
             if isinstance(error, ServerError):
                 wait = max(wait, error.retry_after)
             server.failures += 1

@@ -60,6 +60,7 @@ class JsonServer:
         }
         if token:
             self._headers["Authorization"] = b"Bearer " + token.encode()
+        self._open: set[socket.socket] = set()
         self._unzips = False  # whether it has said that it takes compressed requests (RFC 7694)
 
     def under(self, path: str) -> str:
@@ -69,6 +70,11 @@ class JsonServer:
     def beside(self, name: str) -> str:
         """`name` in place of the last part of the url's path: /a/score becomes /a/name."""
         return urljoin(self._folder or "/", name)
+
+    def cut(self) -> None:
+        """Ends the exchanges under way in other threads; they raise one of FAILURES."""
+        for connected in list(self._open):
+            _cut(connected)
 
     def exchange(self, path: str, body: Any, timeout: float, limit: int = _LARGEST) -> bytes:
         """What `path` answers to POST of `body` as JSON, or to GET for None, within `timeout` s.
@@ -85,13 +91,15 @@ class JsonServer:
             data, headers["Content-Encoding"] = gzip.compress(data, 1), "gzip"
         connection = self._connection(self._address, timeout=timeout)
         watch: threading.Timer | None = None
+        connected: socket.socket | None = None
         try:
             connection.connect()
             # A socket's timeout is that of one read: what trickles in would pass it.
-            left = max(0.0, deadline - time.monotonic())
-            watch = threading.Timer(left, _cut, (connection.sock,))
+            left, connected = max(0.0, deadline - time.monotonic()), connection.sock
+            watch = threading.Timer(left, _cut, (connected,))
             watch.daemon = True
             watch.start()
+            self._open.add(connected)
             connection.request("GET" if data is None else "POST", path, data, headers)
             response = connection.getresponse()
             content = response.read(limit + 1)
@@ -104,8 +112,9 @@ class JsonServer:
                 raise TimeoutError(f"no answer within {timeout:g} seconds") from error
             raise
         finally:
-            if watch is not None:
+            if watch is not None and connected is not None:
                 watch.cancel()
+                self._open.discard(connected)
             connection.close()  # a server that still works on it stops
         if "gzip" in response.headers.get("Accept-Encoding", ""):
             self._unzips = True
