@@ -211,6 +211,22 @@ def _plain(answer: str) -> str:
     return _SPACING.sub("", answer).replace("dfrac", "frac").replace("tfrac", "frac")
 
 
+def _parts(answer: str) -> tuple[str, list[str]] | None:
+    """Brackets and components of (a, b), [a, b) and the like; None for anything else."""
+    if answer[:1] not in tuple("([") or answer[-1:] not in tuple(")]"):
+        return None
+    parts, depth = [""], 0
+    for sign in answer[1:-1]:
+        depth += (sign in "([{") - (sign in ")]}")
+        if depth < 0:
+            return None
+        if sign == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    return answer[0] + answer[-1], parts
+
+
 @lru_cache(maxsize=4096)  # and many of their answers are the same
 def _is_equal(label: str, answer: str) -> float:
     from math_verify import parse, verify
@@ -222,6 +238,10 @@ def _is_equal(label: str, answer: str) -> float:
         return 1.0
     if _INTEGER.fullmatch(gold) and _INTEGER.fullmatch(given) and max(map(len, (gold, given))) < 99:
         return float(int(gold.replace(",", "")) == int(given.replace(",", "")))
+    wanted, shown = _parts(gold), _parts(given)
+    if wanted and shown and wanted[0] == shown[0] and len(wanted[1]) == len(shown[1]) > 1:
+        pairs = zip(wanted[1], shown[1], strict=True)
+        return float(all(_is_equal(one, f"\\boxed{{{other}}}") for one, other in pairs))
     # Their timeouts are off: a worker process has its own.
     found = parse(answer, parsing_timeout=None)
     return float(verify(_gold(label), found, timeout_seconds=None))

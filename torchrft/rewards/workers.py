@@ -128,9 +128,10 @@ class WorkerPool:
         self.workers = []
 
     def _assign(self, jobs: deque[_Job], task: int, rows: Rows) -> None:
-        for worker in self.workers:
+        for number, worker in enumerate(self.workers):
             if jobs and worker.is_idle:
-                worker.job = job = jobs.popleft()
+                # From both ends, so that the samples of a prompt go to one worker, which remembers.
+                worker.job = job = jobs.pop() if number % 2 else jobs.popleft()
                 worker.deadline = time.monotonic() + job.seconds
                 with suppress(OSError):  # it died in the meantime, which _collect will find
                     worker.connection.send((task, [rows[i] for i in job.places], self.timeout))
