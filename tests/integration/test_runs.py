@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_job import MODEL, ROOT, SPREAD, records, rollout
+from tiny_job import IN_PROCESS, MODEL, ROOT, records, rollout
 from transformers import AutoModelForCausalLM
 
 from torchrft.config.job_config import Rollout
@@ -37,7 +37,7 @@ SMALL = {
     "train_batch_size": "32",
     "micro_train_batch_size": "16",
     "max_tokens_per_microbatch": "60",
-    "functions": SPREAD,
+    "functions": IN_PROCESS,
     "stop_token_ids": ",".join(map(str, range(10, 28))),
     "loss_aggregation": "token_mean",
     "init_kl_coef": "0",

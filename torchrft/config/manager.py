@@ -115,14 +115,13 @@ def _refuse(faults: list[str]) -> NoReturn:
     raise SystemExit(2)
 
 
-def load(argv: list[str], world_size: int | None = None, is_partial: bool = False) -> LoadedConfig:
+def load(argv: list[str], world_size: int | None = None) -> LoadedConfig:
     """Read flags and their TOML and judge them for `world_size` ranks (by default the job's).
 
-    With `is_partial` no training follows: required fields may be missing, and the rules that join
-    fields are not applied. Raises ConfigError with all faults of TOML, flags and rules together.
+    Raises ConfigError with all faults of the TOML, the flags and the rules together.
     """
     flags = command_line.parse(argv)
-    draft = _Draft(faults=list(flags.faults), spoiled=set(flags.spoiled), is_partial=is_partial)
+    draft = _Draft(faults=list(flags.faults), spoiled=set(flags.spoiled))
     if flags.config_file is not None:
         _merge_toml(flags.config_file, draft)
     for name, value in flags.values.items():

@@ -122,7 +122,7 @@ class Reward(Section):
     remote_rm_normalize: bool = False
     """Put the z-score by the remote reward's running mean and deviation into the sum."""
     remote_rm_protocol: Literal["torchrft", "predecessor"] = "torchrft"
-    """Form of request and answer; docs/rewards.md has both."""
+    """Form of request and answer; docs/rewards_remote.md has both."""
     remote_rm_timeout: PositiveFloat = 300.0
     """Seconds within which a reward server must answer a request; past it, others get its work."""
     remote_rm_deadline: PositiveFloat = 1800.0
