@@ -236,14 +236,13 @@ def _load(source: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrain
 def _is_plain_decoder(model: PreTrainedModel) -> bool:
     """Whether torchrft's attention and a head on one hidden state give the model's own scores."""
     config: Any = model.config
-    if not isinstance(model, GenericForSequenceClassification) or (
-        config.get_text_config() is not config
-    ):
+    own_forward = type(model).forward is not GenericForSequenceClassification.forward
+    if own_forward or config.get_text_config() is not config:
         return False
-    causal = all(getattr(module, "is_causal", True) is True for module in model.modules())
-    sinks = any(hasattr(module, "sinks") for module in model.modules())
+    modules = list(model.modules())
+    causal = all(getattr(module, "is_causal", True) is True for module in modules)
+    sinks = any(hasattr(module, "sinks") for module in modules)
     softcap = getattr(config, "attn_logit_softcapping", None)
     types = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
-    dropout = getattr(config, "attention_dropout", 0.0) and model.training
-    plain = causal and not sinks and softcap is None and not types and not dropout
+    plain = causal and not sinks and softcap is None and not types
     return plain and model.is_backend_compatible()

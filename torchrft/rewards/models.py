@@ -183,8 +183,12 @@ class ScalarModel:
         groups: list[Group] = []
 
         def read() -> None:
-            samples = zip(requests, self._read(requests), strict=True)
-            for _, group in groupby(samples, key=lambda pair: id(pair[0].prompt)):
+            try:
+                samples = self.reader(requests)
+            except ValueError as error:
+                raise RewardError(f"reward source {self.name!r}, {error}") from error
+            pairs = zip((request.prompt for request in requests), samples, strict=True)
+            for _, group in groupby(pairs, key=lambda pair: (pair[0].text, pair[0].token_ids)):
                 groups.append([ids for _, ids in group])
 
         if self.collective:  # what one rank cannot read ends the job on all, before they meet
@@ -193,12 +197,6 @@ class ScalarModel:
             read()
         with self.lock:
             return [RewardResult(score) for score in self.forward(groups)]
-
-    def _read(self, requests: Sequence[RewardRequest]) -> list[list[int]]:
-        try:
-            return self.reader(requests)
-        except ValueError as error:
-            raise RewardError(f"reward source {self.name!r}, {error}") from error
 
     def close(self) -> None:
         self.forward.close()
