@@ -178,7 +178,8 @@ class Collector:
         budgets = [sampling.budget(len(sample.prompt.token_ids)) for sample in samples]
         scores = self.shaper.penalize(scores, [sample.completion for sample in samples], budgets)
         return [
-            dataclasses.replace(s, score=score) for s, score in zip(samples, scores, strict=True)
+            sample if score is sample.score else dataclasses.replace(sample, score=score)
+            for sample, score in zip(samples, scores, strict=True)
         ]
 
     def sampling(self, places: Sequence[int]) -> SamplingParams:

@@ -78,16 +78,23 @@ class Rule:
         have no verdict. Raises RuleFault for an exception and for what is no finite number.
         """
         if self.is_async:
-            values: Any = self._guard(
-                0, lambda rows: asyncio.run(self._gather(rows, timeout)), rows
-            )
+            values: Any = self._guarded(lambda: asyncio.run(self._gather(rows, timeout)))
         elif self.is_batch:
-            values = self._guard(0, self._call, rows)
+            values = self._guarded(lambda: self._call(rows))
         else:
-            values = [self._guard(index, self._call_one, row) for index, row in enumerate(rows)]
+            values = self._one_by_one(rows)
         if not isinstance(values, Sequence | np.ndarray) or len(values) != len(rows):
             raise RuleFault(0, f"{len(rows)} rewards are expected in a list, got {values!r:.80}")
         return [_as_result(value, index) for index, value in enumerate(values)]
+
+    def _one_by_one(self, rows: Sequence[Mapping[str, Any]]) -> list[Any]:
+        values: list[Any] = []
+        for row in rows:
+            try:
+                values.append(self._call_one(row))
+            except (Exception, SystemExit) as error:
+                values.append(self._failed(len(values), error))
+        return values
 
     def _call_one(self, row: Mapping[str, Any]) -> Any:
         return self.function(**{p: row[a] for p, a in self.parameters.items()}, **self.options)
@@ -109,22 +116,26 @@ class Rule:
         if not done:
             task.cancel()
             return RewardResult(0.0, error=f"it took more than {timeout:g} s")
-        return self._guard(index, lambda _: task.result(), None)
+        return self._guarded(task.result, index)
 
-    def _guard(self, index: int, call: Callable[[Any], Any], given: Any) -> Any:
+    def _guarded(self, call: Callable[[], Any], index: int = 0) -> Any:
         try:
-            return call(given)
-        except LabelError as error:
-            raise RuleFault(index, str(error)) from error
-        except (RuleFault, MemoryError):
-            raise
+            return call()
         except (Exception, SystemExit) as error:
-            text = f"{type(error).__name__}: {error}"
-            if self.tolerant:
-                return RewardResult(0.0, error=f"{text:.200}")
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            text += f" ({frame.filename}, line {frame.lineno})"
-            raise RuleFault(index, text) from error
+            return self._failed(index, error)
+
+    def _failed(self, index: int, error: BaseException) -> RewardResult:
+        """What an exception means: no verdict, or a bug, which is raised."""
+        if isinstance(error, RuleFault | MemoryError):
+            raise error
+        if isinstance(error, LabelError):
+            raise RuleFault(index, str(error)) from error
+        text = f"{type(error).__name__}: {error}"
+        if self.tolerant:
+            return RewardResult(0.0, error=f"{text:.200}")
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        text += f" ({frame.filename}, line {frame.lineno})"
+        raise RuleFault(index, text) from error
 
 
 def make_rule(name: str, options: Mapping[str, Any]) -> Rule:
@@ -199,6 +210,8 @@ def _check_options(
 
 def _as_result(value: Any, index: int) -> RewardResult:
     """A function's answer as a result of finite floats; RuleFault if it is none."""
+    if type(value) is float and math.isfinite(value):
+        return RewardResult(value)
     result = value if isinstance(value, RewardResult) else RewardResult(value)
     numbers = {"score": result.score, **result.parts, **result.metrics}
     for number in numbers.values():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torchrft.config.reward_config import Reward, RewardFunction
@@ -11,6 +11,16 @@ from torchrft.rewards.registry import Rule, RuleFault, make_rule
 from torchrft.rewards.rules import BUILT_IN
 from torchrft.rewards.source import RewardError, RewardRequest, RewardResult
 from torchrft.rewards.workers import GRACE, Task, WorkerPool
+
+_GETTERS: dict[str, Callable[[RewardRequest], Any]] = {
+    "prompt": lambda request: request.prompt.text,
+    "response": lambda request: request.completion.text,
+    "label": lambda request: request.prompt.label,
+    "token_ids": lambda request: request.completion.token_ids,
+    "images": lambda request: getattr(request.prompt, "images", ()),
+    "metadata": lambda request: request.prompt.metadata,
+    "finish_reason": lambda request: request.completion.finish_reason,
+}
 
 
 class RuleSource:
@@ -26,7 +36,8 @@ class RuleSource:
 
     def score(self, requests: Sequence[RewardRequest]) -> list[RewardResult]:
         """Raises RewardError for a bug in the function, with its place and the prompt's row."""
-        rows = [self._row(request) for request in requests]
+        getters = [(name, _GETTERS[name]) for name in self.arguments]
+        rows = [{name: get(request) for name, get in getters} for request in requests]
         rule, seconds = self.rule, self.timeout
         if rule.is_batch:
             seconds *= len(rows)
@@ -46,19 +57,6 @@ class RuleSource:
     def close(self) -> None:
         if self.pool is not None:
             self.pool.close()
-
-    def _row(self, request: RewardRequest) -> dict[str, Any]:
-        prompt, completion = request.prompt, request.completion
-        available = {
-            "prompt": prompt.text,
-            "response": completion.text,
-            "label": prompt.label,
-            "token_ids": completion.token_ids,
-            "images": getattr(prompt, "images", ()),
-            "metadata": prompt.metadata,
-            "finish_reason": completion.finish_reason,
-        }
-        return {name: available[name] for name in self.arguments}
 
 
 def rule_sources(reward: Reward) -> list[RuleSource]:

@@ -152,15 +152,14 @@ class Scorer:
             )
         errors = []
         for place, request, result in zip(places, requests, results, strict=True):
-            row = request.prompt.row
             if result.error is not None:
-                errors.append(f"prompt row {row}: {result.error}")
+                errors.append(f"prompt row {request.prompt.row}: {result.error}")
                 result = replace(result, score=self.config.error_reward)
             for number in (result.score, *result.parts.values(), *result.metrics.values()):
-                if not math.isfinite(as_float(number)):
+                if not math.isfinite(number if type(number) is float else as_float(number)):
                     raise RewardError(
-                        f"reward {name!r}, prompt row {row}: a reward must be a finite number, got "
-                        f"{number!r:.80}"
+                        f"reward {name!r}, prompt row {request.prompt.row}: a reward must be a "
+                        f"finite number, got {number!r:.80}"
                     )
             found[place][name] = result
         if errors:
@@ -174,14 +173,16 @@ class Scorer:
         metrics: dict[str, float] = {}
         for name, result in results.items():
             parts[name] = float(result.score)
-            parts |= {f"{name}/{part}": value for part, value in result.parts.items()}
-            metrics |= {f"{name}/{metric}": value for metric, value in result.metrics.items()}
+            if result.parts or result.metrics:
+                parts |= {f"{name}/{part}": value for part, value in result.parts.items()}
+                metrics |= {f"{name}/{metric}": value for metric, value in result.metrics.items()}
             if result.error is not None:
                 metrics[f"{name}/errors"] = 1.0
         return Score(self._mix(parts, {}), parts, metrics)
 
     def _mix(self, parts: Mapping[str, float], normalized: Mapping[str, float]) -> float:
-        if any(parts.get(name, 1.0) <= 0 for name in self.config.gate):
+        gate = self.config.gate
+        if gate and any(parts.get(name, 1.0) <= 0 for name in gate):
             return self.config.gate_reward
         return sum(
             weight * normalized.get(name, parts[name])
