@@ -248,7 +248,8 @@ def _is_equal(label: str, answer: str) -> float:
 
 
 def _answer(response: str) -> str:
-    """The last \\boxed{...}, else the end of the response."""
+    """What follows the last <answer>, and there the last \\boxed{...}, else the end."""
+    response = response.rpartition("<answer>")[2].partition("</answer>")[0]
     start = response.rfind("\\boxed{")
     depth = 0
     for place in range(start + 6, min(start + _TAIL, len(response)) if start >= 0 else 0):
