@@ -14,6 +14,8 @@ from urllib.parse import urlsplit
 
 import pytest
 import schemathesis
+import tiny
+import tiny_classifiers
 import tiny_job
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -21,6 +23,7 @@ from reward_servers import Program, Source, StubScorer, app_server
 from schemathesis import checks
 
 from torchrft.config.reward_config import Reward
+from torchrft.models.loader import load_tokenizer
 from torchrft.rewards import server_app
 from torchrft.rewards.remote import RemoteRewards
 from torchrft.rewards.server import main
@@ -485,6 +488,51 @@ def test_a_training_config_may_be_served(tmp_path, partial, monkeypatch):
             assert ask(url, "/health")[2]["sources"] == ["exact_match", "gsm8k"]
     assert answer["extra_logs"]["exact_match"] == [1.0, 0.0]
     assert len(answer["extra_logs"]["gsm8k"]) == 2
+
+
+@pytest.mark.parametrize("has_policy", [True, False])
+def test_a_reward_model_and_a_judge_are_served(tmp_path, has_policy, monkeypatch):
+    """With the scores that they have in the trainer; by token ids, or without them by text."""
+    folder = tiny_classifiers.save(tmp_path / "scalar")
+    tiny.model("qwen2", seed=7).save_pretrained(tmp_path / "judging")
+    tiny_classifiers.tokenizer(tmp_path / "judging")
+    reward = (
+        f"[reward]\nreward_pretrain = '{folder}'\n"
+        f"judges = [{{ pretrain = '{tmp_path}/judging', template = '{{{{ response }}}}?' }}]\n"
+        "error_reward = -3.0\n[data]\nmax_len = 64\n[training]\nbf16 = false\n"
+        "[rollout]\nengine_type = 'native'\n"
+    )
+    policy = f"[model]\npretrain = '{tiny_job.MODEL}'\n" if has_policy else ""
+    (tmp_path / "x.toml").write_text(reward + policy)
+    served = {}
+    monkeypatch.setattr("uvicorn.run", lambda app, **options: served.update(app=app))
+    tokenizer = load_tokenizer(tiny_job.MODEL)
+    texts = [("1 3 2=", "3"), ("9 8=", "1 7"), ("5 5 5=", "")]
+    ids = [[tokenizer(text).input_ids for text in pair] for pair in texts]
+    with teardown():
+        assert main(["--config", str(tmp_path / "x.toml")]) == 0
+        with app_server(served["app"]) as url:
+            client = RemoteRewards(Reward(remote_rm_url=[url], remote_rm_batch_size=2))
+            asked = [
+                RewardRequest(
+                    Prompt(row, texts[row][0], tuple(prompt)),
+                    Completion(row, 0, (*response, 1), (0.0,), texts[row][1], "stop"),
+                )
+                for row, (prompt, response) in enumerate(ids)
+            ]
+            results = client.score(asked)
+            plain = {"prompts": [a for a, _ in texts], "responses": [b for _, b in texts]}
+            answer = ask(url, body=plain)[2]
+    logs = [result.metrics for result in results]
+    end = (1,) if has_policy else ()  # the sampled end token is in the ids only
+    by_ids = tiny_classifiers.reference(folder, [[*p, *r, *end] for p, r in ids])
+    assert [log["scalar"] for log in logs] == pytest.approx(by_ids, abs=1e-5)
+    assert answer["extra_logs"]["scalar"] == pytest.approx(
+        tiny_classifiers.reference(folder, [[*p, *r] for p, r in ids]), abs=1e-5
+    )
+    for result, log in zip(results, logs, strict=True):
+        assert result.score == pytest.approx(log["scalar"] + log["judge"])
+    assert answer["extra_logs"]["judge"] == [log["judge"] for log in logs]
 
 
 @contextlib.contextmanager
