@@ -12,7 +12,6 @@ import torch
 from helpers import run_ranks
 from safetensors.torch import load_file, save_file
 from tiny_job import MODEL, records, rollout, tiny_config
-from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer
 
 from torchrft.config.job_config import Parallel
@@ -319,13 +318,16 @@ class Resident:
 # ------------------------------------------------------------------------ ranks
 
 
-def score_on_a_rank(rank, folder):
+def score_on_a_rank(rank, folders):
+    return [score_with(folder, rank) for folder in folders]
+
+
+def score_with(folder, rank):
     """Uneven parts of 12 samples, one of them nothing; then even ones, with weights on the host."""
     scalar = source(folder, 3, World(rank, 2, rank, torch.device("cpu")))
     model = scalar.forward.model
-    sharded = [p for p in model.parameters() if isinstance(p, DTensor)]
     whole = sum(p.numel() for p in model.parameters())
-    mine = sum(p.to_local().numel() for p in sharded)
+    mine = sum(p.to_local().numel() for p in model.parameters())
     asked, found = requests(12), []
     for parts in ((7, 5), (12, 0), (1, 11)):
         first = sum(parts[:rank])
@@ -343,18 +345,20 @@ def score_on_a_rank(rank, folder):
     return found, mine / whole, after / whole, failure
 
 
-@pytest.mark.parametrize("family", ["qwen2", "bert"])
-def test_ranks_share_one_model_and_score_their_own(family, tmp_path):
-    folder = tiny_classifiers.save(tmp_path, family)
-    expected = tiny_classifiers.reference(folder, ids_of(requests(12)))
-    (one, share, after, failure), (two, _, _, other) = run_ranks(score_on_a_rank, 2, folder)
-    for mine, theirs in zip(one, two, strict=True):
-        assert [*mine, *theirs] == pytest.approx(expected, abs=1e-5)
-    assert [len(part) for part in two] == [5, 0, 11, 6]
-    assert 0.4 < share < 0.6
-    assert after == share  # sharded again after each layer
-    assert failure.startswith("RewardError: reward source 'rm', prompt row 3")
-    assert other.startswith("RankError: rank 0 failed in phase 'reward': RewardError")
+def test_ranks_share_one_model_and_score_their_own(tmp_path):
+    folders = [tiny_classifiers.save(tmp_path / name, name) for name in ("qwen2", "bert")]
+    results = zip(*run_ranks(score_on_a_rank, 2, folders), strict=True)
+    for folder, ((one, share, after, failure), (two, _, _, other)) in zip(
+        folders, results, strict=True
+    ):
+        expected = tiny_classifiers.reference(folder, ids_of(requests(12)))
+        for mine, theirs in zip(one, two, strict=True):
+            assert [*mine, *theirs] == pytest.approx(expected, abs=1e-5)
+        assert [len(part) for part in two] == [5, 0, 11, 6]
+        assert 0.4 < share < 0.6
+        assert after == share  # sharded again after each layer
+        assert failure.startswith("RewardError: reward source 'rm', prompt row 3")
+        assert other.startswith("RankError: rank 0 failed in phase 'reward': RewardError")
 
 
 def test_weights_in_other_files_than_safetensors_are_loaded_whole(tmp_path):
@@ -410,19 +414,21 @@ def train(rank, folder, world_size, options):
     assert job.train() is None
 
 
-@pytest.mark.parametrize("layout", [{}, {"tp_size": 2}])
-def test_two_ranks_give_the_rewards_of_one(layout, tmp_path):
+def test_two_ranks_give_the_rewards_of_one(tmp_path):
+    """Also where they share their samples."""
     options = {
         "reward_pretrain": tiny_classifiers.save(tmp_path / "rm"),
         "functions": None,
         "actor_learning_rate": 1e-4,
         "lr_warmup_ratio": 0.0,
     }
-    run_ranks(train, 2, str(tmp_path / "two"), 2, options | layout)
-    run_ranks(train, 1, str(tmp_path / "one"), 1, options)
-    for step in (1, 2):
-        one, two = (rollout(tmp_path / name, step) for name in ("one", "two"))
-        assert [row["response"] for row in one] == [row["response"] for row in two]
-        expected = [row["reward"] for row in one]
-        assert [row["reward"] for row in two] == pytest.approx(expected, abs=1e-5)
-        assert max(expected) - min(expected) > 0.1
+    tiny_job.run(tmp_path / "one", **options)
+    for layout in ({}, {"tp_size": 2}):
+        two = tmp_path / f"two{len(layout)}"
+        run_ranks(train, 2, str(two), 2, options | layout)
+        for step in (1, 2):
+            one, other = rollout(tmp_path / "one", step), rollout(two, step)
+            assert [row["response"] for row in one] == [row["response"] for row in other]
+            expected = [row["reward"] for row in one]
+            assert [row["reward"] for row in other] == pytest.approx(expected, abs=1e-5)
+            assert max(expected) - min(expected) > 0.1
