@@ -190,6 +190,21 @@ def test_typed_results_of_an_async_batch(own, isolate):
     assert one.metrics == two.metrics == {"own/one": 1.0}
 
 
+def test_only_the_culprit_of_a_chunk_is_lost(own, tmp_path):
+    """Quick samples travel together; those before and behind the one that dies have results."""
+    texts = ["a" * (i % 5) for i in range(300)]
+    bad = {0: "exit", 77: "exit", 78: "crash", 150: "huge", 299: "exit"}
+    for place, text in bad.items():
+        texts[place] = text
+    scores = scored(own, "behave", *texts, workers=2)
+    for place, score in enumerate(scores):
+        expected = -1.0 if place in bad else float(place % 5)
+        assert (place, score.value, bool(score.metrics)) == (place, expected, place in bad)
+    texts = ["a", "b", "bug", *["c"] * 200]
+    with pytest.raises(RewardError, match="row 12: KeyError"):
+        scored(own, "behave", *texts, workers=1)
+
+
 def test_a_batch_is_one_call_with_the_seconds_of_all(own):
     scores = scored(own, "many", "a", "exit", "b")
     assert [score.value for score in scores] == [-1.0] * 3

@@ -15,21 +15,23 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
-from torchrft.rewards.registry import RuleFault, make_rule
+from torchrft.rewards.registry import Rule, RuleFault, make_rule
 from torchrft.rewards.rules import BUILT_IN, BuiltIn
 from torchrft.rewards.source import RewardError, RewardResult
 
 Rows = Sequence[Mapping[str, Any]]
 
-_START_SECONDS = 120.0
 GRACE = 1.0  # seconds beyond the deadline in which an async function returns what it has
+_START_SECONDS = 120.0
+_FLUSH = 0.05  # seconds for which a worker may keep results, so that quick ones travel together
+_MOST = 32  # samples that travel together
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +43,12 @@ class Task:
     tolerant: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Job:
-    """Samples that a worker judges in one go, by their places."""
+    """Samples on their way through a worker, by their places; the first `done` have results."""
 
-    places: range
-    seconds: float
+    places: Sequence[int]
+    done: int = 0
 
 
 class _Worker:
@@ -56,7 +58,8 @@ class _Worker:
         self.connection, theirs = Pipe()
         # The process gets a signal when nobody holds the other end any more.
         ending, self.lifeline = Pipe(duplex=False)
-        fds = (theirs.fileno(), ending.fileno())
+        self.current = os.fdopen(os.memfd_create("torchrft"), "rb", 0)  # which sample it is at
+        fds = (theirs.fileno(), ending.fileno(), self.current.fileno())
         code = f"from torchrft.rewards.workers import serve; serve{fds}"
         paths = os.pathsep.join(filter(None, sys.path))
         self.process = subprocess.Popen(
@@ -81,8 +84,8 @@ class _Worker:
         """Ends the process with all that it started; returns its exit code."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.connection.close()
-        self.lifeline.close()
+        for end in (self.connection, self.lifeline, self.current):
+            end.close()
         return self.process.wait()
 
 
@@ -103,87 +106,110 @@ class WorkerPool:
         Where a worker had to be killed or died, the results have an `error`. Raises RuleFault for a
         bug in the rule and RewardError if workers do not start.
         """
-        step = len(rows) if together else 1
-        jobs = deque(
-            _Job(range(start, min(start + step, len(rows))), seconds)
-            for start in range(0, len(rows), max(step, 1))
-        )
+        size = len(rows) if together else min(len(rows) // (4 * self.count), _MOST)
+        starts = range(0, len(rows), max(size, 1))
+        jobs = deque(_Job(range(len(rows))[first : first + max(size, 1)]) for first in starts)
         results: dict[int, RewardResult] = {}
         with self.lock:
             while len(self.workers) < min(self.count, len(jobs)):
                 self.workers.append(_Worker(self.tasks, self.memory))
             try:
                 while len(results) < len(rows):
-                    self._assign(jobs, task, rows)
-                    self._collect(results)
+                    self._assign(jobs, (task, together), rows, seconds)
+                    self._collect(jobs, results, seconds, together)
             except BaseException:  # nobody will fetch what the others find
-                self._replace_busy()
+                for worker in [worker for worker in self.workers if worker.job is not None]:
+                    worker.kill()
+                    self.workers.remove(worker)
                 raise
         return [results[place] for place in range(len(rows))]
 
     def close(self) -> None:
         """Ends all workers."""
-        for worker in self.workers:
-            worker.kill()
-        self.workers = []
+        while self.workers:
+            self.workers.pop().kill()
 
-    def _assign(self, jobs: deque[_Job], task: int, rows: Rows) -> None:
+    def _assign(self, jobs: deque[_Job], how: tuple[int, bool], rows: Rows, seconds: float) -> None:
         for number, worker in enumerate(self.workers):
             if jobs and worker.is_idle:
                 # From both ends, so that the samples of a prompt go to one worker, which remembers.
                 worker.job = job = jobs.pop() if number % 2 else jobs.popleft()
-                worker.deadline = time.monotonic() + job.seconds
+                worker.deadline = time.monotonic() + seconds + _FLUSH
                 with suppress(OSError):  # it died in the meantime, which _collect will find
-                    worker.connection.send((task, [rows[i] for i in job.places], self.timeout))
+                    worker.connection.send((*how, [rows[i] for i in job.places], self.timeout))
 
-    def _collect(self, results: dict[int, RewardResult]) -> None:
+    def _collect(
+        self, jobs: deque[_Job], results: dict[int, RewardResult], seconds: float, together: bool
+    ) -> None:
         """Waits for the next answer or deadline, and takes all that there are."""
         busy = {worker.connection: worker for worker in self.workers if not worker.is_idle}
         nearest = min(worker.deadline for worker in busy.values())
         answered = wait(list(busy), max(nearest - time.monotonic(), 0.0))
-        for worker in (busy[connection] for connection in answered):  # type: ignore[index]
-            try:
-                kind, value = worker.connection.recv()
-            except (EOFError, OSError):
-                self._failed(worker, None, results)
-                continue
-            if kind == "fault" and worker.job is not None:
-                index, text, worker.job = value[0] + worker.job.places[0], value[1], None
-                raise RuleFault(index, text)
-            if kind == "ready":
-                worker.is_ready = True
-            elif kind == "results" and worker.job is not None:
-                results.update(zip(worker.job.places, value, strict=True))
-                worker.job = None
+        for connection, worker in busy.items():
+            reason: str | None = None
+            if connection in answered:
+                try:
+                    kind, value = connection.recv()
+                except (EOFError, OSError):
+                    kind = "died"
+                if kind == "ready":
+                    worker.is_ready = True
+                    continue
+                if kind == "results" and worker.job is not None:
+                    self._take(worker, value, results, seconds)
+                    continue
+                if kind == "fault" and worker.job is not None:
+                    place, worker.job = worker.job.places[value[0]], None
+                    raise RuleFault(place, value[1])
+                reason = None if kind == "died" else value
+            elif worker.deadline <= time.monotonic():
+                reason = f"it took more than {seconds if worker.job else _START_SECONDS:g} s"
             else:
-                self._failed(worker, value, results)
-        for worker in busy.values():
-            if worker.connection not in answered and worker.deadline <= time.monotonic():
-                seconds = worker.job.seconds if worker.job else _START_SECONDS
-                self._failed(worker, f"it took more than {seconds:g} s", results)
+                continue
+            self._replace(worker, reason, jobs, results, together)
 
-    def _failed(
-        self, worker: _Worker, reason: str | None, results: dict[int, RewardResult]
+    def _take(
+        self,
+        worker: _Worker,
+        values: Sequence[RewardResult],
+        results: dict[int, RewardResult],
+        seconds: float,
     ) -> None:
-        """Puts another worker in the place of one that hangs, has died or is full."""
+        job = worker.job
+        assert job is not None
+        first, job.done = job.done, job.done + len(values)
+        results.update(zip(job.places[first : job.done], values, strict=True))
+        worker.deadline = time.monotonic() + seconds + _FLUSH
+        if job.done == len(job.places):
+            worker.job = None
+
+    def _replace(
+        self,
+        worker: _Worker,
+        reason: str | None,
+        jobs: deque[_Job],
+        results: dict[int, RewardResult],
+        together: bool,
+    ) -> None:
+        """Another worker for one that hangs, has died or is full; its sample has no verdict."""
+        job = worker.job
+        at = int.from_bytes(os.pread(worker.current.fileno(), 4, 0), "little")
         code = worker.kill()
         if reason is None:
             reason = f"it died of signal {-code}" if code < 0 else f"it exited with {code}"
-        place = self.workers.index(worker)
-        if worker.job is None:
-            del self.workers[place]
+        number = self.workers.index(worker)
+        if job is None:
+            del self.workers[number]
             raise RewardError(f"a worker process for reward functions does not start: {reason}")
-        results.update(dict.fromkeys(worker.job.places, RewardResult(0.0, error=reason)))
-        self.workers[place] = _Worker(self.tasks, self.memory)
-
-    def _replace_busy(self) -> None:
-        for place, worker in enumerate(self.workers):
-            if worker.job is not None:
-                worker.kill()
-                self.workers[place] = _Worker(self.tasks, self.memory)
+        lost = job.places if together else job.places[at : at + 1]
+        results.update(dict.fromkeys(lost, RewardResult(0.0, error=reason)))
+        rest = [place for place in job.places[job.done :] if place not in lost]
+        if rest:
+            jobs.appendleft(_Job(rest))
+        self.workers[number] = _Worker(self.tasks, self.memory)
 
 
-def serve(fd: int, lifeline: int) -> None:
+def serve(fd: int, lifeline: int, current: int) -> None:
     """A worker's life: makes its rules, then judges what comes until the trainer is gone."""
     # SIGIO ends this process and what it started, whatever they are doing.
     fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpid())
@@ -203,13 +229,35 @@ def serve(fd: int, lifeline: int) -> None:
     connection.send(("ready", None))
     while True:
         try:
-            place, rows, timeout = connection.recv()
+            number, together, rows, timeout = connection.recv()
         except EOFError:
             return
         try:
-            answer: tuple[str, Any] = "results", rules[place](rows, timeout)
+            for results in _results(rules[number], together, rows, timeout, current):
+                connection.send(("results", results))
         except RuleFault as fault:
-            answer = "fault", (fault.index, fault.text)
+            connection.send(("fault", (fault.index, fault.text)))
         except MemoryError:
-            answer = "full", f"it took more than {memory / 2**30:g} GiB"
-        connection.send(answer)
+            connection.send(("full", f"it took more than {memory / 2**30:g} GiB"))
+
+
+def _results(
+    rule: Rule, together: bool, rows: Rows, timeout: float, current: int
+) -> Iterator[list[RewardResult]]:
+    """The results of `rows`, in their order, as they come; `current` always knows how far it is."""
+    if together:
+        yield rule(rows, timeout)
+        return
+    found: list[RewardResult] = []
+    sent = time.monotonic()
+    for index, row in enumerate(rows):
+        os.pwrite(current, index.to_bytes(4, "little"), 0)
+        try:
+            found += rule([row], timeout)
+        except RuleFault as fault:
+            raise RuleFault(index, fault.text) from fault
+        if time.monotonic() - sent > _FLUSH:
+            yield found
+            found, sent = [], time.monotonic()
+    if found:
+        yield found
