@@ -207,19 +207,24 @@ def test_transient_failures_are_retried():
     )
 
 
-def test_waits_double_up_to_a_limit_and_the_server_may_ask_for_more(monkeypatch):
+def test_waits_double_up_to_a_limit_and_the_server_may_ask_for_more(monkeypatch, caplog):
     monkeypatch.setattr(remote_module, "_FIRST_WAIT", 0.5)
     with Scripted(numbered) as server:
         source = client(server.url)
-    [one], waits = source.servers, []
+    [one] = source.servers
     for failures in range(9):
+        began = time.monotonic()
         source._failed(one, failures, ConnectionError("x"))
-        waits.append(one.asked_again_at - time.monotonic())
         source._failed(one, failures, ConnectionError("another thread's, of the same time"))
         assert one.failures == failures + 1
-    assert waits == pytest.approx([0.5, 1, 2, 4, 8, 16, 30, 30, 30], abs=0.2)
+        assert one.asked_again_at >= began + 0.5
     source._failed(one, 9, ServerError(429, "busy", 77.0))
-    assert one.asked_again_at - time.monotonic() == pytest.approx(77, abs=0.2)
+    assert one.asked_again_at >= began + 77
+    waits = ["0.5", "1", "2", "4", "8", "16", "30", "30", "30"]
+    assert [record.message for record in caplog.records] == [
+        *(f"{server.url} is asked again in {wait} s: ConnectionError: x" for wait in waits),
+        f"{server.url} is asked again in 77 s: HTTP 429: busy",
+    ]
 
 
 def test_retry_after_is_read_in_both_forms():
@@ -264,10 +269,10 @@ def test_a_server_that_hangs_is_left():
     stuck = Reply({"rewards": [9]}, hang=60)
     with Scripted([stuck]) as bad, Scripted(numbered) as good:
         bad.health = Reply({"status": "ok"})
-        source = client(bad.url, good.url, remote_rm_timeout=0.2, remote_rm_batch_size=1)
+        source = client(bad.url, good.url, remote_rm_timeout=1, remote_rm_batch_size=1)
         assert scores(source.score(requests(2))) == [0, 1]
-    assert len(bad.asked) == 1
-    assert source.servers[0].fault == "TimeoutError: no answer within 0.2 seconds"
+    assert bad.asked
+    assert source.servers[0].fault == "TimeoutError: no answer within 1 seconds"
 
 
 def test_the_deadline_ends_all_retries():
