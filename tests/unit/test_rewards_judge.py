@@ -417,7 +417,7 @@ def train(rank, folder, world_size, options):
 
 
 def test_the_job_trains_with_a_judge(tmp_path):
-    """In the native engine, on one rank and on two: the same rewards to the last digit."""
+    """In the native engine, on one rank, on two and resumed: the same rewards to the last digit."""
     folder = judge_folder(tmp_path / "judge")
     options = {
         "judges": judges(folder),
@@ -436,6 +436,9 @@ def test_the_job_trains_with_a_judge(tmp_path):
         one, two = (rollout(tmp_path / name, step) for name in ("one", "two"))
         for name in ("response", "reward", "reward_parts"):
             assert [row[name] for row in one] == [row[name] for row in two]
+    tiny_job.run(tmp_path / "half", **options, max_steps=1)
+    tiny_job.run(tmp_path / "half", **options, load_checkpoint=True)
+    assert rollout(tmp_path / "half", 2) == rollout(tmp_path / "one", 2)
     line = records(tmp_path / "one")[0]
     rows = rollout(tmp_path / "one", 1)
     values = [row["reward"] for row in rows]

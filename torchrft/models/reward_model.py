@@ -47,7 +47,7 @@ class RewardModel(nn.Module):
         if self.packs:
             model.set_attn_implementation(attention.NAME)
         text: Any = model.config.get_text_config()
-        self.pad: int | None = text.pad_token_id
+        self.pad: int | None = getattr(text, "pad_token_id", None)
 
     def forward(self, groups: Sequence[Group]) -> Tensor:
         """Scores float32 [B] of all groups' samples, in their order; none may be empty."""
@@ -58,7 +58,7 @@ class RewardModel(nn.Module):
         ends: list[int] = []
         spans: list[tuple[int, list[int]]] = []
         for group in groups:
-            samples = [self._read(sample) for sample in group]
+            samples = [scored_part(sample, self.pad) for sample in group]
             shared = commonprefix(samples)  # noqa: RUF071  # of lists
             parts = [samples] if shared else [[sample] for sample in samples]
             for part in parts:
@@ -79,14 +79,6 @@ class RewardModel(nn.Module):
         ).last_hidden_state
         head: Any = self.model.score
         return head(hidden[0, torch.tensor(ends, device=self.device)])[:, 0].float()
-
-    def _read(self, sample: Sequence[int]) -> list[int]:
-        """Up to the token whose state is scored: the last one that is no padding token."""
-        end = len(sample)
-        while self.pad is not None and end > 1 and sample[end - 1] == self.pad:
-            end -= 1
-        # One that holds padding tokens alone is scored at its first.
-        return list(sample[:end])
 
     def _padded(self, samples: Group) -> Tensor:
         pad = self.pad
@@ -231,6 +223,19 @@ def _load(source: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrain
             "head a model gives random scores"
         )
     return model
+
+
+def scored_part(sample: Sequence[int], pad: int | None) -> list[int]:
+    """A decoder's sample up to the token whose state transformers scores: the last one that is no
+    padding token, or the first if all are.
+
+    >>> scored_part([5, 0, 6, 0], 0), scored_part([0, 0], 0), scored_part([5, 0], None)
+    ([5, 0, 6], [0], [5, 0])
+    """
+    end = len(sample)
+    while pad is not None and end > 1 and sample[end - 1] == pad:
+        end -= 1
+    return list(sample[:end])
 
 
 def _is_plain_decoder(model: PreTrainedModel) -> bool:

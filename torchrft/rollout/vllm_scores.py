@@ -9,7 +9,7 @@ import torch
 
 from torchrft.config.availability import engine_missing
 from torchrft.config.job_config import Rollout
-from torchrft.models.reward_model import reward_config
+from torchrft.models.reward_model import reward_config, scored_part
 from torchrft.rollout.vllm import cache_bytes, start
 
 _TOKENS = 16384  # that the KV cache holds at least; a sample leaves it once it has its score
@@ -62,7 +62,8 @@ class VllmScores:
         """The scores of all groups' samples, in their order."""
         from vllm import PoolingParams
 
-        samples = [{"prompt_token_ids": self._read(ids)} for group in groups for ids in group]
+        parts = [scored_part(sample, self.pad) for group in groups for sample in group]
+        samples = [{"prompt_token_ids": part} for part in parts]
         if not samples:
             return []
         outputs = self.llm.encode(
@@ -72,13 +73,6 @@ class VllmScores:
             use_tqdm=False,
         )
         return [float(output.outputs.data) for output in outputs]
-
-    def _read(self, ids: Sequence[int]) -> list[int]:
-        """Up to the last token that is no padding, whose state transformers scores."""
-        end = len(ids)
-        while self.pad is not None and end > 1 and ids[end - 1] == self.pad:
-            end -= 1
-        return list(ids[:end])
 
     def close(self) -> None:
         """vLLM ends with the process."""
