@@ -367,7 +367,7 @@ def test_sources_without_a_request_are_called_if_they_are_collective():
     assert (alone.asked, together.asked) == ([], [[]])
 
 
-@pytest.mark.parametrize("kind", ["poems", None, 3])
+@pytest.mark.parametrize("kind", ["poems", None, 3, {}])
 def test_a_data_source_without_a_recipe_names_the_row(kind):
     with pytest.raises(
         RewardError, match=f"prompt row 7: kind = {kind!r} has no recipe; .* has maths"

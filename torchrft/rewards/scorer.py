@@ -118,7 +118,7 @@ class Scorer:
         if key is None or not recipes:
             return list(self.sources)
         data_source = prompt.metadata.get(key)
-        if data_source not in recipes:
+        if not isinstance(data_source, str) or data_source not in recipes:
             raise RewardError(
                 f"prompt row {prompt.row}: {key} = {data_source!r:.80} has no recipe; "
                 f"[reward.recipes] has {', '.join(recipes)}"
