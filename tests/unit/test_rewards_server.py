@@ -434,7 +434,11 @@ def test_any_bytes_leave_the_server_up(lengths):
         ("[reward]\nfunctons = []\n", [], "functons"),
         ("[reward]\nfunctions = ['exact_mtch']\n", [], 'unknown reward function "exact_mtch"'),
         ("[reward]\nfunctions = ['exact_match']\n", ["--reward.x", "1"], "--reward.x"),
-        ("[reward]\nfunctions = ['exact_match']\n", ["--token_env", "NO_SUCH"], "NO_SUCH: the var"),
+        (
+            "[reward]\nfunctions = ['exact_match']\n",
+            ["--token_env", "NO_SUCH"],
+            'NO_SUCH": the variable is not set',
+        ),
         (
             "[reward]\nfunctions = [{ name = 'exact_match', normalize = true }]\n",
             [],

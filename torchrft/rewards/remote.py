@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import threading
 import time
@@ -13,7 +12,7 @@ from typing import Any
 
 from torchrft.config.reward_config import Reward
 from torchrft.rewards.source import RewardError, RewardRequest, RewardResult
-from torchrft.tools.http import FAILURES, JsonServer, ServerError, parse
+from torchrft.tools.http import FAILURES, JsonServer, ServerError, bearer_token, parse
 from torchrft.tools.logging import logger
 from torchrft.types import Prompt
 
@@ -77,11 +76,7 @@ class RemoteRewards:
 
     def __init__(self, config: Reward) -> None:
         self.config, self.lock = config, threading.Lock()
-        token = None
-        if variable := config.remote_rm_token_env:
-            token = os.environ.get(variable, "").strip()
-            if not token:
-                raise ValueError(f'remote_rm_token_env = "{variable}": the variable is not set')
+        token = bearer_token(config.remote_rm_token_env, "remote_rm_token_env")
         self.servers = [_Server(url, "remote_rm_url", token) for url in config.remote_rm_url]
         faults: list[tuple[_Server, Exception]] = []
         for server in self.servers:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 import tomllib
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torchrft.config import flags as command_line
 from torchrft.config.job_config import JobConfig
 from torchrft.config.manager import ConfigError, load
+from torchrft.tools.http import bearer_token
 from torchrft.tools.logging import logger, setup_logging
 
 if TYPE_CHECKING:
@@ -75,15 +75,6 @@ def _scorer(path: str, flags: list[str]) -> Scorer:
     return scorer
 
 
-def _token(variable: str | None) -> str | None:
-    if variable is None:
-        return None
-    token = os.environ.get(variable, "").strip()
-    if not token:
-        raise ValueError(f"--token_env {variable}: the variable is not set")
-    return token
-
-
 def serve(argv: Sequence[str] | None = None) -> None:
     """Serves until SIGINT or SIGTERM.
 
@@ -99,7 +90,7 @@ def serve(argv: Sequence[str] | None = None) -> None:
         raise ValueError(
             f"the reward server needs {error.name}: pip install 'torchrft[server]'"
         ) from error
-    token = _token(options.token_env)
+    token = bearer_token(options.token_env, "token_env")
     if token is None and options.host not in _LOOPBACK:
         logger.warning(f"anybody who reaches {options.host} may ask for rewards; see --token_env")
     scorer = _scorer(options.config, flags)

@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import http.client
 import json
+import os
 import socket
 import threading
 import time
@@ -126,6 +127,14 @@ class JsonServer:
             wait = _seconds(response.headers.get("Retry-After", ""))
             raise ServerError(response.status, _words(content), wait)
         return content
+
+
+def bearer_token(variable: str | None, option: str) -> str | None:
+    """The token in an environment variable. Raises ValueError, naming `option`, if there is none."""
+    token = None if variable is None else os.environ.get(variable, "").strip()
+    if token == "":
+        raise ValueError(f'{option} = "{variable}": the variable is not set')
+    return token
 
 
 def gunzip(data: bytes, limit: int) -> bytes:
