@@ -130,7 +130,7 @@ class JsonServer:
 
 
 def bearer_token(variable: str | None, option: str) -> str | None:
-    """The token in an environment variable. Raises ValueError, naming `option`, if there is none."""
+    """The token in an environment variable. Raises ValueError, naming `option`, if none is."""
     token = None if variable is None else os.environ.get(variable, "").strip()
     if token == "":
         raise ValueError(f'{option} = "{variable}": the variable is not set')
