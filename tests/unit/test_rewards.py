@@ -154,7 +154,7 @@ def test_functions_without_readable_parameters_are_refused():
 def test_names_are_checked_when_built():
     with pytest.raises(ValueError, match=r'unknown reward function "exact_mach".*"exact_match"'):
         scorer("exact_mach")
-    with pytest.raises(ValueError, match="'exact_match' is listed twice"):
+    with pytest.raises(ValueError, match='two sources named "exact_match"'):
         scorer("exact_match", "exact_match")
     with pytest.raises(ValueError, match=r"no reward: set \[reward\] functions"):
         scorer()
@@ -394,10 +394,12 @@ def test_the_gate_is_all_or_nothing():
 
 
 def test_names_are_there_and_unique():
-    with pytest.raises(ValueError, match="reward 'a' is listed twice"):
+    with pytest.raises(ValueError, match='two sources named "a"'):
         mixed([(Fixed("a", 1.0),), (Fixed("a", 1.0),)])
     for reward in ({"gate": ["b"]}, {"source_key": "k", "recipes": {"x": ["a", "b"]}}):
-        with pytest.raises(ValueError, match="names 'b'; there are a"):
+        with pytest.raises(
+            ValueError, match='names "b", which is no reward of this job; there are a'
+        ):
             mixed([(Fixed("a", 1.0),)], **reward)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -175,6 +176,21 @@ class Reward(Section):
         models = [entry.name or Path(entry.pretrain).name for entry in self.scalar_models(policy)]
         remote = ["remote"] if self.remote_rm_url else []
         return [*functions, *models, *(judge.name for judge in self.judges), *remote]
+
+    def name_faults(self, names: Sequence[str]) -> list[str]:
+        """What is wrong with the rewards' `names`, or with those that recipes and gate use."""
+        faults = [
+            f'[reward] has two sources named "{name}"; give one of them an alias or a name'
+            for name in dict.fromkeys(name for name in names if names.count(name) > 1)
+        ]
+        recipes = {f"recipes.{key}": value for key, value in self.recipes.items()}
+        return faults + [
+            f'[reward] {where} names "{name}", which is no reward of this job; there are '
+            f"{', '.join(names) or 'none'}"
+            for where, listed in {"gate": self.gate, **recipes}.items()
+            for name in listed
+            if name not in names
+        ]
 
 
 TABLES: dict[str, type[Section]] = {

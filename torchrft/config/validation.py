@@ -180,22 +180,8 @@ def _lengths(config: JobConfig, world_size: int) -> Iterator[Finding]:
 
 
 def _rewards(config: JobConfig, world_size: int) -> Iterator[Finding]:
-    reward = config.reward
-    names = reward.names(config.model.pretrain)
-    for name in sorted({name for name in names if names.count(name) > 1}):
-        yield Finding(
-            True,
-            f"[reward] has two sources named {show(name)}; give one of them an alias or a name of "
-            "its own",
-        )
-    recipes = {f"recipes.{key}": value for key, value in reward.recipes.items()}
-    for where, listed in {"gate": reward.gate, **recipes}.items():
-        for name in (name for name in listed if name not in names):
-            yield Finding(
-                True,
-                f"[reward] {where} names {show(name)}, which is no reward of this job; there are "
-                f"{', '.join(names) or 'none'}",
-            )
+    for fault in config.reward.name_faults(config.reward.names(config.model.pretrain)):
+        yield Finding(True, fault)
 
 
 def _needs(config: JobConfig, world_size: int) -> Iterator[Finding]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Any
 
 import torch
@@ -38,13 +37,8 @@ class Scorer:
 
     def __init__(self, sources: Sequence[Weighted], reward: Reward | None = None) -> None:
         self.config = reward or Reward()
-        names = [each.source.name for each in sources]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"reward {name!r} is listed twice; give one an alias or a name")
-        for name in (*self.config.gate, *chain(*self.config.recipes.values())):
-            if name not in names:
-                raise ValueError(f"[reward] names {name!r}; there are {', '.join(names)}")
+        for fault in self.config.name_faults([each.source.name for each in sources]):
+            raise ValueError(fault)
         self.sources = {each.source.name: each.source for each in sources}
         self.weights = {each.source.name: each.weight for each in sources}
         self.norms = {each.source.name: RunningNorm() for each in sources if each.normalize}

@@ -51,6 +51,21 @@ class _Job:
     done: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Samples that are judged, with what is still to do and what has been found, by their places.
+
+    A sample has `seconds`, or all have them `together`.
+    """
+
+    task: int
+    rows: Rows
+    together: bool
+    seconds: float
+    jobs: deque[_Job]
+    results: dict[int, RewardResult]
+
+
 class _Worker:
     """A process and what it is doing; `job` None is idle, or still starting."""
 
@@ -109,88 +124,68 @@ class WorkerPool:
         size = len(rows) if together else min(len(rows) // (4 * self.count), _MOST)
         starts = range(0, len(rows), max(size, 1))
         jobs = deque(_Job(range(len(rows))[first : first + max(size, 1)]) for first in starts)
-        results: dict[int, RewardResult] = {}
+        run = _Run(task, rows, together, seconds, jobs, {})
         with self.lock:
             while len(self.workers) < min(self.count, len(jobs)):
                 self.workers.append(_Worker(self.tasks, self.memory))
             try:
-                while len(results) < len(rows):
-                    self._assign(jobs, (task, together), rows, seconds)
-                    self._collect(jobs, results, seconds, together)
+                while len(run.results) < len(rows):
+                    self._assign(run)
+                    self._collect(run)
             except BaseException:  # nobody will fetch what the others find
                 for worker in [worker for worker in self.workers if worker.job is not None]:
                     worker.kill()
                     self.workers.remove(worker)
                 raise
-        return [results[place] for place in range(len(rows))]
+        return [run.results[place] for place in range(len(rows))]
 
     def close(self) -> None:
         """Ends all workers."""
         while self.workers:
             self.workers.pop().kill()
 
-    def _assign(self, jobs: deque[_Job], how: tuple[int, bool], rows: Rows, seconds: float) -> None:
+    def _assign(self, run: _Run) -> None:
         for number, worker in enumerate(self.workers):
-            if jobs and worker.is_idle:
+            if run.jobs and worker.is_idle:
                 # From both ends, so that the samples of a prompt go to one worker, which remembers.
-                worker.job = job = jobs.pop() if number % 2 else jobs.popleft()
-                worker.deadline = time.monotonic() + seconds + _FLUSH
+                worker.job = run.jobs.pop() if number % 2 else run.jobs.popleft()
+                worker.deadline = time.monotonic() + run.seconds + _FLUSH
+                rows = [run.rows[place] for place in worker.job.places]
                 with suppress(OSError):  # it died in the meantime, which _collect will find
-                    worker.connection.send((*how, [rows[i] for i in job.places], self.timeout))
+                    worker.connection.send((run.task, run.together, rows, self.timeout))
 
-    def _collect(
-        self, jobs: deque[_Job], results: dict[int, RewardResult], seconds: float, together: bool
-    ) -> None:
+    def _collect(self, run: _Run) -> None:
         """Waits for the next answer or deadline, and takes all that there are."""
         busy = {worker.connection: worker for worker in self.workers if not worker.is_idle}
         nearest = min(worker.deadline for worker in busy.values())
         answered = wait(list(busy), max(nearest - time.monotonic(), 0.0))
         for connection, worker in busy.items():
-            reason: str | None = None
             if connection in answered:
                 try:
-                    kind, value = connection.recv()
+                    answer = connection.recv()
                 except (EOFError, OSError):
-                    kind = "died"
-                if kind == "ready":
-                    worker.is_ready = True
-                    continue
-                if kind == "results" and worker.job is not None:
-                    self._take(worker, value, results, seconds)
-                    continue
-                if kind == "fault" and worker.job is not None:
-                    place, worker.job = worker.job.places[value[0]], None
-                    raise RuleFault(place, value[1])
-                reason = None if kind == "died" else value
+                    answer = "died", None
+                self._hear(worker, run, *answer)
             elif worker.deadline <= time.monotonic():
-                reason = f"it took more than {seconds if worker.job else _START_SECONDS:g} s"
-            else:
-                continue
-            self._replace(worker, reason, jobs, results, together)
+                seconds = run.seconds if worker.job else _START_SECONDS
+                self._replace(worker, run, f"it took more than {seconds:g} s")
 
-    def _take(
-        self,
-        worker: _Worker,
-        values: Sequence[RewardResult],
-        results: dict[int, RewardResult],
-        seconds: float,
-    ) -> None:
+    def _hear(self, worker: _Worker, run: _Run, kind: str, value: Any) -> None:
         job = worker.job
-        assert job is not None
-        first, job.done = job.done, job.done + len(values)
-        results.update(zip(job.places[first : job.done], values, strict=True))
-        worker.deadline = time.monotonic() + seconds + _FLUSH
-        if job.done == len(job.places):
+        if kind == "ready":
+            worker.is_ready = True
+        elif job is None or kind in ("full", "died"):
+            self._replace(worker, run, value)
+        elif kind == "fault":
             worker.job = None
+            raise RuleFault(job.places[value[0]], value[1])
+        else:
+            first, job.done = job.done, job.done + len(value)
+            run.results.update(zip(job.places[first : job.done], value, strict=True))
+            worker.deadline = time.monotonic() + run.seconds + _FLUSH
+            worker.job = job if job.done < len(job.places) else None
 
-    def _replace(
-        self,
-        worker: _Worker,
-        reason: str | None,
-        jobs: deque[_Job],
-        results: dict[int, RewardResult],
-        together: bool,
-    ) -> None:
+    def _replace(self, worker: _Worker, run: _Run, reason: str | None) -> None:
         """Another worker for one that hangs, has died or is full; its sample has no verdict."""
         job = worker.job
         at = int.from_bytes(os.pread(worker.current.fileno(), 4, 0), "little")
@@ -201,11 +196,11 @@ class WorkerPool:
         if job is None:
             del self.workers[number]
             raise RewardError(f"a worker process for reward functions does not start: {reason}")
-        lost = job.places if together else job.places[at : at + 1]
-        results.update(dict.fromkeys(lost, RewardResult(0.0, error=reason)))
+        lost = job.places if run.together else job.places[at : at + 1]
+        run.results.update(dict.fromkeys(lost, RewardResult(0.0, error=reason)))
         rest = [place for place in job.places[job.done :] if place not in lost]
         if rest:
-            jobs.appendleft(_Job(rest))
+            run.jobs.appendleft(_Job(rest))
         self.workers[number] = _Worker(self.tasks, self.memory)
 
 
