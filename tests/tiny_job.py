@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "tests" / "assets"
 MODEL = str(ASSETS / "debug_model")
 SPREAD = f"{ROOT}/tests/tiny_rewards.py:spread"
+# Without the time that a worker process takes to start.
+IN_PROCESS = f'[{{ name = "{SPREAD}", isolate = false }}]'
 
 # 2 steps of 4 prompts x 4 samples of at most 3 tokens, one optimizer step each.
 FLAGS: dict[str, str] = {
@@ -43,7 +45,7 @@ FLAGS: dict[str, str] = {
     "stop_token_ids": ",".join(map(str, range(10, 28))),
     "top_p": "1.0",
     "init_kl_coef": "0.0",
-    "functions": SPREAD,
+    "functions": IN_PROCESS,
 }
 
 

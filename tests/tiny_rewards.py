@@ -16,3 +16,8 @@ def held_out(label: str) -> float:
 def mostly(response: str) -> float:
     """3 of 4 groups of an untrained model differ, or so."""
     return float(sum(map(ord, response)) % 2 == 0)
+
+
+def matches(response: str, label: str) -> float:
+    """What exact_match gives."""
+    return float(response.strip() == label)

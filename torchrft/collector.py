@@ -138,12 +138,15 @@ class Collector:
         with self.timer.phase("reward"):
             # A reward that fails on one rank ends the job on all.
             gathered = distributed.on_all(
-                lambda: self._score(prompts, completions, places, sampling), "reward"
+                lambda: self._score(prompts, completions, places), "reward"
             )
         groups: dict[int, list[Sample]] = {}
-        for sample in (sample for part in gathered for sample in part):
+        # In the order of the stream, so that statistics do not depend on the number of ranks.
+        for sample in self._shaped(
+            sorted((s for part in gathered for s in part), key=lambda s: s.group), sampling
+        ):
             groups.setdefault(sample.group, []).append(sample)
-        return [groups[place] for place in sorted(groups)]
+        return list(groups.values())
 
     def _round(self) -> tuple[list[Prompt], list[int], SamplingParams]:
         """This rank's prompts at the stream's position, their places, and how to sample them."""
@@ -157,11 +160,8 @@ class Collector:
         prompts: Sequence[Prompt],
         completions: list[Completion],
         places: list[int],
-        sampling: SamplingParams,
     ) -> list[Sample]:
-        budgets = [sampling.budget(len(prompts[c.prompt_index].token_ids)) for c in completions]
         scores = self.scorer.score(prompts, completions)
-        scores = self.shaper.penalize(scores, completions, budgets)
         return [
             Sample(
                 prompt=prompts[completion.prompt_index],
@@ -170,6 +170,16 @@ class Collector:
                 group=places[completion.prompt_index],
             )
             for completion, score in zip(completions, scores, strict=True)
+        ]
+
+    def _shaped(self, samples: Sequence[Sample], sampling: SamplingParams) -> list[Sample]:
+        """All ranks' samples with what takes all of them, or comes on top of their rewards."""
+        scores = self.scorer.normalized([sample.score for sample in samples])
+        budgets = [sampling.budget(len(sample.prompt.token_ids)) for sample in samples]
+        scores = self.shaper.penalize(scores, [sample.completion for sample in samples], budgets)
+        return [
+            sample if score is sample.score else dataclasses.replace(sample, score=score)
+            for sample, score in zip(samples, scores, strict=True)
         ]
 
     def sampling(self, places: Sequence[int]) -> SamplingParams:

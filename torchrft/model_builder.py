@@ -9,11 +9,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from torchrft.config.job_config import JobConfig
+from torchrft.config.reward_config import Judge
 from torchrft.models.heads import ValueModel
 from torchrft.models.loader import load_model
 from torchrft.models.policy import PolicyModel
 from torchrft.models.sharded import ShardedWeights
 from torchrft.parallel import ParallelDims, parallelize
+from torchrft.rollout import RolloutEngine, build_engine
 from torchrft.tools.distributed import World
 
 M = TypeVar("M", bound=nn.Module)
@@ -74,3 +76,19 @@ class ModelBuilder:
         if sharded is not None:
             sharded.fill(model, device)
         return model
+
+
+def judge_engine(
+    entry: Judge, max_len: int, config: JobConfig, dtype: torch.dtype, device: torch.device
+) -> RolloutEngine:
+    """An engine of this rank with the weights of a judge, in prompts with answers of `max_len`.
+
+    It does not sleep, since vLLM lets one engine of a process sleep: the policy's. Raises
+    ValueError for an engine that does not start.
+    """
+    assert entry.pretrain is not None
+    own: dict[str, Any] = {"server_urls": [], "engine_tp_size": 1, "enable_engine_sleep": False}
+    own |= {"engine_type": entry.engine, "stop": [], "min_new_tokens": 0}
+    rollout = config.rollout.model_copy(update=own)
+    compile = config.training.compile
+    return build_engine(rollout, entry.pretrain, dtype, device, max_len=max_len, compile=compile)

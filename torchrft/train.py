@@ -11,7 +11,7 @@ def main(argv: list[str] | None = None) -> int:
     config = read(sys.argv[1:] if argv is None else argv)
 
     # Only now, so that help and config errors come at once.
-    from torchrft.rewards.scorer import RewardError
+    from torchrft.rewards.source import RewardError
     from torchrft.rollout.canary import WeightSyncError
     from torchrft.tools import distributed
     from torchrft.tools.logging import setup_logging

@@ -34,7 +34,7 @@ from torchrft.optimizer_step import OptimizerStep
 from torchrft.parallel import ParallelDims
 from torchrft.parallel.zero import sharding
 from torchrft.policy_update import PolicyUpdate
-from torchrft.rewards.scorer import build_scorer
+from torchrft.reward_builder import build_rewards, with_source_key
 from torchrft.rewards.shaping import RewardShaper
 from torchrft.rollout import build_engine
 from torchrft.rollout.weight_sync import named_full_tensors
@@ -70,24 +70,23 @@ class Trainer:
         self._build_models()
         self._build_output()
 
-    # ---------------------------------------------------------------- build
-
     def _build_data(self) -> None:
         config, world = self.config, self.world
         self.tokenizer = load_tokenizer(config.model.pretrain)
-        self.scorer = build_scorer(config.reward.functions)
+        self.scorer = build_rewards(config, world, self.dtype, self.tokenizer)
         self.shaper = RewardShaper(config.reward)
-        assert config.data.prompt_data is not None
-        prompts = load_prompts(config.data.prompt_data, config.data, self.tokenizer)
+        data = with_source_key(config)
+        assert data.prompt_data is not None
+        prompts = load_prompts(data.prompt_data, data, self.tokenizer)
         size, seed = config.rollout.rollout_batch_size, config.training.seed
         self.prompts = PromptLoader(prompts, size, seed, self.ranks.rank, self.ranks.size)
         self.eval_prompts: list[Prompt] = []
         self.evaluates = config.evaluation.eval_data is not None
         if config.evaluation.eval_data is not None:
-            held_out = load_prompts(
-                config.evaluation.eval_data, config.data, self.tokenizer, name="eval_data"
-            )
+            held_out = load_prompts(config.evaluation.eval_data, data, self.tokenizer, "eval_data")
             self.eval_prompts = list(held_out[world.rank :: world.world_size])
+        for each in (prompts, self.eval_prompts):
+            self.scorer.check(each)
         self.schedule_steps = self.prompts.total_steps(config.training.num_episodes)
         self.last_step = min(self.schedule_steps, config.training.max_steps or self.schedule_steps)
 
@@ -184,8 +183,6 @@ class Trainer:
         )
         self.console = Console(self.last_step, self.step)
 
-    # ---------------------------------------------------------------- train
-
     def train(self) -> int | None:
         """Runs to the last step. Returns the number of the signal that ended it early, or None."""
         with StopSignal() as stop, self.console, self.logger:
@@ -196,6 +193,7 @@ class Trainer:
                 self.stop_requested = (stop.received or 15) if stopping else None
                 self._finish_step(metrics)
         self.engine.close()
+        self.scorer.close()
         self._summarize()
         return self.stop_requested
 
@@ -332,7 +330,7 @@ class Trainer:
         state = {
             "policy": self.update.stepper.state_dict(),
             "coefficients": self.update.state_dict(),
-            "reward": self.shaper.state_dict(),
+            "reward": {**self.shaper.state_dict(), "sources": self.scorer.state_dict()},
             "data": self.prompts.state_dict(),
             "progress": {
                 "step": self.step,
@@ -376,6 +374,7 @@ class Trainer:
             self.critic.stepper.load_state_dict(state["critic"])
         self.update.load_state_dict(state["coefficients"])
         self.shaper.load_state_dict(state["reward"])
+        self.scorer.load_state_dict(state["reward"].get("sources", {}))
         self.prompts.load_state_dict(state["data"])
         progress = state["progress"]
         saved, pending = progress["batches"], progress["pending"]

@@ -20,7 +20,8 @@ class Prompt:
     """One row of the prompt file, tokenized.
 
     `row` is the row's number in its file (0-based), `text` is what was tokenized (after the chat
-    template), `label` and `metadata` go to the reward functions untouched.
+    template), `messages` are the chat that the template was given (none without one), `label` and
+    `metadata` go to the reward functions untouched.
 
     >>> Prompt(row=0, text="1 2=", token_ids=(3, 4, 5), label="2").metadata
     {}
@@ -31,6 +32,7 @@ class Prompt:
     token_ids: tuple[int, ...]
     label: Any = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    messages: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A sample's reward and the parts it is the weighted sum of.
+    """A sample's reward, the parts it is the weighted sum of, and what else its sources measured.
 
     >>> Score(1.5, {"exact_match": 1.0, "format": 0.5}).value
     1.5
@@ -109,6 +111,7 @@ class Score:
 
     value: float
     parts: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

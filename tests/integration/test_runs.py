@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_job import MODEL, ROOT, SPREAD, records, rollout
+from tiny_job import IN_PROCESS, MODEL, ROOT, records, rollout
 from transformers import AutoModelForCausalLM
 
 from torchrft.config.job_config import Rollout
@@ -37,7 +37,7 @@ SMALL = {
     "train_batch_size": "32",
     "micro_train_batch_size": "16",
     "max_tokens_per_microbatch": "60",
-    "functions": SPREAD,
+    "functions": IN_PROCESS,
     "stop_token_ids": ",".join(map(str, range(10, 28))),
     "loss_aggregation": "token_mean",
     "init_kl_coef": "0",
@@ -126,6 +126,18 @@ def learned(folder: Path, runs: Runs) -> None:
     assert values[-1] >= 0.9
 
 
+def trains_as_with_the_rule(folder: Path, runs: Runs) -> None:
+    """The same rewards, computed in worker processes, make the same run."""
+    reference = runs.folder("the default job learns")
+    for step in (1, 2, 3):
+        mine, theirs = rollout(folder, step), rollout(reference, step)
+        for row in mine + theirs:
+            (row["reward_parts"],) = row["reward_parts"].values()
+        assert mine == theirs
+        one, other = records(folder)[step - 1], records(reference)[step - 1]
+        assert (one["policy/loss"], one["grad_norm"]) == (other["policy/loss"], other["grad_norm"])
+
+
 def is_the_baseline(folder: Path, runs: Runs) -> None:
     first, second = records(folder)
     assert abs(first["policy/loss"]) > 1e-3
@@ -212,6 +224,13 @@ RUNS = [
         "the default job learns",
         learned,
         {"max_steps": "60", "eval_steps": "1000", "plot_every": "1000", "seed": "0"},
+        small=False,
+    ),
+    Run(
+        "a user's function in place of the rule",
+        trains_as_with_the_rule,
+        {"functions": f"{ROOT}/tests/tiny_rewards.py:matches", "max_steps": "3", "seed": "0"}
+        | {"eval_steps": "1000", "plot_every": "1000"},
         small=False,
     ),
     *(

@@ -21,6 +21,7 @@ UNIT = "tests/unit/test_"
 
 LATER = "unavailable"
 REMOTE = "tests/engines/test_remote_engine.py::test_"
+REMOTE_RM = UNIT + "rewards_remote.py::test_"
 RESUME = UNIT + "trainer_resume.py::test_resumed_run_is_bit_identical"
 WARNED = UNIT + "config_validation.py::test_options_without_effect"
 
@@ -136,9 +137,30 @@ FIELD_PROOF: dict[str, str] = {
     # reward
     "functions": UNIT
     + "rewards.py::test_weighted_sum_and_unweighted_parts_in_the_order_of_completions",
-    "reward_pretrain": LATER,
-    "remote_rm_url": LATER,
-    "rm_use_engine": LATER,
+    "reward_pretrain": UNIT + "rewards_models.py::test_the_job_trains_with_scalar_models",
+    "models": UNIT + "rewards_models.py::test_the_job_trains_with_scalar_models",
+    "reward_model_offload": UNIT + "rewards_models.py::test_the_job_offloads_between_rewards",
+    "judges": UNIT + "rewards_judge.py::test_the_job_trains_with_a_judge",
+    "rm_use_engine": "tests/engines/test_vllm_rewards.py::"
+    + "test_the_job_trains_with_a_pooling_model",
+    "remote_rm_url": REMOTE_RM + "rewards_survive_a_kill_of_the_server",
+    "remote_rm_weight": UNIT + "reward_builder.py::test_every_kind_has_its_weight",
+    "remote_rm_normalize": UNIT + "reward_builder.py::test_every_kind_has_its_weight",
+    "remote_rm_protocol": REMOTE_RM + "the_request_has_the_documented_form",
+    "remote_rm_timeout": REMOTE_RM + "a_server_that_hangs_is_left",
+    "remote_rm_deadline": REMOTE_RM + "the_deadline_ends_all_retries",
+    "remote_rm_retries": REMOTE_RM + "transient_failures_are_retried",
+    "remote_rm_batch_size": REMOTE_RM + "results_do_not_depend_on_batches_and_threads",
+    "remote_rm_concurrency": REMOTE_RM + "results_do_not_depend_on_batches_and_threads",
+    "remote_rm_token_env": REMOTE_RM + "the_token_is_sent",
+    "error_reward": UNIT + "rewards.py::test_an_error_becomes_error_reward_and_is_counted",
+    "reward_timeout": UNIT + "rewards_workers.py::test_what_fails_costs_its_sample_only",
+    "reward_workers": UNIT + "rewards_workers.py::test_several_workers_work",
+    "reward_memory": UNIT + "rewards_workers.py::test_what_fails_costs_its_sample_only",
+    "source_key": UNIT + "trainer_rewards.py::test_a_column_chooses_the_rewards_of_a_row",
+    "recipes": UNIT + "trainer_rewards.py::test_a_column_chooses_the_rewards_of_a_row",
+    "gate": UNIT + "rewards.py::test_the_gate_is_all_or_nothing",
+    "gate_reward": UNIT + "rewards.py::test_the_gate_is_all_or_nothing",
     "overlong_buffer_len": UNIT + "trainer_algorithms.py::test_option_reaches_the_step",
     "overlong_penalty_factor": UNIT + "trainer_algorithms.py::test_option_reaches_the_step",
     "reward_running_norm": UNIT + "trainer_algorithms.py::test_option_reaches_the_step",
@@ -181,9 +203,7 @@ FIELD_PROOF: dict[str, str] = {
 PENDING: set[str] = set()
 
 # A value that selects what is not available yet.
-LATER_VALUES: dict[str, object] = {
-    "remote_rm_url": ["http://localhost:5000"],
-}
+LATER_VALUES: dict[str, object] = {}
 
 
 def later_value(name: str) -> object:

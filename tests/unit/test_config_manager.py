@@ -381,3 +381,17 @@ def test_process_prints_loadable_toml_in_a_dry_run():
     done = run(*MATH, "--dry_run")
     assert (done.returncode, done.stderr) == (0, "")
     assert tomllib.loads(done.stdout)["training"]["train_batch_size"] == 128
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in ROOT.glob("train_configs/*.toml")))
+def test_the_jobs_that_come_with_torchrft_are_valid(name):
+    words = ["--config_file", str(ROOT / "train_configs" / f"{name}.toml"), "--dry_run"]
+    loaded = load(words, world_size=4)
+    assert loaded.warnings == ()
+    rewards = {
+        "debug_model": ["exact_match"],
+        "gsm8k": ["gsm8k", "format"],
+        "judge": ["grader"],
+        "reward_model": ["skywork"],
+    }
+    assert loaded.config.reward.names(loaded.config.model.pretrain) == rewards[name]

@@ -233,6 +233,8 @@ def test_passes(fields, world_size):
 
 
 # For each field that needs another one: a value, what meets the need.
+FUNCTION = {"functions": ["exact_match"]}
+SERVER = {"remote_rm_url": ["http://a:1"]}
 NEED_CASES = {
     "ref_pretrain": ("r", {"init_kl_coef": 0.001}, {"init_kl_coef": 0.0}),
     "kl_estimator": ("k1", {"init_kl_coef": 0.001}, {"init_kl_coef": 0.0}),
@@ -278,6 +280,23 @@ NEED_CASES = {
     ),
     "weight_folder": ("w", {"engine_type": "vllm", "server_urls": ["http://a:1"]}, {}),
     "use_mp_opt": (True, {"bf16": True}, {"bf16": False}),
+    "reward_timeout": (5.0, FUNCTION, {}),
+    "reward_workers": (5, FUNCTION, {}),
+    "reward_memory": (5.0, FUNCTION, {}),
+    "error_reward": (-1.0, FUNCTION, {"reward_pretrain": "r"}),
+    "reward_model_offload": (True, {"reward_pretrain": "r"}, FUNCTION),
+    "remote_rm_weight": (2.0, SERVER, FUNCTION),
+    "remote_rm_normalize": (True, SERVER, FUNCTION),
+    "remote_rm_protocol": ("predecessor", SERVER, FUNCTION),
+    "remote_rm_timeout": (5.0, SERVER, FUNCTION),
+    "remote_rm_deadline": (5.0, SERVER, FUNCTION),
+    "remote_rm_retries": (5, SERVER, FUNCTION),
+    "remote_rm_batch_size": (5, SERVER, FUNCTION),
+    "remote_rm_concurrency": (5, SERVER, FUNCTION),
+    "remote_rm_token_env": ("TOKEN", SERVER, FUNCTION),
+    "source_key": ("kind", {**FUNCTION, "recipes": {"a": ["exact_match"]}}, FUNCTION),
+    "recipes": ({"a": ["exact_match"]}, {**FUNCTION, "source_key": "kind"}, FUNCTION),
+    "gate_reward": (1.0, {**FUNCTION, "gate": ["exact_match"]}, FUNCTION),
     "eval_steps": (5, {"eval_data": "e"}, {}),
     "ckpt_path": ("c", {"load_checkpoint": True}, {}),
     "wandb_org": ("o", {"use_wandb": "p"}, {}),
@@ -303,6 +322,27 @@ def test_options_without_effect(need):
     assert f"has no effect without {need.needs}; set that, or leave {need.field} out" in text
     # Unset, its default is no fault.
     assert not [t for t in [*found(**unmet).errors, *found(**unmet).warnings] if t.startswith(mine)]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"functions": ["a.py:f", "a.py:f"]}, '[reward] has two sources named "a.py:f"'),
+        ({"functions": ["remote"], **SERVER}, '[reward] has two sources named "remote"'),
+        ({"reward_pretrain": ["x/r", "y/r"]}, '[reward] has two sources named "r"'),
+        (
+            {**FUNCTION, "gate": ["format"]},
+            '[reward] gate names "format", which is no reward of this job; there are exact_match',
+        ),
+        (
+            {**SERVER, "source_key": "k", "recipes": {"a": ["remote", "b"]}},
+            '[reward] recipes.a names "b", which is no reward of this job; there are remote',
+        ),
+    ],
+)
+def test_names_of_rewards(options, text):
+    (error,) = found(**options).errors
+    assert error.startswith(text)
 
 
 def test_ranges_judge_only_what_was_set():

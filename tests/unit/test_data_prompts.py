@@ -239,6 +239,10 @@ def test_chat_template_and_system_prompt(write, tokenizer):
     assert turns.text == "<|user|>1\n<|assistant|>2<eos><|user|>3\n<|assistant|>"
     system = load_prompts(path, Data(apply_chat_template=True, system_prompt="be"), tokenizer)
     assert system[0].text == "<|system|>be\n" + plain.text
+    # What a reward model with another template starts from.
+    assert turns.messages == tuple(chat)
+    assert [message["role"] for message in system[0].messages] == ["system", "user"]
+    assert load_prompts(write({"prompt": "1+1="}), Data(), tokenizer)[0].messages == ()
 
 
 def test_messages_from_parquet_lose_the_keys_arrow_adds(tokenizer, tmp_path):

@@ -1,16 +1,17 @@
 """Reward functions: what they are given, what they may return, how they add up."""
 
-import gc
+import math
 from fractions import Fraction
 
 import numpy as np
 import pytest
 
-from torchrft.config.job_config import RewardFunction
-from torchrft.rewards import build_scorer, register
+from torchrft.config.reward_config import Reward, RewardFunction
+from torchrft.metrics.rollout_stats import rollout_metrics
+from torchrft.rewards import RewardError, RewardResult, build_scorer, register
 from torchrft.rewards.registry import REWARDS
-from torchrft.rewards.scorer import RewardError
-from torchrft.types import Completion, Prompt, Score
+from torchrft.rewards.scorer import Scorer, Weighted
+from torchrft.types import Completion, Prompt, Sample, Score
 
 
 @pytest.fixture(autouse=True)
@@ -26,9 +27,10 @@ def completion(text="4", prompt_index=0, sample_index=0):
     return Completion(prompt_index, sample_index, (7, 1), (-0.1, -0.2), text, "stop")
 
 
-def scorer(*names, **weights):
-    entries = [RewardFunction(name=name) for name in names]
-    return build_scorer([*entries, *(RewardFunction(name=n, weight=w) for n, w in weights.items())])
+def scorer(*names, isolate=True, **weights):
+    entries = [RewardFunction(name=name, isolate=isolate) for name in names]
+    entries += [RewardFunction(name=name, weight=weight) for name, weight in weights.items()]
+    return build_scorer(Reward(functions=entries))
 
 
 @pytest.mark.parametrize(
@@ -55,14 +57,14 @@ def test_exact_match_without_label_names_the_row():
 
 
 def test_weighted_sum_and_unweighted_parts_in_the_order_of_completions():
-    register("length")(lambda response: len(response))
+    register("longer")(lambda response: len(response))
     register("off")(lambda response: 100)
     prompts = [prompt(0, "4"), prompt(1, "56")]
     completions = [completion("56", 1, 0), completion("4", 0, 0), completion("5", 1, 1)]
-    scores = scorer(exact_match=2.0, length=-0.5, off=0.0).score(prompts, completions)
+    scores = scorer(exact_match=2.0, longer=-0.5, off=0.0).score(prompts, completions)
     assert [score.value for score in scores] == [1.0, 1.5, -0.5]
-    assert scores[0].parts == {"exact_match": 1.0, "length": 2.0, "off": 100.0}
-    assert scores[2].parts == {"exact_match": 0.0, "length": 1.0, "off": 100.0}
+    assert scores[0].parts == {"exact_match": 1.0, "longer": 2.0, "off": 100.0}
+    assert scores[2].parts == {"exact_match": 0.0, "longer": 1.0, "off": 100.0}
 
 
 def test_a_function_gets_exactly_what_it_names():
@@ -148,19 +150,11 @@ def test_functions_without_readable_parameters_are_refused():
     with pytest.raises(ValueError, match="'max': its parameters cannot be read"):
         scorer("max")
 
-    @register("later")
-    async def later(response):
-        return 0
-
-    with pytest.raises(ValueError, match="'later' is async"):
-        scorer("later")
-    gc.collect()
-
 
 def test_names_are_checked_when_built():
     with pytest.raises(ValueError, match=r'unknown reward function "exact_mach".*"exact_match"'):
         scorer("exact_mach")
-    with pytest.raises(ValueError, match="'exact_match' is listed twice"):
+    with pytest.raises(ValueError, match='two sources named "exact_match"'):
         scorer("exact_match", "exact_match")
     with pytest.raises(ValueError, match=r"no reward: set \[reward\] functions"):
         scorer()
@@ -182,12 +176,14 @@ def calls_so_far():
 def test_functions_of_a_file(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(FILE)
     monkeypatch.chdir(tmp_path)
-    both = scorer("my_rewards.py:count", "my_rewards.py:calls_so_far")
+    both = scorer("my_rewards.py:count", "my_rewards.py:calls_so_far", isolate=False)
     (score,) = both.score([prompt()], [completion("a")])
     assert score == Score(2.0, {"my_rewards.py:count": 1.0, "my_rewards.py:calls_so_far": 1.0})
     # An edited file is read again; the path may be absolute.
     (tmp_path / "my_rewards.py").write_text("def count(): return 5")
-    assert scorer(f"{tmp_path}/my_rewards.py:count").score([prompt()], [completion()])[0].value == 5
+    other = scorer(f"{tmp_path}/my_rewards.py:count")
+    assert other.score([prompt()], [completion()])[0].value == 5
+    other.close()
 
 
 def test_faults_of_files_are_found_when_built(tmp_path):
@@ -205,3 +201,230 @@ def test_faults_of_files_are_found_when_built(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=rf"r\.py failed to load: {error}: "):
             scorer(f"{path}:f")
+
+
+# ------------------------------------------------------------------------------- options, batches
+
+
+def test_options_are_keyword_only_parameters():
+    @register("power")
+    def power(response, *, base: int = 2, exponent: float, names: list[str] = ()):
+        return base**exponent + len(names)
+
+    def value(**options):
+        entry = RewardFunction(name="power", options=options, alias="own name")
+        (score,) = build_scorer(Reward(functions=[entry])).score([prompt()], [completion()])
+        assert list(score.parts) == ["own name"]
+        return score.value
+
+    assert value(exponent=3) == 8.0
+    assert value(exponent=0.5, base=4, names=["a", "b"]) == 4.0
+    for options, text in (
+        ({}, "'power' needs its option 'exponent'"),
+        ({"exponent": "3"}, "option exponent = '3': input should be a valid number"),
+        ({"exponent": 3, "base": 2.5}, "option base = 2.5: input should be a valid integer"),
+        ({"exponent": 3, "names": ["a", 3]}, "Reward"),
+        ({"exponent": 3, "bases": 2}, "no option 'bases'; valid: base, exponent, names"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            value(**options)
+
+
+def test_a_batch_function_gets_lists():
+    seen = []
+
+    @register("batch")
+    def batch(responses, labels, prompts, finish_reasons, token_ids, metadata, images):
+        seen.append([responses, labels, prompts, finish_reasons, token_ids, metadata, images])
+        return np.arange(len(responses))
+
+    prompts = [prompt(0, "4", level=1), prompt(1, None)]
+    completions = [completion("a", 1), completion("b", 0), completion("c", 1)]
+    scores = scorer("batch").score(prompts, completions)
+    assert [score.value for score in scores] == [0.0, 1.0, 2.0]
+    ((responses, labels, texts, reasons, token_ids, metadata, images),) = seen
+    assert responses == ["a", "b", "c"]
+    assert labels == [None, "4", None]
+    assert texts == ["prompt 1", "prompt 0", "prompt 1"]
+    assert (reasons, token_ids) == (["stop"] * 3, [(7, 1)] * 3)
+    assert (metadata, images) == ([{}, {"level": 1}, {}], [()] * 3)
+
+
+def test_singular_and_plural_names_do_not_mix():
+    register("f")(lambda responses, label: [0])
+    with pytest.raises(ValueError, match=r"one sample \(label\) and for many"):
+        scorer("f")
+
+
+def test_async_functions_in_this_process():
+    @register("later")
+    async def later(response):
+        return len(response)
+
+    (score,) = scorer("later").score([prompt()], [completion("abc")])
+    assert score.value == 3.0
+
+
+def test_a_typed_result():
+    register("f")(lambda: RewardResult(1, parts={"a": 2}, metrics={"b": np.float32(0.5)}))
+    (score,) = scorer(f=3.0).score([prompt()], [completion()])
+    assert score == Score(3.0, {"f": 1.0, "f/a": 2.0}, {"f/b": 0.5})
+    assert type(score.metrics["f/b"]) is float
+    register("g")(lambda: RewardResult(1, parts={"a": math.inf}))
+    with pytest.raises(
+        RewardError, match="'g', prompt row 0: a reward must be a finite number, got inf"
+    ):
+        scorer("g").score([prompt()], [completion()])
+
+
+def test_isolation_is_for_functions_of_a_file():
+    with pytest.raises(ValueError, match="isolate = false is for functions of a file"):
+        scorer("exact_match", isolate=False)
+
+
+# ------------------------------------------------------------------------------- mixing
+
+
+class Fixed:
+    """A source with given results."""
+
+    def __init__(self, name, *results, collective=False):
+        self.name, self.results, self.collective = name, results, collective
+        self.asked = []
+
+    def score(self, requests):
+        self.asked.append([request.prompt.row for request in requests])
+        return [RewardResult(r) if isinstance(r, float) else r for r in self.results]
+
+    def close(self):
+        self.asked.append("closed")
+
+
+def mixed(sources, prompts=None, **reward):
+    """The scores of one completion for each prompt."""
+    prompts = prompts or [prompt(0), prompt(1)]
+    completions = [completion(prompt_index=index) for index in range(len(prompts))]
+    return Scorer([Weighted(*source) for source in sources], Reward(**reward)).score(
+        prompts, completions
+    )
+
+
+def test_an_error_becomes_error_reward_and_is_counted(caplog):
+    source = Fixed("judge", RewardResult(9.0, {"a": 1.0}, error="unreadable"), 2.0)
+    first, second = mixed([(source, 2.0)], error_reward=-0.5)
+    assert first == Score(-1.0, {"judge": -0.5, "judge/a": 1.0}, {"judge/errors": 1.0})
+    assert second == Score(4.0, {"judge": 2.0})
+    assert "reward 'judge': no verdict on 1 of 2 samples" in caplog.text
+    samples = [Sample(prompt(), completion(), score, 0) for score in (first, second, first)]
+    metrics = rollout_metrics(samples)
+    assert metrics["reward/judge/errors"] == 2
+    assert metrics["reward_parts/judge"] == pytest.approx(1 / 3)
+    assert metrics["reward_parts/judge/a"] == 1.0
+
+
+@pytest.mark.parametrize("collective", [False, True])
+@pytest.mark.parametrize(
+    ("results", "text"),
+    [
+        ([1.0], "reward 'own' gave 1 rewards for 2 samples, the first of prompt row 0"),
+        ([1.0, math.nan], "reward 'own', prompt row 1: a reward must be a finite number, got nan"),
+        (
+            [RewardResult(None), 1.0],
+            "'own', prompt row 0: a reward must be a finite number, got None",
+        ),
+        ([1.0, RewardResult(1.0, metrics={"a": math.inf})], "prompt row 1: .* got inf"),
+    ],
+)
+def test_bad_results_of_any_source_name_source_and_row(results, text, collective):
+    with pytest.raises(RewardError, match=text):
+        mixed([(Fixed("own", *results, collective=collective),)])
+
+
+def test_recipes_choose_the_sources_of_a_row():
+    prompts = [prompt(0, kind="maths"), prompt(1, kind="code"), prompt(2, kind="maths")]
+    one, two, both = Fixed("one", 1.0, 3.0), Fixed("two", 5.0), Fixed("both", 0.5, 0.25, 0.125)
+    recipes = {"maths": ["one", "both"], "code": ["both", "two"]}
+    sources = [(one, 1.0), (two, 10.0), (both, 2.0)]
+    scores = mixed(sources, prompts, source_key="kind", recipes=recipes)
+    assert [score.value for score in scores] == [2.0, 50.5, 3.25]
+    assert [list(score.parts) for score in scores] == [
+        ["one", "both"],
+        ["two", "both"],
+        ["one", "both"],
+    ]
+    assert (one.asked, two.asked, both.asked) == ([[0, 2]], [[1]], [[0, 1, 2]])
+    samples = [Sample(p, completion(), score, 0) for p, score in zip(prompts, scores, strict=True)]
+    assert rollout_metrics(samples)["reward_parts/one"] == 2.0
+    assert rollout_metrics(samples)["reward_parts/two"] == 5.0
+
+
+def test_sources_without_a_request_are_called_if_they_are_collective():
+    prompts = [prompt(0, kind="a")]
+    alone, together = Fixed("alone"), Fixed("together", collective=True)
+    recipes = {"a": ["rest"], "b": ["alone", "together"]}
+    sources = [(alone,), (together,), (Fixed("rest", 1.0),)]
+    mixed(sources, prompts, source_key="kind", recipes=recipes)
+    assert (alone.asked, together.asked) == ([], [[]])
+
+
+@pytest.mark.parametrize("kind", ["poems", None, 3, {}])
+def test_a_data_source_without_a_recipe_names_the_row(kind):
+    with pytest.raises(
+        RewardError, match=f"prompt row 7: kind = {kind!r} has no recipe; .* has maths"
+    ):
+        mixed(
+            [(Fixed("one", 1.0),)],
+            [prompt(7, kind=kind)],
+            source_key="kind",
+            recipes={"maths": ["one"]},
+        )
+
+
+def test_the_gate_is_all_or_nothing():
+    sources = [
+        (Fixed("format", 1.0, 0.0, 1.0, -1.0), 0.5),
+        (Fixed("right", 1.0, 1.0, 0.0, 1.0), 1.0),
+    ]
+    prompts = [prompt(row) for row in range(4)]
+    scores = mixed(sources, prompts, gate=["format"])
+    assert [score.value for score in scores] == [1.5, 0.0, 0.5, 0.0]
+    assert scores[1].parts == {"format": 0.0, "right": 1.0}
+    scores = mixed(sources, prompts, gate=["format", "right"], gate_reward=-2.0)
+    assert [score.value for score in scores] == [1.5, -2.0, -2.0, -2.0]
+
+
+def test_names_are_there_and_unique():
+    with pytest.raises(ValueError, match='two sources named "a"'):
+        mixed([(Fixed("a", 1.0),), (Fixed("a", 1.0),)])
+    for reward in ({"gate": ["b"]}, {"source_key": "k", "recipes": {"x": ["a", "b"]}}):
+        with pytest.raises(
+            ValueError, match='names "b", which is no reward of this job; there are a'
+        ):
+            mixed([(Fixed("a", 1.0),)], **reward)
+
+
+def test_normalized_sources_enter_the_sum_by_their_z_scores():
+    one, two = Fixed("one", 1.0, 3.0), Fixed("two", 10.0, 20.0)
+    scorer = Scorer([Weighted(one, 2.0, normalize=True), Weighted(two, 1.0)])
+    prompts, completions = [prompt(0), prompt(1)], [completion(prompt_index=i) for i in range(2)]
+    first = scorer.normalized(scorer.score(prompts, completions))
+    deviation = math.sqrt(2)  # of 1 and 3, unbiased
+    assert [score.value for score in first] == pytest.approx(
+        [10 - 2 / deviation, 20 + 2 / deviation], abs=1e-5
+    )
+    assert [score.parts["one"] for score in first] == [1.0, 3.0]
+    saved = scorer.state_dict()
+    one.results = (5.0, 7.0)
+    second = [score.value for score in scorer.normalized(scorer.score(prompts, completions))]
+    deviation = math.sqrt(20 / 3)  # of 1, 3, 5 and 7, whose mean is 4
+    assert second == pytest.approx([10 + 2 / deviation, 20 + 6 / deviation], abs=1e-5)
+    other = Scorer([Weighted(one, 2.0, normalize=True), Weighted(two, 1.0)])
+    other.load_state_dict(saved)
+    again = other.normalized(other.score(prompts, completions))
+    assert [score.value for score in again] == second
+
+
+def test_closing_closes_all_sources():
+    one, two = Fixed("one"), Fixed("two")
+    Scorer([Weighted(one), Weighted(two)]).close()
+    assert one.asked == two.asked == ["closed"]

@@ -12,9 +12,6 @@ from torchrft.config.job_config import JobConfig
 
 # The values of a field that work today; every other value is refused.
 AVAILABLE_VALUES: dict[str, tuple[object, ...]] = {
-    "reward_pretrain": (None,),
-    "remote_rm_url": ([],),
-    "rm_use_engine": (False,),
     "images_key": (None,),
     "mixed_mm_data": (False,),
     "processor": (None,),
@@ -75,10 +72,7 @@ def missing(config: JobConfig) -> list[str]:
         found.append(
             "[data] prompt_data is missing; a run needs training prompts: --prompt_data FILE.jsonl"
         )
-    reward = config.reward
-    if not (
-        reward.functions or reward.reward_pretrain or reward.remote_rm_url or reward.rm_use_engine
-    ):
+    if not config.reward.names(config.model.pretrain):
         found.append(
             "[reward] functions is missing; a run needs a reward: --functions exact_match, "
             "reward_pretrain or remote_rm_url"

@@ -34,16 +34,16 @@ def _sections() -> dict[str, type[Section]]:
 
 
 def _fields() -> dict[str, ConfigField]:
-    definitions = JobConfig.model_json_schema()["$defs"]
     found: dict[str, ConfigField] = {}
     for section, model in SECTIONS.items():
         for name, info in model.model_fields.items():
             assert name not in found, f"{name} is in [{found[name].section}] and [{section}]"
-            schema = definitions[model.__name__]["properties"][name]
+            schema = _DEFINITIONS[model.__name__]["properties"][name]
             found[name] = ConfigField(section, info, schema)
     return found
 
 
+_DEFINITIONS: Schema = JobConfig.model_json_schema()["$defs"]
 SECTIONS: dict[str, type[Section]] = _sections()
 FIELDS: dict[str, ConfigField] = _fields()
 
@@ -64,7 +64,8 @@ def describe(schema: Schema) -> str:
         return " or ".join(dict.fromkeys(describe(part) for part in parts))
     (part,) = parts
     if "$ref" in part:
-        return "{ name, weight }"
+        needed = _DEFINITIONS[part["$ref"].rpartition("/")[2]]["required"]
+        return f"{{ {', '.join(needed)}, weight }}"
     if "const" in part:
         return str(part["const"])
     if "enum" in part:

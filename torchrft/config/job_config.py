@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
 from torchrft.config.field_types import (
     Fraction,
@@ -19,24 +19,14 @@ from torchrft.config.field_types import (
     PositiveInt,
     PythonFunction,
     RawText,
+    Section,
     Text,
     TextOrList,
     TwoRates,
     exact_int,
-    name_to_table,
 )
-
-
-class Section(BaseModel):
-    """Strict and frozen: unknown keys, wrong types, NaN and infinity are refused."""
-
-    model_config = ConfigDict(
-        strict=True,
-        extra="forbid",
-        frozen=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-    )
+from torchrft.config.reward_config import Reward as Reward
+from torchrft.config.reward_config import RewardFunction as RewardFunction
 
 
 class Model(Section):
@@ -275,44 +265,6 @@ class Algorithm(Section):
     """Correction of the mismatch between the engine's log-probs and the trainer's."""
     rollout_correction_cap: Annotated[float, Field(ge=1)] = 2.0
     """Cap of the importance weight of `rollout_correction`."""
-
-
-class RewardFunction(Section):
-    """One entry of `[reward] functions`."""
-
-    name: Text
-    """A registered name, or `path/to/file.py:function`."""
-    weight: float = 1.0
-    """Weight in the sum."""
-
-
-class Reward(Section):
-    """Where rewards come from and how they are processed."""
-
-    functions: list[
-        Annotated[
-            RewardFunction,
-            BeforeValidator(name_to_table, json_schema_input_type=RewardFunction | Text),
-        ]
-    ] = []
-    """Rule rewards, summed by weight: `[{ name = "exact_match", weight = 1.0 }]`; a plain name
-    counts with weight 1."""
-    reward_pretrain: Text | None = None
-    """Folder or hub id of a scalar reward model."""
-    remote_rm_url: TextOrList = []
-    """One or several URLs of a remote reward server."""
-    rm_use_engine: bool = False
-    """The reward model (`reward_pretrain`, by default `pretrain`) runs in the inference engine."""
-    overlong_buffer_len: NonNegativeInt = 0
-    """Responses that end within so many tokens of the limit are penalized (DAPO); 0 is off."""
-    overlong_penalty_factor: NonNegativeFloat = 1.0
-    """Largest overlong penalty."""
-    reward_running_norm: bool = False
-    """Divide rewards by the running standard deviation of all rewards so far."""
-    reward_running_norm_minus_mean: bool = False
-    """Subtract the running mean as well; needs `reward_running_norm`."""
-    reward_clip: NonNegativeFloat = 0.0
-    """Clip rewards to plus or minus this; 0 is off."""
 
 
 class Parallel(Section):

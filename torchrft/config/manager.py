@@ -20,8 +20,9 @@ from torchrft.config.deepspeed_fields import accumulation_fault, merge, wanted
 from torchrft.config.deepspeed_json import Judged, read_json
 from torchrft.config.fields import FIELDS, SECTIONS, did_you_mean, expected, one_line, show
 from torchrft.config.flags import help_text, nearest_choice
-from torchrft.config.job_config import JobConfig, RewardFunction
+from torchrft.config.job_config import JobConfig
 from torchrft.config.needs import silent_fields
+from torchrft.config.reward_config import TABLES
 from torchrft.config.validation import batch_arithmetic, check, data_parallel, smallest_world_size
 
 __all__ = ["ConfigError", "LoadedConfig", "help_text", "load", "read", "to_toml"]
@@ -257,16 +258,20 @@ def _field_fault(name: str, detail: Mapping[str, Any], origin: str) -> str:
     """One line about a value that its field does not accept."""
     value, kind = detail["input"], detail["type"]
     path = [part for part in detail["loc"][2:] if isinstance(part, int)]
-    inner = [str(part) for part in detail["loc"][3:] if name == "functions"]
+    table = TABLES.get(name)
+    inner = [str(part) for part in detail["loc"][3:5] if table]
     place = "".join(f"[{part}]" for part in path) + "".join(f".{part}" for part in inner)
     where = f"{origin}: {name}{place} = {show(value)}: " if place else f"{origin}: "
     want = f"expected {expected(name)}"
     if kind == "missing" and not inner:  # an entry of a tuple that is too short
         return f"{origin}: {want}"
     if kind == "extra_forbidden":
-        near = did_you_mean(inner[-1], RewardFunction.model_fields)
-        valid = "valid: " + ", ".join(RewardFunction.model_fields)
+        known = table.model_fields if table else {}
+        near = did_you_mean(inner[-1], known)
+        valid = "valid: " + ", ".join(known)
         return f"{where}unknown key; " + (f"did you mean {near}?" if near else valid)
+    if len(inner) > 1:  # one of the options' types after the other has been tried
+        return f"{where}expected text, number, true or false, or list of text"
     if inner:
         return f"{where}{detail['msg'][:1].lower()}{detail['msg'][1:]}"
     if kind == "finite_number":
@@ -307,8 +312,8 @@ def to_toml(config: JobConfig) -> str:
     """
     silent = silent_fields(config)
     tables: dict[str, Any] = {}
-    for section, table in config.model_dump().items():
-        kept = {k: v for k, v in table.items() if v is not None and k not in silent}
+    for section, table in config.model_dump(exclude_none=True).items():
+        kept = {k: v for k, v in table.items() if k not in silent}
         if kept:
             tables[section] = kept
     return tomli_w.dumps(tables)

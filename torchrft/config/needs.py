@@ -92,12 +92,27 @@ def _vllm_served(config: JobConfig) -> bool:
     return bool(config.rollout.server_urls) and config.rollout.engine_type == "vllm"
 
 
+def _judges(config: JobConfig) -> bool:
+    reward = config.reward
+    return bool(reward.functions or reward.judges or reward.remote_rm_url)
+
+
+def _models_here(config: JobConfig) -> bool:
+    """Whether reward models run by PyTorch, rather than in the inference engine."""
+    return bool(config.reward.scalar_models(config.model.pretrain)) and not (
+        config.reward.rm_use_engine
+    )
+
+
 _ADAPTIVE = 'kl_controller = "adaptive" or the cpgd policy loss'
 _EMBEDDED = 'engine_type = "vllm" or "sglang" and no server_urls'
 _WHOLE = f"{_EMBEDDED}; the native engine runs whole on every rank, servers have their own"
 _ALIKE = 'engine_type = "native"; the others sample all tokens alike'
 _CLIPS = "a policy_loss that clips"
 _DECAYS = "an lr_decay that decays"
+
+_OUTSIDE = "reward_pretrain or models outside of the inference engine"
+_REMOTE = "weight normalize protocol timeout deadline retries batch_size concurrency token_env"
 
 NEEDS: tuple[Need, ...] = (
     *_on("init_kl_coef", "ref_pretrain", "kl_estimator", "kl_placement"),
@@ -116,6 +131,13 @@ NEEDS: tuple[Need, ...] = (
     *_on("dynamic_sampling", "dynamic_sampling_max_rounds"),
     *_on("overlong_buffer_len", "overlong_penalty_factor"),
     *_on("reward_running_norm", "reward_running_norm_minus_mean"),
+    *_on("functions", "reward_timeout", "reward_workers", "reward_memory"),
+    *_need("functions, judges or remote_rm_url", _judges, "error_reward"),
+    *_need(_OUTSIDE, _models_here, "reward_model_offload"),
+    *_on("remote_rm_url", *(f"remote_rm_{name}" for name in _REMOTE.split())),
+    *_on("recipes", "source_key"),
+    *_on("source_key", "recipes"),
+    *_on("gate", "gate_reward"),
     *_on("apply_chat_template", "system_prompt"),
     *_on("packing_samples", "max_tokens_per_microbatch"),
     *_on("fused_linear_logprob", "chunk_size"),

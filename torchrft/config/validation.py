@@ -165,6 +165,11 @@ def _lengths(config: JobConfig, world_size: int) -> Iterator[Finding]:
         )
 
 
+def _rewards(config: JobConfig, world_size: int) -> Iterator[Finding]:
+    for fault in config.reward.name_faults(config.reward.names(config.model.pretrain)):
+        yield Finding("reward", fault.removeprefix("[reward] "))
+
+
 def _needs(config: JobConfig, world_size: int) -> Iterator[Finding]:
     for name, met, needs, is_error in NEEDS:
         if is_chosen(config, name) and not met(config):
@@ -318,6 +323,7 @@ RULES: tuple[Callable[[JobConfig, int], Iterator[Finding]], ...] = (
     _on_policy,
     _batches,
     _lengths,
+    _rewards,
     _needs,
     _exclusions,
     _algorithm,

@@ -38,6 +38,7 @@ class PromptDataset(Sequence[Prompt]):
         self._texts: list[str] = []
         self._labels: list[Any] = []
         self._metadata: list[Mapping[str, Any]] = []
+        self._messages: list[tuple[Mapping[str, Any], ...]] = []
 
     def append(self, prompt: Prompt) -> None:
         """Adds a prompt at the end."""
@@ -47,6 +48,7 @@ class PromptDataset(Sequence[Prompt]):
         self._texts.append(prompt.text)
         self._labels.append(prompt.label)
         self._metadata.append(prompt.metadata)
+        self._messages.append(prompt.messages)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -63,6 +65,7 @@ class PromptDataset(Sequence[Prompt]):
             token_ids=tuple(self._tokens[self._ends[index] : self._ends[index + 1]]),
             label=self._labels[index],
             metadata=self._metadata[index],
+            messages=self._messages[index],
         )
 
 
@@ -98,8 +101,10 @@ def _load(source: str, data: Data, tokenizer: PreTrainedTokenizerBase, name: str
     shortest_dropped: int | None = None
     labels_seen = False
     for batch in _batches(rows, f"tokenizing {name}"):
-        texts = [formatter(row) for row in batch]
-        for row, text, token_ids in zip(batch, texts, tokenize(batch, texts), strict=True):
+        formatted = [formatter(row) for row in batch]
+        texts = [text for text, _ in formatted]
+        tokens = tokenize(batch, texts)
+        for row, (text, messages), token_ids in zip(batch, formatted, tokens, strict=True):
             labels_seen = labels_seen or data.label_key in row.columns
             if len(token_ids) > max_tokens:
                 dataset.dropped += 1
@@ -107,7 +112,7 @@ def _load(source: str, data: Data, tokenizer: PreTrainedTokenizerBase, name: str
                 continue
             label = row.columns.get(data.label_key)
             metadata = {key: row.columns[key] for key in data.metadata_keys}
-            dataset.append(Prompt(row.number, text, tuple(token_ids), label, metadata))
+            dataset.append(Prompt(row.number, text, tuple(token_ids), label, metadata, messages))
     # The default may be absent: prompts need no label where no reward asks for one.
     if not labels_seen and data.label_key != Data().label_key:
         raise ValueError(
@@ -148,7 +153,7 @@ def _batches(rows: RowSource, description: str) -> Iterator[list[Row]]:
 
 
 class _Formatter:
-    """A row's prompt as the text that is tokenized."""
+    """A row's prompt as the text that is tokenized, and the messages of a chat."""
 
     def __init__(self, data: Data, tokenizer: PreTrainedTokenizerBase) -> None:
         if data.apply_chat_template and not tokenizer.chat_template:
@@ -161,7 +166,7 @@ class _Formatter:
         self._data = data
         self._tokenizer = tokenizer
 
-    def __call__(self, row: Row) -> str:
+    def __call__(self, row: Row) -> tuple[str, tuple[dict[str, Any], ...]]:
         prompt = row.columns[self._data.input_key]
         what = f"{row.where}: {self._data.input_key!r}"
         if isinstance(prompt, list):
@@ -178,9 +183,11 @@ class _Formatter:
             return self._apply_template(messages, row.where)
         if isinstance(prompt, list):
             raise ValueError(f"{what} holds chat messages; they need apply_chat_template = true")
-        return prompt
+        return prompt, ()
 
-    def _apply_template(self, messages: list[dict[str, Any]], where: str) -> str:
+    def _apply_template(
+        self, messages: list[dict[str, Any]], where: str
+    ) -> tuple[str, tuple[dict[str, Any], ...]]:
         if self._data.system_prompt is not None:
             if messages[0]["role"] == "system":
                 raise ValueError(
@@ -195,7 +202,7 @@ class _Formatter:
         except TemplateError as error:
             raise ValueError(f"{where}: the chat template refuses it: {error}") from error
         assert isinstance(text, str)
-        return text
+        return text, tuple(messages)
 
 
 def _checked_messages(prompt: list[Any], what: str) -> list[dict[str, Any]]:

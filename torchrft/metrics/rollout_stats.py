@@ -11,6 +11,8 @@ from torchrft.types import Sample
 def rollout_metrics(samples: Sequence[Sample], version: int | None = None) -> dict[str, float]:
     """Rewards, their parts and response lengths over `samples`, which must not be empty.
 
+    Parts and metrics of rewards are means over the samples that have them; errors are counted.
+
     With `version`, the policy's, also `rollout/staleness`: by how many versions the oldest is late.
 
     Fillers do not count, unless there is nothing else.
@@ -31,9 +33,21 @@ def rollout_metrics(samples: Sequence[Sample], version: int | None = None) -> di
     if version is not None:
         oldest = min(sample.completion.policy_version for sample in samples)
         metrics["rollout/staleness"] = float(version - oldest)
-    for name in samples[0].score.parts:
-        metrics[f"reward_parts/{name}"] = statistics.fmean(s.score.parts[name] for s in samples)
+    for name, values in _by_name([sample.score.parts for sample in samples]).items():
+        metrics[f"reward_parts/{name}"] = statistics.fmean(values)
+    for name, values in _by_name([sample.score.metrics for sample in samples]).items():
+        is_count = name.endswith("/errors")
+        metrics[f"reward/{name}"] = sum(values) if is_count else statistics.fmean(values)
     return metrics
+
+
+def _by_name(records: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    """Each name's values; a reward that does not count for a sample has none there."""
+    found: dict[str, list[float]] = {}
+    for record in records:
+        for name, value in record.items():
+            found.setdefault(name, []).append(value)
+    return found
 
 
 def dump_rows(samples: Sequence[Sample]) -> list[dict[str, Any]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +17,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from torchrft.models.loader import load_config, parameters_on_meta
 from torchrft.tools.logging import logger
 
+Build = Callable[..., PreTrainedModel]
+
 
 class ShardedWeights:
     """The safetensors files of `source` for a model that is parallelized before it has weights.
@@ -24,13 +28,16 @@ class ShardedWeights:
     >>> weights.fill(parallelize(model, dims, config), torch.device("cuda", 0))  # doctest: +SKIP
     """
 
-    def __init__(self, source: str, folder: Path, names: set[str]) -> None:
-        self.source, self.folder, self.names = source, folder, names
+    def __init__(self, source: str, folder: Path, names: set[str], build: Build) -> None:
+        self.source, self.folder, self.names, self.build = source, folder, names, build
         self.owners: list[tuple[str, nn.Module]] = []
 
     @classmethod
-    def of(cls, source: str) -> ShardedWeights | None:
-        """None where the files are no safetensors, or name the weights otherwise than the model."""
+    def of(cls, source: str, build: Build | None = None) -> ShardedWeights | None:
+        """None where the files are no safetensors, or name the weights otherwise than the model.
+
+        `build(dtype=...)` makes the model, by default the causal LM of `source`.
+        """
         try:
             folder = Path(source)
             if not folder.is_dir():
@@ -43,7 +50,9 @@ class ShardedWeights:
             return None  # the loader of whole models says what is wrong
         if not names:
             return None
-        weights = cls(source, folder, names)
+        if build is None:
+            build = partial(AutoModelForCausalLM.from_config, load_config(source))
+        weights = cls(source, folder, names, build)
         missing = [aliases for aliases in weights._aliases(torch.float32) if not aliases & names]
         if missing:
             name = min(missing[0])
@@ -54,7 +63,7 @@ class ShardedWeights:
     def model(self, dtype: torch.dtype) -> PreTrainedModel:
         """The model, its parameters on the meta device and its buffers real."""
         with parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(load_config(self.source), dtype=dtype)
+            model = self.build(dtype=dtype)
         self.owners = [*model.named_modules()]
         return model
 

@@ -1,102 +1,199 @@
-"""Scores completions: the weighted sum of reward functions, each called once a completion."""
+"""Scores completions: asks every source that counts for them and adds up by weight."""
 
 from __future__ import annotations
 
 import math
-import traceback
-from collections.abc import Sequence
-from dataclasses import dataclass
-from numbers import Real
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
+import torch
 
-from torchrft.config.job_config import RewardFunction
-from torchrft.rewards.registry import REWARDS, RewardCallable, arguments_of
+from torchrft.config.reward_config import Reward
+from torchrft.rewards.registry import as_float
+from torchrft.rewards.rule_source import rule_sources
+from torchrft.rewards.shaping import RunningNorm
+from torchrft.rewards.source import RewardError, RewardRequest, RewardResult, RewardSource
+from torchrft.tools import distributed
+from torchrft.tools.logging import logger
 from torchrft.types import Completion, Prompt, Score
 
 
-class RewardError(RuntimeError):
-    """A reward function raised, or returned what is no finite number."""
-
-
 @dataclass(frozen=True, slots=True)
-class RewardSource:
-    """A reward function with its weight in the sum and the arguments it wants."""
+class Weighted:
+    """A source and how it enters the sum."""
 
-    name: str
-    weight: float
-    function: RewardCallable
-    arguments: tuple[str, ...]
-
-    def __call__(self, prompt: Prompt, completion: Completion) -> float:
-        """The unweighted reward; errors name this source and the prompt's row."""
-        available: dict[str, Any] = {
-            "prompt": prompt.text,
-            "response": completion.text,
-            "label": prompt.label,
-            "token_ids": completion.token_ids,
-            "metadata": prompt.metadata,
-            "finish_reason": completion.finish_reason,
-        }
-        where = f"reward function {self.name!r}, prompt row {prompt.row}"
-        try:
-            value = self.function(**{name: available[name] for name in self.arguments})
-        except (Exception, SystemExit) as error:
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            raise RewardError(
-                f"{where}: {type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"
-            ) from error
-        number = _as_float(value)
-        if not math.isfinite(number):
-            raise RewardError(f"{where}: a reward must be a finite number, got {value!r:.80}")
-        return number
+    source: RewardSource
+    weight: float = 1.0
+    normalize: bool = False
 
 
 class Scorer:
-    """The weighted sum of reward sources."""
+    """The weighted sum of reward sources, with the `[reward]` section's recipes and gate.
 
-    def __init__(self, sources: Sequence[RewardSource]) -> None:
-        self.sources = tuple(sources)
+    Raises ValueError for a name that two sources have, and for one that recipes or gate use and no
+    source has.
+    """
+
+    def __init__(self, sources: Sequence[Weighted], reward: Reward | None = None) -> None:
+        self.config = reward or Reward()
+        for fault in self.config.name_faults([each.source.name for each in sources]):
+            raise ValueError(fault)
+        self.sources = {each.source.name: each.source for each in sources}
+        self.weights = {each.source.name: each.weight for each in sources}
+        self.norms = {each.source.name: RunningNorm() for each in sources if each.normalize}
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Score]:
         """One score per completion, in their order; `parts` are the unweighted rewards by name.
 
-        Raises RewardError for a reward that is no finite number and for an exception in a reward
-        function, naming the function and the prompt's row.
+        If a source is collective, all ranks must call this together; what a rank returns is then
+        only good if no rank has raised. Raises RewardError, naming the source and the prompt's row,
+        for a reward that is no finite number, a bug in a function, or a data source without recipe.
         """
-        scores = []
-        for completion in completions:
-            prompt = prompts[completion.prompt_index]
-            parts = {source.name: source(prompt, completion) for source in self.sources}
-            value = sum(source.weight * parts[source.name] for source in self.sources)
-            scores.append(Score(value, parts))
-        return scores
+        requests = [RewardRequest(prompts[c.prompt_index], c) for c in completions]
+        found: list[dict[str, RewardResult]] = [{} for _ in requests]
+        failure: Exception | None = None
+        try:
+            counted = [self._counted(request.prompt) for request in requests]
+            for source in self.sources.values():
+                if not source.collective:
+                    self._take(source.name, *self._ask(source, requests, counted), found)
+        except Exception as error:
+            failure = error
+        together = [source for source in self.sources.values() if source.collective]
+        if together and distributed.any_rank(failure is not None) and failure is None:
+            return []
+        if failure is not None:
+            raise failure
+        # All are asked before any answer is judged: a fault of one rank's must not part the ranks.
+        answers = [self._ask(source, requests, counted) for source in together]
+        for source, answer in zip(together, answers, strict=True):
+            self._take(source.name, *answer, found)
+        return [self._score(results) for results in found]
+
+    def normalized(self, scores: Sequence[Score]) -> list[Score]:
+        """Scores of all ranks, anew with the z-scores of the sources that are normalized.
+
+        All ranks must pass the same scores; they enter the running statistics first.
+        """
+        if not self.norms:
+            return list(scores)
+        zs: list[dict[str, float]] = [{} for _ in scores]
+        for name, norm in self.norms.items():
+            places = [place for place, score in enumerate(scores) if name in score.parts]
+            values = torch.tensor([scores[i].parts[name] for i in places], dtype=torch.float64)
+            norm.update(values)
+            for place, z in zip(places, norm.normalize(values, minus_mean=True), strict=True):
+                zs[place][name] = float(z)
+        return [replace(s, value=self._mix(s.parts, z)) for s, z in zip(scores, zs, strict=True)]
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raises ValueError for prompts that a source can never judge, naming the row."""
+        for source in self.sources.values():
+            if hasattr(source, "check"):
+                source.check(prompts)
+
+    def close(self) -> None:
+        """Ends what the sources have started."""
+        for source in self.sources.values():
+            source.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: norm.state_dict() for name, norm in self.norms.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, norm in self.norms.items():
+            if name in state:
+                norm.load_state_dict(state[name])
+
+    def _counted(self, prompt: Prompt) -> list[str]:
+        """The sources that count for a prompt."""
+        key, recipes = self.config.source_key, self.config.recipes
+        if key is None or not recipes:
+            return list(self.sources)
+        data_source = prompt.metadata.get(key)
+        if not isinstance(data_source, str) or data_source not in recipes:
+            raise RewardError(
+                f"prompt row {prompt.row}: {key} = {data_source!r:.80} has no recipe; "
+                f"[reward.recipes] has {', '.join(recipes)}"
+            )
+        return recipes[data_source]
+
+    def _ask(
+        self,
+        source: RewardSource,
+        requests: Sequence[RewardRequest],
+        counted: Sequence[Sequence[str]],
+    ) -> tuple[Sequence[RewardRequest], Sequence[RewardResult], Sequence[int]]:
+        """The requests that the source counts for, its results, and those requests' places."""
+        places = [place for place, names in enumerate(counted) if source.name in names]
+        asked = [requests[place] for place in places]
+        return asked, source.score(asked) if asked or source.collective else [], places
+
+    def _take(
+        self,
+        name: str,
+        requests: Sequence[RewardRequest],
+        results: Sequence[RewardResult],
+        places: Sequence[int],
+        found: Sequence[dict[str, RewardResult]],
+    ) -> None:
+        """Checks the results of the source `name` and puts them to their places in `found`."""
+        if len(results) != len(requests):
+            first = f", the first of prompt row {requests[0].prompt.row}" if requests else ""
+            raise RewardError(
+                f"reward {name!r} gave {len(results)} rewards for {len(requests)} samples{first}"
+            )
+        errors = []
+        for place, request, result in zip(places, requests, results, strict=True):
+            if result.error is not None:
+                errors.append(f"prompt row {request.prompt.row}: {result.error}")
+                result = replace(result, score=self.config.error_reward)
+            for number in (result.score, *result.parts.values(), *result.metrics.values()):
+                if not math.isfinite(number if type(number) is float else as_float(number)):
+                    raise RewardError(
+                        f"reward {name!r}, prompt row {request.prompt.row}: a reward must be a "
+                        f"finite number, got {number!r:.80}"
+                    )
+            found[place][name] = result
+        if errors:
+            logger.warning(
+                f"reward {name!r}: no verdict on {len(errors)} of {len(requests)} samples, which "
+                f"get error_reward = {self.config.error_reward:g}; the first is {errors[0]}"
+            )
+
+    def _score(self, results: Mapping[str, RewardResult]) -> Score:
+        parts: dict[str, float] = {}
+        metrics: dict[str, float] = {}
+        for name, result in results.items():
+            parts[name] = float(result.score)
+            if result.parts or result.metrics:
+                parts |= {f"{name}/{part}": value for part, value in result.parts.items()}
+                metrics |= {f"{name}/{metric}": value for metric, value in result.metrics.items()}
+            if result.error is not None:
+                metrics[f"{name}/errors"] = 1.0
+        return Score(self._mix(parts, {}), parts, metrics)
+
+    def _mix(self, parts: Mapping[str, float], normalized: Mapping[str, float]) -> float:
+        gate = self.config.gate
+        if gate and any(parts.get(name, 1.0) <= 0 for name in gate):
+            return self.config.gate_reward
+        return sum(
+            weight * normalized.get(name, parts[name])
+            for name, weight in self.weights.items()
+            if name in parts
+        )
 
 
-def build_scorer(functions: Sequence[RewardFunction]) -> Scorer:
-    """The scorer of `[reward] functions`.
+def build_scorer(reward: Reward, others: Sequence[Weighted] = ()) -> Scorer:
+    """The scorer of the `[reward]` section: its functions, and `others` that were built elsewhere.
 
-    Raises ValueError, before anything has been generated, for an empty list, an unknown name, a
-    name given twice, a file that does not load, or a parameter that nobody can fill.
+    Raises ValueError, before anything has been generated, for functions that cannot be used, for
+    names that are given twice, and if there is no source at all.
     """
-    if not functions:
+    rules = zip(rule_sources(reward), reward.functions, strict=True)
+    weighted = [Weighted(rule, entry.weight, entry.normalize) for rule, entry in rules]
+    weighted += others
+    if not weighted:
         raise ValueError('no reward: set [reward] functions, as in [{ name = "exact_match" }]')
-    sources: dict[str, RewardSource] = {}
-    for entry in functions:
-        if entry.name in sources:
-            raise ValueError(f"reward function {entry.name!r} is listed twice; add up its weights")
-        function = REWARDS.get(entry.name)
-        arguments = arguments_of(function, entry.name)
-        sources[entry.name] = RewardSource(entry.name, entry.weight, function, arguments)
-    return Scorer(list(sources.values()))
-
-
-def _as_float(value: Any) -> float:
-    """A real number as a float, anything else as NaN."""
-    if not isinstance(value, Real | np.bool_):
-        return math.nan
-    try:
-        return float(value)
-    except OverflowError:  # an int beyond the floats
-        return math.inf
+    return Scorer(weighted, reward)

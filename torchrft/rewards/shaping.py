@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchrft.config.job_config import Reward
+from torchrft.config.reward_config import Reward
 from torchrft.types import Completion, Score
 
 Reduce = Callable[[Tensor], Tensor]  # sums a float64 tensor over ranks
@@ -59,6 +59,12 @@ class RunningNorm:
         std = (self.squares / (self.count - 1)) ** 0.5
         return ((rewards.double() - (self.mean if minus_mean else 0.0)) / (std + 1e-8)).float()
 
+    def state_dict(self) -> dict[str, float]:
+        return {"count": self.count, "mean": self.mean, "squares": self.squares}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.count, self.mean, self.squares = (state[k] for k in ("count", "mean", "squares"))
+
 
 class RewardShaper:
     """Overlong penalty, running normalization and clipping, as the config asks for."""
@@ -102,12 +108,7 @@ class RewardShaper:
         return rewards, metrics
 
     def state_dict(self) -> dict[str, float]:
-        return {
-            "count": self.norm.count,
-            "mean": self.norm.mean,
-            "squares": self.norm.squares,
-        }
+        return self.norm.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.norm.count, self.norm.mean = state["count"], state["mean"]
-        self.norm.squares = state["squares"]
+        self.norm.load_state_dict(state)

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import http.client
-import json
 import os
 import time
 from typing import Any
-from urllib.parse import urlsplit
+
+from torchrft.tools.http import FAILURES, JsonServer, ServerError, parse
+
+__all__ = ["Server", "ServerError"]
 
 _FIRST_WAIT = 0.5  # seconds before the first retry; doubled for every further one
 
 
-class ServerError(Exception):
-    """The server answered with an error: `status`, and its own words."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(f"HTTP {status}: {message}")
-        self.status, self.message = status, message
-
-
-class Server:
+class Server(JsonServer):
     """One server, and how many requests of this process it works on.
 
     Args: url, as http://host:port; timeout, seconds for a call with all its retries; retries, how
@@ -29,14 +22,8 @@ class Server:
     """
 
     def __init__(self, url: str, timeout: float, retries: int) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f'server_urls holds "{url}"; write each as http://host:port')
-        self.url, self.timeout, self.retries = url, timeout, retries
-        self._address = parts.netloc.rpartition("@")[2]
-        self._prefix = parts.path.rstrip("/")
-        secure = parts.scheme == "https"
-        self._connection = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+        super().__init__(url, "server_urls", os.environ.get("VLLM_API_KEY"))
+        self.timeout, self.retries = timeout, retries
         self.outstanding = 0
         self.failure: str | None = None  # why it is left out
         self.sleeps = False
@@ -54,7 +41,8 @@ class Server:
                 if self.failure is not None:
                     break  # another thread has given it up meanwhile
             try:
-                return self._ask_once(path, body, deadline)
+                content = self.exchange(self.under(path), body, deadline - time.monotonic())
+                return parse(content) if content else None
             except TimeoutError:
                 raise ConnectionError(
                     f"no answer to {path} within request_timeout = {self.timeout:g} seconds"
@@ -63,46 +51,6 @@ class Server:
                 if error.status < 500 or attempt == self.retries or not retry:
                     raise
                 last: Exception = error
-            except (OSError, http.client.HTTPException) as error:
+            except (*FAILURES, ValueError) as error:
                 last = error
         raise ConnectionError(f"{type(last).__name__}: {last}")
-
-    def _ask_once(self, path: str, body: Any, deadline: float) -> Any:
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("VLLM_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        connection = self._connection(self._address, timeout=_left(deadline))
-        try:
-            text = None if body is None else json.dumps(body)
-            connection.request(
-                "GET" if body is None else "POST", self._prefix + path, text, headers
-            )
-            socket = connection.sock
-            response = connection.getresponse()
-            parts = []
-            # A timeout of a socket is that of one read: an answer that trickles in would pass it.
-            while part := response.read1(1 << 20):
-                parts.append(part)
-                socket.settimeout(_left(deadline))
-        finally:
-            connection.close()  # a server that still works on it stops
-        return _parsed(response.status, b"".join(parts))
-
-
-def _left(deadline: float) -> float:
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError
-    return left
-
-
-def _parsed(status: int, content: bytes) -> Any:
-    try:
-        answer = json.loads(content or b"null")
-    except ValueError:
-        answer = None
-    if status < 400:
-        return answer
-    error = answer.get("error", answer) if isinstance(answer, dict) else None
-    message = error.get("message", error) if isinstance(error, dict) else error
-    raise ServerError(status, str(message or content[:200]))

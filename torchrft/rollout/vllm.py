@@ -55,8 +55,6 @@ class VllmEngine:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
         self.tokenizer, self.stop_token_ids = tokenizer, stop_token_ids
         self.dtype, self.on_cpu = dtype, torch.device(device).type == "cpu"
         self.sleeps = rollout.enable_engine_sleep and not self.on_cpu
@@ -77,24 +75,17 @@ class VllmEngine:
             "skip_tokenizer_init": not rollout.stop,
             "seed": 0,
         }
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            arguments["distributed_executor_backend"] = "external_launcher"
         if self.on_cpu:
             arguments["enforce_eager"] = True
             # A prompt cut in two with a seed ends in "CPU Generator does not use offset".
             arguments["enable_chunked_prefill"] = False
             arguments["max_num_batched_tokens"] = max(max_len, 8192)
             sequences = rollout.max_num_seqs
-            arguments["kv_cache_memory_bytes"] = _cache_bytes(config, dtype, sequences, max_len)
+            arguments["kv_cache_memory_bytes"] = cache_bytes(config, dtype, sequences, max_len)
         else:
             arguments["gpu_memory_utilization"] = rollout.engine_mem_util
             arguments["enable_sleep_mode"] = self.sleeps
-        self.llm = _start({**arguments, **rollout.vllm}, rollout.engine_mem_util)
-        if dist.is_initialized():
-            # vLLM's own end, at exit, destroys every process group: the trainer's, too.
-            finalizer = getattr(self.llm.llm_engine.engine_core, "_finalizer", None)
-            if finalizer is not None:
-                finalizer.detach()
+        self.llm = start({**arguments, **rollout.vllm}, rollout.engine_mem_util)
         self.llm.apply_model(self._scale_logits)
 
     # ---------------------------------------------------------------- weights
@@ -214,13 +205,18 @@ def sampling_options(
     }
 
 
-def _start(arguments: dict[str, Any], memory: float) -> Any:
-    """`vllm.LLM(**arguments)`, with its errors in a sentence and the random state as it was."""
+def start(arguments: dict[str, Any], memory: float) -> Any:
+    """`vllm.LLM(**arguments)` of this rank, with its errors in a sentence and the random state as
+    it was. `memory` is engine_mem_util, for the message."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     from vllm import LLM
 
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        arguments = {"distributed_executor_backend": "external_launcher", **arguments}
     state = rng_state()  # vLLM seeds the whole process
     try:
-        return LLM(**arguments)
+        llm = LLM(**arguments)
     except TypeError as error:
         raise ValueError(
             f"[rollout.vllm] holds an argument that vLLM does not know: {error}"
@@ -235,11 +231,18 @@ def _start(arguments: dict[str, Any], memory: float) -> Any:
         raise ValueError(f"vLLM did not start: {text[:600]}{remedy}") from error
     finally:
         set_rng_state(state)
+    if dist.is_initialized():
+        # vLLM's own end, at exit, destroys every process group: the trainer's, too.
+        finalizer = getattr(llm.llm_engine.engine_core, "_finalizer", None)
+        if finalizer is not None:
+            finalizer.detach()
+    return llm
 
 
-def _cache_bytes(config: PreTrainedConfig, dtype: torch.dtype, sequences: int, length: int) -> int:
+def cache_bytes(config: PreTrainedConfig, dtype: torch.dtype, sequences: int, length: int) -> int:
     """KV cache of so many sequences of that length, and a little for rounding to blocks."""
     text: Any = config.get_text_config()
     dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    token = 2 * text.num_hidden_layers * text.num_key_value_heads * dim * dtype.itemsize
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    token = 2 * text.num_hidden_layers * heads * dim * dtype.itemsize
     return sequences * (length + 256) * token

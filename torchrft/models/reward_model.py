@@ -1,0 +1,253 @@
+"""Scalar reward models: transformers' sequence classification with one label."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from os.path import commonprefix
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_layers import GenericForSequenceClassification
+
+from torchrft.config.job_config import Parallel
+from torchrft.models import attention
+from torchrft.models.sharded import ShardedWeights
+from torchrft.parallel import ParallelDims, parallelize
+from torchrft.tools.distributed import World
+from torchrft.tools.logging import logger
+
+Group = Sequence[Sequence[int]]  # token ids of samples that begin alike
+
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+class RewardModel(nn.Module):
+    """The scores of whole samples, whatever else is in their batch.
+
+    A decoder reads a micro-batch as one row, in which what a group's samples begin with stands
+    once; its score is the head on the last hidden state. Any other model (an encoder, attention of
+    its own) is called as transformers calls it, with rows padded on the right and a mask.
+    """
+
+    def __init__(self, model: PreTrainedModel, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.model, self.device = model, device or torch.device("cpu")  # where it computes
+        self.packs = _is_plain_decoder(model)
+        if self.packs:
+            model.set_attn_implementation(attention.NAME)
+        text: Any = model.config.get_text_config()
+        self.pad: int | None = getattr(text, "pad_token_id", None)
+
+    def forward(self, groups: Sequence[Group]) -> Tensor:
+        """Scores float32 [B] of all groups' samples, in their order; none may be empty."""
+        return self._packed(groups) if self.packs else self._padded([s for g in groups for s in g])
+
+    def _packed(self, groups: Sequence[Group]) -> Tensor:
+        row: list[int] = []
+        ends: list[int] = []
+        spans: list[tuple[int, list[int]]] = []
+        for group in groups:
+            samples = [scored_part(sample, self.pad) for sample in group]
+            shared = commonprefix(samples)  # noqa: RUF071  # of lists
+            parts = [samples] if shared else [[sample] for sample in samples]
+            for part in parts:
+                prefix = shared or part[0]
+                start = len(row)
+                row += prefix
+                for sample in part:
+                    row += sample[len(prefix) :]
+                    is_prefix = len(sample) == len(prefix)
+                    ends.append(start + len(prefix) - 1 if is_prefix else len(row) - 1)
+                spans.append((len(prefix), [len(sample) - len(prefix) for sample in part]))
+        layout = attention.Packed.of(spans).to(self.device)
+        hidden = self.model.base_model(
+            input_ids=torch.tensor([row], device=self.device),
+            position_ids=layout.positions[None],
+            use_cache=False,
+            layout=layout,
+        ).last_hidden_state
+        head: Any = self.model.score
+        return head(hidden[0, torch.tensor(ends, device=self.device)])[:, 0].float()
+
+    def _padded(self, samples: Group) -> Tensor:
+        pad = self.pad
+        if pad is None:  # any id does that ends no sample, since models look for the last other one
+            last = {sample[-1] for sample in samples}
+            pad = next(token for token in range(len(last) + 1) if token not in last)
+            text: Any = self.model.config.get_text_config()
+            text.pad_token_id = pad
+        ids = nn.utils.rnn.pad_sequence(
+            [torch.tensor(sample) for sample in samples], batch_first=True, padding_value=pad
+        )
+        lengths = torch.tensor([len(sample) for sample in samples])
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        out = self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device))
+        return out.logits[:, 0].float()
+
+    @torch.no_grad()
+    def check_padding(self) -> None:
+        """Raises ValueError if padding changes scores, as where a model reads them from the right
+        end of its row. All ranks call it."""
+        if self.packs:
+            return
+        short, long = list(range(5, 8)), list(range(5, 21))
+        alone, padded = self([[short]]), self([[short], [long]])[:1]
+        tolerance = 1e-3 if next(self.parameters()).dtype == torch.float32 else 0.05
+        if not torch.allclose(alone, padded, rtol=tolerance, atol=tolerance):
+            raise ValueError(
+                f"the reward model {type(self.model).__name__} gives a sample {alone.item():.4g} "
+                f"alone and {padded.item():.4g} in a padded batch; set micro_rollout_batch_size = 1"
+            )
+
+
+class HostWeights:
+    """Keeps a model's weights in pinned host memory, and on their device only while they are used.
+
+    The tensors keep their identity: only their storage goes and comes back. They never change, so
+    nothing is copied when they go. On a CPU the weights are in host memory anyway and nothing
+    moves, unless `device_type` says so (for tests).
+    """
+
+    def __init__(self, model: nn.Module, device_type: str = "cuda") -> None:
+        self.copies: dict[int, tuple[Tensor, Tensor]] = {}  # a storage's bytes, and their copy
+        for tensor in (*model.parameters(), *model.buffers()):
+            with torch.no_grad():  # so that to_local returns the tensor itself and no view
+                local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            storage = local.untyped_storage()
+            if local.device.type != device_type or storage.data_ptr() in self.copies:
+                continue
+            data = torch.empty(0, dtype=torch.uint8, device=local.device).set_(storage)
+            host = torch.empty(data.shape, dtype=torch.uint8, pin_memory=data.is_cuda).copy_(data)
+            self.copies[storage.data_ptr()] = data, host
+        if not self.copies:
+            logger.warning(
+                "reward_model_offload has nothing to move: the weights are in host memory already"
+            )
+        self._free()
+
+    @contextmanager
+    def on_device(self) -> Iterator[None]:
+        """The weights are usable inside."""
+        for data, host in self.copies.values():
+            data.untyped_storage().resize_(host.numel())
+            data.copy_(host, non_blocking=True)
+        try:
+            yield
+        finally:
+            self._free()
+
+    def _free(self) -> None:
+        for data, _ in self.copies.values():
+            data.untyped_storage().resize_(0)
+        if torch.cuda.is_available():  # engines take memory past torch's allocator
+            torch.cuda.empty_cache()
+
+
+def load_reward_model(
+    source: str, parallel: Parallel, world: World, dtype: torch.dtype
+) -> RewardModel:
+    """The model of a folder or hub id, frozen, on this rank's device; its parameters in `dtype`.
+
+    Over several ranks it is fully sharded (FSDP2), whatever tensor and sequence parallelism the
+    policy has: every rank scores samples of its own. Collective. Raises ValueError for a source
+    that is no sequence-classification model of one label, or lacks weights.
+    """
+    config = reward_config(source)
+    build = AutoModelForSequenceClassification.from_config
+    several = world.world_size > 1
+    sharded = ShardedWeights.of(source, partial(build, config)) if several else None
+    loaded: Any = _load(source, config, dtype) if sharded is None else sharded.model(dtype)
+    model = RewardModel(loaded.eval().requires_grad_(False), world.device)
+    if sharded is None:
+        model.to(world.device)
+    if several:
+        dims = ParallelDims(parallel.dp_replicate, world.world_size // parallel.dp_replicate)
+        # Gathered layer by layer: nothing else would shard a model again that has no backward pass.
+        parallelize(model, dims, parallel.model_copy(update={"fsdp": True}), dtype)
+    if sharded is not None:
+        sharded.fill(model, torch.device("cpu") if parallel.fsdp_cpu_offload else world.device)
+    return model
+
+
+def reward_config(source: str) -> PreTrainedConfig:
+    """The config of a scalar reward model. Raises ValueError if it is that of no such model."""
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f'the reward model "{source}" is neither a folder with a config.json that transformers '
+            "can read nor a model that the hub hands out here"
+        ) from error
+    names = config.architectures or []
+    if names and not any("ForSequenceClassification" in name for name in names):
+        raise ValueError(
+            f'the reward model "{source}" has no classification head: it is a {names[0]}, and only '
+            "a ...ForSequenceClassification gives scores; a causal LM can be one of [reward] judges"
+        )
+    if config.num_labels != 1:
+        raise ValueError(
+            f'the reward model "{source}" has num_labels = {config.num_labels}, but a reward is '
+            "one number: use a model with num_labels = 1"
+        )
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f'the reward model "{source}" has an encoder and a decoder, which is not supported'
+        )
+    return config
+
+
+def _load(source: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            source, config=config, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
+        raise ValueError(
+            f'the weights of the reward model "{source}" do not load: {error}'
+        ) from error
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise ValueError(
+            f'the files of the reward model "{source}" lack weights: {missing}; without its own '
+            "head a model gives random scores"
+        )
+    return model
+
+
+def scored_part(sample: Sequence[int], pad: int | None) -> list[int]:
+    """A decoder's sample up to the token whose state transformers scores: the last one that is no
+    padding token, or the first if all are.
+
+    >>> scored_part([5, 0, 6, 0], 0), scored_part([0, 0], 0), scored_part([5, 0], None)
+    ([5, 0, 6], [0], [5, 0])
+    """
+    end = len(sample)
+    while pad is not None and end > 1 and sample[end - 1] == pad:
+        end -= 1
+    return list(sample[:end])
+
+
+def _is_plain_decoder(model: PreTrainedModel) -> bool:
+    """Whether torchrft's attention and a head on one hidden state give the model's own scores."""
+    config: Any = model.config
+    own_forward = type(model).forward is not GenericForSequenceClassification.forward
+    if own_forward or config.get_text_config() is not config:
+        return False
+    modules = list(model.modules())
+    causal = all(getattr(module, "is_causal", True) is True for module in modules)
+    sinks = any(hasattr(module, "sinks") for module in modules)
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    types = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
+    plain = causal and not sinks and softcap is None and not types
+    return plain and model.is_backend_compatible()

@@ -1,0 +1,47 @@
+"""The job's rewards: functions, models, judges and servers in one scorer."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from torchrft.config.job_config import Data, JobConfig
+from torchrft.model_builder import judge_engine
+from torchrft.rewards.judge import build_judge
+from torchrft.rewards.models import build_scalar_model
+from torchrft.rewards.remote import RemoteRewards
+from torchrft.rewards.scorer import Scorer, Weighted, build_scorer
+from torchrft.rollout.vllm_scores import VllmScores
+from torchrft.tools.distributed import World
+
+
+def build_rewards(
+    config: JobConfig, world: World, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase | None
+) -> Scorer:
+    """The scorer of `config.reward`; all ranks build it together.
+
+    `tokenizer` is the policy's, or None where there is no policy. Raises ValueError for what cannot
+    be used: a function, a model folder, a server that does not answer.
+    """
+    reward, others = config.reward, []
+    pooling = partial(VllmScores, rollout=config.rollout, dtype=dtype, device=world.device)
+    for entry in reward.scalar_models(config.model.pretrain):
+        model = build_scalar_model(entry, config, world, dtype, tokenizer, pooling)
+        others.append(Weighted(model, entry.weight, entry.normalize))
+    engine = partial(judge_engine, config=config, dtype=dtype, device=world.device)
+    for judge in reward.judges:
+        others.append(Weighted(build_judge(judge, config, engine), judge.weight, judge.normalize))
+    if reward.remote_rm_url:
+        remote = RemoteRewards(reward)
+        others.append(Weighted(remote, reward.remote_rm_weight, reward.remote_rm_normalize))
+    return build_scorer(reward, others)
+
+
+def with_source_key(config: JobConfig) -> Data:
+    """The `[data]` section, with the column of data sources among those that are read."""
+    data, key = config.data, config.reward.source_key
+    if key is None or key in data.metadata_keys:
+        return data
+    return data.model_copy(update={"metadata_keys": [*data.metadata_keys, key]})

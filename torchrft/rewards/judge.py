@@ -1,0 +1,253 @@
+"""Generative judges: a model reads the sample in a template, and its answers become the reward."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from jinja2 import Environment, StrictUndefined, Template, TemplateError, meta
+from transformers import PreTrainedTokenizerBase
+
+from torchrft.config.job_config import JobConfig
+from torchrft.config.reward_config import Judge as Entry
+from torchrft.models.loader import load_config, load_tokenizer
+from torchrft.rewards.judge_server import ServerAnswers
+from torchrft.rewards.models import text_or_file
+from torchrft.rewards.registry import as_float
+from torchrft.rewards.source import RewardError, RewardRequest, RewardResult
+from torchrft.rewards.verdicts import aggregate, parser_of
+from torchrft.tools.seeds import derive_seed
+from torchrft.types import Completion, Prompt, SamplingParams
+
+VARIABLES = ("prompt", "response", "label", "metadata", "messages")
+"""What a judge's template may show."""
+
+
+class Engine(Protocol):
+    """What a judge needs of a rollout engine."""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]: ...
+
+    def close(self) -> None: ...
+
+
+class Answers(Protocol):
+    """Gives `len(seeds[i])` answers to text i, or None for a text that is too long."""
+
+    def __call__(
+        self, texts: Sequence[str], seeds: Sequence[Sequence[int]]
+    ) -> list[list[str] | None]: ...
+
+    def close(self) -> None: ...
+
+
+MakeEngine = Callable[[Entry, int], Engine]
+
+
+class JudgeTemplate:
+    """A judge's prompt, with the sample in it.
+
+    Raises ValueError for one that is no template, shows something else than `VARIABLES`, or not the
+    response.
+    """
+
+    def __init__(self, source: str, name: str) -> None:
+        self.name = name
+        text = text_or_file(source, f"judge {name!r}: template")
+        environment = Environment(undefined=StrictUndefined, finalize=_not_none)
+        strict = Environment(undefined=StrictUndefined, finalize=_not_empty)
+        try:
+            self.shown = meta.find_undeclared_variables(environment.parse(text))
+            self.template, self.strict = environment.from_string(text), strict.from_string(text)
+        except TemplateError as error:
+            raise ValueError(f"judge {name!r}: its template does not parse: {error}") from error
+        unknown = sorted(self.shown - set(VARIABLES))
+        if unknown or "response" not in self.shown:
+            what = f"shows {unknown[0]!r}" if unknown else "does not show the response"
+            raise ValueError(
+                f"judge {name!r}: its template {what}; it can show {', '.join(VARIABLES)}, as in "
+                "{{ response }}"
+            )
+
+    def render(self, prompt: Prompt, response: str) -> str:
+        """Raises ValueError for what the template shows and the row does not have."""
+        return self._render(self.template, prompt, response)
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raises ValueError for the first row that leaves a variable of the template empty."""
+        for prompt in prompts:
+            self._render(self.strict, prompt, "response")
+
+    def _render(self, template: Template, prompt: Prompt, response: str) -> str:
+        values: dict[str, Any] = {
+            "prompt": prompt.text,
+            "response": response,
+            "label": prompt.label,
+            "metadata": prompt.metadata,
+            "messages": prompt.messages,
+        }
+        try:
+            return template.render(values)
+        except TemplateError as error:
+            empty = sorted(name for name in self.shown if values[name] in (None, ""))
+            what = f"{', '.join(empty)} is empty" if empty else str(error)
+            raise ValueError(
+                f"judge {self.name!r}, prompt row {prompt.row}: {what}, but its template shows it"
+            ) from error
+
+
+class EngineAnswers:
+    """Answers of an engine in this process; texts go through the tokenizer's chat template, as the
+    user's message, if it has one."""
+
+    def __init__(
+        self, engine: Engine, tokenizer: PreTrainedTokenizerBase, entry: Entry, max_len: int
+    ) -> None:
+        self.engine, self.entry, self.max_len = engine, entry, max_len
+        self.tokenizer: Any = tokenizer
+        self.lock = threading.Lock()  # a server asks from several threads
+
+    def __call__(
+        self, texts: Sequence[str], seeds: Sequence[Sequence[int]]
+    ) -> list[list[str] | None]:
+        entry = self.entry
+        prompts = [self._prompt(place, text) for place, text in enumerate(texts)]
+        longest = self.max_len - entry.max_new_tokens
+        fitting = [prompt for prompt in prompts if len(prompt.token_ids) <= longest]
+        sampling = SamplingParams(
+            n=entry.votes,
+            temperature=entry.temperature,
+            max_total_tokens=self.max_len,
+            max_new_tokens=entry.max_new_tokens,
+            seeds=tuple(tuple(seeds[prompt.row]) for prompt in fitting),
+        )
+        answers: list[list[str] | None] = [None for _ in texts]
+        with self.lock:
+            completions = self.engine.generate(fitting, sampling)
+        for completion in completions:
+            place = fitting[completion.prompt_index].row
+            answers[place] = [*(answers[place] or ()), completion.text]
+        return answers
+
+    def _prompt(self, place: int, text: str) -> Prompt:
+        chat = bool(self.tokenizer.chat_template)
+        if chat:
+            messages = [{"role": "user", "content": text}]
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        ids = self.tokenizer(text, add_special_tokens=not chat, verbose=False).input_ids
+        return Prompt(place, text, tuple(ids))
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+class Judge:
+    """A judge as a source; see `RewardSource` for the calls.
+
+    Its answers depend on the job's seed and on what it reads, and on nothing else: the same sample
+    gets the same reward in any batch, on any rank and after a resume.
+    """
+
+    collective = False
+
+    def __init__(self, entry: Entry, template: JudgeTemplate, answers: Answers, seed: int) -> None:
+        self.name, self.entry, self.template = entry.name, entry, template
+        self.answers, self.seed = answers, seed
+        self.parse = parser_of(entry.parser)
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raises ValueError for the first row that leaves a variable of the template empty."""
+        self.template.check(prompts)
+
+    def score(self, requests: Sequence[RewardRequest]) -> list[RewardResult]:
+        try:
+            texts = [self.template.render(r.prompt, r.completion.text) for r in requests]
+        except ValueError as error:
+            raise RewardError(f"reward source {self.name!r}: {error}") from error
+        unique = list(dict.fromkeys(texts))
+        answers = self.answers(unique, [self._seeds(text) for text in unique])
+        by_text = dict(zip(unique, answers, strict=True))
+        return [
+            self._result(request.prompt.row, by_text[text])
+            for request, text in zip(requests, texts, strict=True)
+        ]
+
+    def _seeds(self, text: str) -> list[int]:
+        digest = hashlib.sha256(text.encode(errors="surrogatepass")).digest()
+        content = int.from_bytes(digest[:8], "big")
+        return [derive_seed(self.seed, content, vote) for vote in range(self.entry.votes)]
+
+    def _result(self, row: int, answers: list[str] | None) -> RewardResult:
+        if answers is None:
+            error = "with the sample in it, the template is longer than the judge reads"
+            return RewardResult(0.0, metrics={"unparsable": 0.0, "too_long": 1.0}, error=error)
+        votes = [self._vote(row, answer) for answer in answers]
+        values = [vote for vote in votes if vote is not None]
+        metrics = {"unparsable": 1 - len(values) / len(votes), "too_long": 0.0}
+        if not values:
+            error = f"no verdict in the answer {answers[0]!r:.200}"
+            return RewardResult(0.0, metrics=metrics, error=error)
+        return RewardResult(aggregate(values, self.entry.aggregate), metrics=metrics)
+
+    def _vote(self, row: int, answer: str) -> float | None:
+        where = f"reward source {self.name!r}, prompt row {row}: parser = {self.entry.parser!r}"
+        try:
+            value = self.parse(answer)
+        except Exception as error:
+            raise RewardError(f"{where} raised {type(error).__name__}: {error}") from error
+        if value is None:
+            return None
+        number = as_float(value)
+        if not abs(number) < float("inf"):
+            raise RewardError(f"{where} must give a finite number or None, got {value!r:.80}")
+        return number
+
+    def close(self) -> None:
+        self.answers.close()
+
+
+def build_judge(entry: Entry, config: JobConfig, make_engine: MakeEngine) -> Judge:
+    """The judge of an entry of `[reward] judges`.
+
+    `make_engine(entry, max_len)` starts an engine that has the judge's weights.
+
+    Raises ValueError for a template, parser, model, engine or server that cannot be used.
+    """
+    template = JudgeTemplate(entry.template, entry.name)
+    where = f"judge {entry.name!r}"
+    parser_of(entry.parser)
+    if entry.votes > 1 and entry.temperature == 0:
+        raise ValueError(
+            f"{where}: votes = {entry.votes} at temperature = 0 would all be equal; set "
+            "temperature > 0 or votes = 1"
+        )
+    if entry.engine == "remote":
+        return Judge(entry, template, ServerAnswers(entry), config.training.seed)
+    if entry.pretrain is None:
+        raise ValueError(f'{where}: engine = "{entry.engine}" needs pretrain, the judge\'s model')
+    limit = getattr(load_config(entry.pretrain), "max_position_embeddings", entry.max_len)
+    max_len = min(entry.max_len, limit)
+    if entry.max_new_tokens >= max_len:
+        raise ValueError(
+            f"{where}: max_new_tokens = {entry.max_new_tokens} leaves no room for a prompt within "
+            f"{max_len} tokens, the smaller of max_len and the model's own limit"
+        )
+    tokenizer = load_tokenizer(entry.pretrain)
+    answers = EngineAnswers(make_engine(entry, max_len), tokenizer, entry, max_len)
+    return Judge(entry, template, answers, config.training.seed)
+
+
+def _not_none(value: Any) -> Any:
+    if value is None:
+        raise TemplateError("a value is None")
+    return value
+
+
+def _not_empty(value: Any) -> Any:
+    if value is None or value == "":
+        raise TemplateError("a value is empty")
+    return value

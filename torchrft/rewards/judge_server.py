@@ -1,0 +1,124 @@
+"""A judge on a server that speaks OpenAI's chat protocol, as vLLM, SGLang and others do."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any
+
+from torchrft.config.reward_config import Judge as Entry
+from torchrft.rewards.source import RewardError
+from torchrft.tools.http import FAILURES, JsonServer, ServerError, parse
+
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 10.0  # seconds before a request is sent again
+_START = 10.0  # seconds in which a server must say what it serves
+_TOO_LONG = re.compile(r"(?i)context[ _]length")  # so say OpenAI, vLLM and SGLang
+
+
+class ServerAnswers:
+    """Answers of chat completions, one request each, spread over the servers of `server_url`.
+
+    No answer, 429 and 5xx are tried again, at the next server, within `timeout` seconds; any other
+    error stops the run with the server's words.
+
+    Raises ValueError for a server that does not answer, refuses, or does not serve `model`.
+    """
+
+    def __init__(self, entry: Entry) -> None:
+        where = f"judge {entry.name!r}"
+        if not entry.server_url or entry.model is None:
+            raise ValueError(f'{where}: engine = "remote" needs server_url and model')
+        token = None if entry.token_env is None else os.environ.get(entry.token_env)
+        if entry.token_env is not None and not token:
+            raise ValueError(f'{where}: the environment has no token_env = "{entry.token_env}"')
+        self.entry, self.next, self.lock = entry, 0, threading.Lock()
+        urls = [url.rstrip("/").removesuffix("/v1") for url in entry.server_url]
+        self.servers = [JsonServer(url, "server_url", token) for url in urls]
+        for server in self.servers:
+            self._check(server, where)
+
+    def __call__(
+        self, texts: Sequence[str], seeds: Sequence[Sequence[int]]
+    ) -> list[list[str] | None]:
+        work = [(text, seed) for text, own in zip(texts, seeds, strict=True) for seed in own]
+        pool, ended = ThreadPoolExecutor(self.entry.concurrency, "judge"), threading.Event()
+        try:
+            given = iter([pool.submit(self._answer, *pair, ended) for pair in work])
+            answers = [[future.result() for future in islice(given, len(own))] for own in seeds]
+        finally:  # what fails ends the others
+            ended.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+        return [None if None in own else [a for a in own if a is not None] for own in answers]
+
+    def _check(self, server: JsonServer, where: str) -> None:
+        try:
+            listed = parse(server.exchange(server.under("/v1/models"), None, _START))
+            names = [model["id"] for model in listed["data"]]
+        except (*FAILURES, ServerError) as error:
+            raise ValueError(
+                f"{where}: server_url = {server.url} does not say what it serves: {error}"
+            ) from error
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(
+                f"{where}: server_url = {server.url} answers /v1/models in another form than "
+                "OpenAI's"
+            ) from error
+        if self.entry.model not in names:
+            raise ValueError(
+                f'{where}: {server.url} does not serve model = "{self.entry.model}"; it serves '
+                f"{', '.join(map(str, names)) or 'none'}"
+            )
+
+    def _answer(self, text: str, seed: int, ended: threading.Event) -> str | None:
+        """One answer, from whichever server gives it within the time; None if it is too long."""
+        deadline, wait = time.monotonic() + self.entry.timeout, _FIRST_WAIT
+        body = {
+            "model": self.entry.model,
+            "messages": [{"role": "user", "content": text}],
+            "temperature": self.entry.temperature,
+            "max_tokens": self.entry.max_new_tokens,
+            "seed": seed,
+        }
+        fault: Exception
+        while True:
+            server = self._next()
+            what = f"reward source {self.entry.name!r}, {server.url}"
+            path, left = server.under("/v1/chat/completions"), deadline - time.monotonic()
+            try:
+                return _text_of(parse(server.exchange(path, body, left)))
+            except ServerError as error:
+                if error.status == 400 and _TOO_LONG.search(error.message):
+                    return None
+                if error.status < 500 and error.status != 429:
+                    raise RewardError(f"{what} refuses: {error}") from error
+                fault, wait = error, max(wait, error.retry_after)
+            except FAILURES as error:
+                fault = error
+            except (ValueError, LookupError, TypeError) as error:
+                raise RewardError(f"{what}: the answer is no chat completion: {error}") from error
+            if ended.is_set() or time.monotonic() + wait >= deadline:
+                raise RewardError(
+                    f"{what}: no answer within timeout = {self.entry.timeout:g} seconds: {fault}"
+                ) from fault
+            ended.wait(wait)
+            wait = min(2 * wait, _LONGEST_WAIT)
+
+    def _next(self) -> JsonServer:
+        with self.lock:
+            self.next += 1
+            return self.servers[self.next % len(self.servers)]
+
+    def close(self) -> None:
+        """The server is the user's."""
+
+
+def _text_of(answer: Any) -> str:
+    text = answer["choices"][0]["message"]["content"]
+    if not isinstance(text, str):
+        raise ValueError(f"its content is {text!r:.80}")
+    return text

@@ -1,0 +1,322 @@
+"""The HTTP side of the reward server: forms, limits and answers; see docs/rewards_remote.md."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import prometheus_client as prometheus
+from fastapi import FastAPI, HTTPException, Request, Response, Security
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.security import HTTPBearer
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from torchrft.rewards.source import RewardError
+from torchrft.tools.http import gunzip
+from torchrft.tools.logging import logger
+from torchrft.types import Completion, FinishReason, Prompt, Score
+
+if TYPE_CHECKING:
+    from torchrft.rewards.scorer import Scorer
+
+_WAITING = 256  # requests; further ones are sent away for a while
+# Lists beyond the common ones, and the arguments of functions that they fill.
+_OWN = {"token_ids": "token_ids", "finish_reasons": "finish_reason"}
+_MODELS_OWN = ("messages", "prompt_token_ids", *_OWN)
+
+
+class ScoreRequest(BaseModel):
+    """B samples to score, each list of length B. Either of `responses` and `query` may be missing.
+
+    The predecessor's form, {"queries", "prompts", "references"}, is taken as well.
+    """
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    prompts: list[str]
+    """Prompts as the model saw them."""
+    responses: list[str] | None = None
+    """What the model answered."""
+    query: list[str] | None = Field(None, validation_alias=AliasChoices("query", "queries"))
+    """Prompts with their responses."""
+    labels: list[Any] | None = Field(None, validation_alias=AliasChoices("labels", "references"))
+    """The prompts' labels, any JSON."""
+    images: list[list[str] | None] | None = None
+    """The prompts' images; this version takes none."""
+    metadata: list[dict[str, Any] | None] | None = None
+    """Further columns of the prompts' rows."""
+    messages: list[list[dict[str, Any]]] | None = None
+    """The chats that the prompts were made from."""
+    prompt_token_ids: list[list[int]] | None = None
+    """The prompts' token ids."""
+    token_ids: list[list[int]] | None = None
+    """The responses' token ids."""
+    finish_reasons: list[FinishReason] | None = None
+    """How the responses ended."""
+    rows: list[int] | None = None
+    """The prompts' row numbers, for messages."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> ScoreRequest:
+        lengths = {name: len(value) for name, value in self if value is not None}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"the lists must be equally long, but there are {lengths}")
+        if any(self.images or ()):
+            raise ValueError("images are not scored by this version; leave them out")
+        if self.responses is None and self.query is None:
+            raise ValueError("responses are missing")
+        if self.responses is None:
+            for place, text in enumerate(self.query or ()):
+                if not text.startswith(self.prompts[place]):
+                    raise ValueError(f"query {place} does not begin with its prompt")
+        return self
+
+    def samples(self) -> tuple[list[Prompt], list[Completion]]:
+        """What the scorer is asked about."""
+        places = range(len(self.prompts))
+        of = partial(_each, len(places))
+        prompts = [
+            Prompt(row, text, tuple(ids), label, metadata or {}, tuple(chat))
+            for row, text, ids, label, metadata, chat in zip(
+                self.rows or places,
+                self.prompts,
+                of(self.prompt_token_ids, ()),
+                of(self.labels, None),
+                of(self.metadata, None),
+                of(self.messages, ()),
+                strict=True,
+            )
+        ]
+        cut = [t[len(p) :] for p, t in zip(self.prompts, self.query or (), strict=False)]
+        texts = cut if self.responses is None else self.responses
+        own = of(self.token_ids, ()), of(self.finish_reasons, "stop")
+        return prompts, [
+            Completion(place, 0, tuple(ids), (0.0,) * len(ids), text, reason)
+            for place, text, ids, reason in zip(places, texts, *own, strict=True)
+        ]
+
+
+def _each(count: int, values: list[Any] | None, default: Any) -> list[Any]:
+    return [default] * count if values is None else values
+
+
+class ScoreAnswer(BaseModel):
+    """A reward per sample, and further numbers per sample: null where there is none."""
+
+    rewards: list[float]
+    extra_logs: dict[str, list[float | None]]
+
+
+class ErrorAnswer(BaseModel):
+    """What was wrong, in a sentence."""
+
+    error: str
+
+
+class HealthAnswer(BaseModel):
+    """Whose rewards are mixed, and which lists are taken beyond the common ones.
+
+    `authorized`: this request had the right token, or none is needed.
+    """
+
+    status: str
+    sources: list[str]
+    takes: list[str]
+    authorized: bool
+
+
+def _error(status: int, text: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """An ErrorAnswer; lone surrogates, which a request may hold, have no UTF-8."""
+    text = text.encode(errors="backslashreplace").decode()
+    return JSONResponse({"error": text}, status, headers)
+
+
+class Gate:
+    """Asks for the token and bounds the body, before anything reads it; unpacks gzip; counts.
+
+    Args: token, None for an open server; limit, bytes of a body, as sent and decompressed.
+    """
+
+    def __init__(
+        self, app: ASGIApp, token: str | None, limit: int, count: Callable[[int], None]
+    ) -> None:
+        self.app, self.limit, self.count = app, limit, count
+        self.expected = None if token is None else b"Bearer " + token.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+
+        async def counted(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                self.count(message["status"])
+            await send(message)
+
+        headers = dict(scope["headers"])
+        given = headers.get(b"authorization", b"")
+        allowed = self.expected is None or hmac.compare_digest(given, self.expected)
+        scope.setdefault("state", {})["authorized"] = allowed
+        body = await self._read(receive, keep=allowed)
+        encoding = headers.get(b"content-encoding", b"identity").strip().lower()
+        fault: tuple[int, str] | None = None
+        if not allowed and scope["path"] != "/health":
+            fault = 401, "this server needs its bearer token"
+        elif body is None:
+            fault = 413, f"a request may have {self.limit} bytes; send fewer samples in one"
+        elif encoding == b"gzip":
+            try:
+                body = gunzip(body, self.limit)
+            except ValueError as error:
+                fault = 413 if "more than" in str(error) else 400, f"the body is {error}"
+        elif encoding != b"identity":
+            fault = 415, f"Content-Encoding must be gzip, not {encoding.decode('latin-1')}"
+        if fault is not None:
+            extra = {"WWW-Authenticate": "Bearer"} if fault[0] == 401 else None
+            return await _error(*fault, extra)(scope, receive, counted)
+        scope["headers"] = [pair for pair in scope["headers"] if pair[0] != b"content-encoding"]
+        unread = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Any:
+            return unread.pop() if unread else await receive()
+
+        await self.app(scope, replay, counted)
+
+    async def _read(self, receive: Receive, keep: bool) -> bytes | None:
+        """The body; None for one that is too large. Much of that is taken in nevertheless, or the
+        client would not get to the answer."""
+        parts, size, more = [], 0, True
+        while more and size <= 8 * self.limit:
+            message = await receive()
+            part, more = message.get("body", b""), message.get("more_body", False)
+            size += len(part)
+            if keep and size <= self.limit:
+                parts.append(part)
+        return b"".join(parts) if size <= self.limit else None
+
+
+class _Service:
+    """What is asked for at each path.
+
+    One request is scored at a time, in one thread: sources need not be thread-safe.
+    """
+
+    def __init__(self, scorer: Scorer, zipped: bool) -> None:
+        self.scorer, self.zipped = scorer, zipped
+        self.turn, self.thread = asyncio.Lock(), ThreadPoolExecutor(1, "scorer")
+        sources = scorer.sources.values()
+        wanted = {name for source in sources for name in getattr(source, "arguments", ())}
+        fields = {**_OWN, "images": "images"}
+        self.needs = [field for field, argument in fields.items() if argument in wanted]
+        # A model, which does not say what it wants, may want any.
+        says = all(hasattr(source, "arguments") for source in sources)
+        self.takes = ["rows", *((n for n in _OWN if n in self.needs) if says else _MODELS_OWN)]
+        self.registry = prometheus.CollectorRegistry()
+        of: Any = {"namespace": "torchrft_reward", "registry": self.registry}
+        self.requests = prometheus.Counter("requests", "Requests.", ["status"], **of)
+        self.samples = prometheus.Counter("samples", "Samples scored.", **of)
+        self.seconds = prometheus.Histogram("seconds", "Seconds of scoring a request.", **of)
+        self.gauge = prometheus.Gauge("waiting", "Requests in work or waiting.", **of)
+        self.waiting = 0
+
+    def count(self, status: int) -> None:
+        self.requests.labels(status).inc()
+
+    async def score(self, body: ScoreRequest, request: Request) -> ScoreAnswer:
+        """Scores B samples."""
+        if missing := [name for name in self.needs if getattr(body, name) is None]:
+            raise HTTPException(422, f"the rewards served here need {', '.join(missing)}")
+        if self.waiting >= _WAITING:
+            raise HTTPException(503, "too many requests are waiting", {"Retry-After": "1"})
+        self.waiting += 1
+        self.gauge.set(self.waiting)
+        try:
+            async with self.turn:
+                if await request.is_disconnected():
+                    raise HTTPException(400, "the client has gone")
+                loop = asyncio.get_running_loop()
+                scores = await loop.run_in_executor(self.thread, self._score, body)
+        finally:
+            self.waiting -= 1
+            self.gauge.set(self.waiting)
+        logs = [{**score.parts, **score.metrics} for score in scores]
+        names = dict.fromkeys(name for log in logs for name in log)
+        extra_logs = {name: [log.get(name) for log in logs] for name in names}
+        return ScoreAnswer(rewards=[score.value for score in scores], extra_logs=extra_logs)
+
+    def _score(self, body: ScoreRequest) -> list[Score]:
+        try:
+            with self.seconds.time():
+                scores = self.scorer.score(*body.samples())
+        except RewardError as error:
+            raise HTTPException(500, str(error)) from error
+        except Exception as error:
+            logger.exception("scoring failed")
+            raise HTTPException(500, f"{type(error).__name__}: {error}") from error
+        self.samples.inc(len(scores))
+        return scores
+
+    async def health(self, request: Request, response: Response) -> HealthAnswer:
+        """That the server is up, and what it takes; never needs the token."""
+        if self.zipped:
+            response.headers["Accept-Encoding"] = "gzip"  # of requests: RFC 7694
+        sources, authorized = list(self.scorer.sources), request.state.authorized
+        return HealthAnswer(status="ok", sources=sources, takes=self.takes, authorized=authorized)
+
+    async def metrics(self) -> Response:
+        """Counters for Prometheus."""
+        text = prometheus.generate_latest(self.registry)
+        return Response(text, media_type=prometheus.CONTENT_TYPE_LATEST)
+
+
+async def _malformed(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    told = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
+    return _error(422, "; ".join(told))
+
+
+async def _refused(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, AnyHTTPException)
+    return _error(error.status_code, str(error.detail), error.headers)
+
+
+def create_app(
+    scorer: Scorer, token: str | None = None, max_bytes: int = 1 << 26, zipped: bool = True
+) -> FastAPI:
+    """The server of what `scorer` mixes, which it closes at its end.
+
+    Args: token, that requests must bear but those to /health; max_bytes, of a request's body,
+        compressed or not; zipped, whether clients are told that they may compress them.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        scorer.close()  # here, since uvicorn ends the process by the signal that it got
+
+    def faults(*statuses: int) -> dict[int | str, dict[str, Any]]:
+        return {status: {"model": ErrorAnswer} for status in statuses}
+
+    service = _Service(scorer, zipped)
+    app = FastAPI(title="torchrft reward server", redirect_slashes=False, lifespan=lifespan)
+    app.add_middleware(GZipMiddleware, minimum_size=1024, compresslevel=1)
+    app.add_middleware(Gate, token=token, limit=max_bytes, count=service.count)
+    app.add_exception_handler(RequestValidationError, _malformed)
+    app.add_exception_handler(AnyHTTPException, _refused)
+    secured: Any = {"dependencies": [Security(HTTPBearer(auto_error=False))] if token else []}
+    responses = faults(400, 401, 413, 415, 422, 500, 503)
+    app.post("/score", responses=responses, **secured)(service.score)
+    for path in ("/", "/get_reward"):
+        app.post(path, include_in_schema=False)(service.score)
+    app.get("/health")(service.health)
+    text: Any = {"response_class": PlainTextResponse, "responses": faults(401)}
+    app.get("/metrics", **text, **secured)(service.metrics)
+    return app

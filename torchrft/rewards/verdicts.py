@@ -1,0 +1,89 @@
+"""From a judge's answers to a number."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import Any, Literal
+
+from torchrft.config.registry import Registry
+
+Parser = Callable[[str], float | None]  # None: there is no verdict in the answer
+
+PARSERS: Registry[Parser] = Registry("parser of a judge")
+
+_NUMBER = re.compile(r"(?:(?<!\w)-)?\d+(?:\.\d+)?")
+_VERDICT = re.compile(r"(?i)\bverdict\b\W*(\w+)")
+_WORDS = dict.fromkeys(("yes", "true", "correct", "pass"), 1.0) | dict.fromkeys(
+    ("no", "false", "incorrect", "fail"), 0.0
+)
+
+
+def parser_of(name: str) -> Parser:
+    """A registered parser, the function that `path/to/file.py:function` names, or a regular
+    expression with one group, whose last match holds a number or a word of yes or no.
+
+    Raises ValueError for anything else.
+    """
+    if "(" not in name or ".py:" in name:
+        return PARSERS.get(name)
+    try:
+        pattern = re.compile(name)
+    except re.error as error:
+        raise ValueError(f"parser = {name!r} is no regular expression: {error}") from error
+    if pattern.groups != 1:
+        raise ValueError(
+            f"parser = {name!r} has {pattern.groups} groups; put one, (...), around the verdict "
+            "and make others (?:...)"
+        )
+    return lambda answer: _last(pattern, answer)
+
+
+@PARSERS.register("last_number")
+def last_number(answer: str) -> float | None:
+    """The last number in the answer.
+
+    >>> last_number("Between 0 and 10, I give 7.5."), last_number("-3"), last_number("none")
+    (7.5, -3.0, None)
+    """
+    return _last(_NUMBER, answer)
+
+
+@PARSERS.register("verdict")
+def verdict(answer: str) -> float | None:
+    """What follows the last word "verdict": 1 for yes, true, correct or pass, 0 for no, false,
+    incorrect or fail, or a number.
+
+    >>> verdict("It holds. Verdict: yes"), verdict("**Verdict**: *incorrect*"), verdict("yes")
+    (1.0, 0.0, None)
+    """
+    return _last(_VERDICT, answer)
+
+
+def aggregate(values: Sequence[float], how: Literal["majority", "mean"]) -> float:
+    """The most frequent value, or the mean of those that are equally frequent; or the mean of all.
+
+    >>> aggregate([1, 0, 1], "majority"), aggregate([1, 0], "majority"), aggregate([3, 0], "mean")
+    (1.0, 0.5, 1.5)
+    """
+    counts = Counter(values)
+    most = max(counts.values())
+    chosen = [v for v in counts if counts[v] == most] if how == "majority" else values
+    return fmean(chosen)
+
+
+def _last(pattern: re.Pattern[str], answer: str) -> float | None:
+    found: list[Any] = pattern.findall(answer)
+    if not found:
+        return None
+    text = found[-1].strip().lower()
+    if text in _WORDS:
+        return _WORDS[text]
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None

@@ -1,0 +1,258 @@
+"""Rules in processes of their own, which are killed when a sample takes too long or too much.
+
+A worker imports no torch, so that it starts in a fraction of a second; it shares nothing with the
+trainer but a socket, and ends with it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
+from typing import Any
+
+from torchrft.rewards.registry import Rule, RuleFault, make_rule
+from torchrft.rewards.rules import BUILT_IN, BuiltIn
+from torchrft.rewards.source import RewardError, RewardResult
+
+Rows = Sequence[Mapping[str, Any]]
+
+GRACE = 1.0  # seconds beyond the deadline in which an async function returns what it has
+_START_SECONDS = 120.0
+_FLUSH = 0.05  # seconds for which a worker may keep results, so that quick ones travel together
+_MOST = 32  # samples that travel together
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A rule as a worker makes it; `tolerant` as in Rule."""
+
+    name: str
+    options: Mapping[str, Any]
+    tolerant: bool
+
+
+@dataclass(slots=True)
+class _Job:
+    """Samples on their way through a worker, by their places; the first `done` have results."""
+
+    places: Sequence[int]
+    done: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Samples that are judged, with what is still to do and what has been found, by their places.
+
+    A sample has `seconds`, or all have them `together`.
+    """
+
+    task: int
+    rows: Rows
+    together: bool
+    seconds: float
+    jobs: deque[_Job]
+    results: dict[int, RewardResult]
+
+
+class _Worker:
+    """A process and what it is doing; `job` None is idle, or still starting."""
+
+    def __init__(self, tasks: Sequence[Task], memory: int) -> None:
+        self.connection, theirs = Pipe()
+        # The process gets a signal when nobody holds the other end any more.
+        ending, self.lifeline = Pipe(duplex=False)
+        self.current = os.fdopen(os.memfd_create("torchrft"), "rb", 0)  # which sample it is at
+        fds = (theirs.fileno(), ending.fileno(), self.current.fileno())
+        code = f"from torchrft.rewards.workers import serve; serve{fds}"
+        paths = os.pathsep.join(filter(None, sys.path))
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            pass_fds=fds,
+            stdin=subprocess.DEVNULL,
+            env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+        theirs.close()
+        ending.close()
+        self.connection.send((tasks, memory))
+        self.is_ready = False
+        self.job: _Job | None = None
+        self.deadline = time.monotonic() + _START_SECONDS
+
+    @property
+    def is_idle(self) -> bool:
+        return self.is_ready and self.job is None
+
+    def kill(self) -> int:
+        """Ends the process with all that it started; returns its exit code."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        for end in (self.connection, self.lifeline, self.current):
+            end.close()
+        return self.process.wait()
+
+
+class WorkerPool:
+    """Up to `count` processes, each with all `tasks`, started when there is work for them.
+
+    `timeout` is in seconds per sample, `memory` in bytes beyond what a worker takes when loaded.
+    """
+
+    def __init__(self, tasks: Sequence[Task], count: int, timeout: float, memory: int) -> None:
+        self.tasks, self.count, self.timeout, self.memory = tuple(tasks), count, timeout, memory
+        self.workers: list[_Worker] = []
+        self.lock = threading.Lock()
+
+    def run(self, task: int, rows: Rows, together: bool, seconds: float) -> list[RewardResult]:
+        """Results of `tasks[task]` for `rows`, one by one or all `together` within `seconds`.
+
+        Where a worker had to be killed or died, the results have an `error`. Raises RuleFault for a
+        bug in the rule and RewardError if workers do not start.
+        """
+        size = len(rows) if together else min(len(rows) // (4 * self.count), _MOST)
+        starts = range(0, len(rows), max(size, 1))
+        jobs = deque(_Job(range(len(rows))[first : first + max(size, 1)]) for first in starts)
+        run = _Run(task, rows, together, seconds, jobs, {})
+        with self.lock:
+            while len(self.workers) < min(self.count, len(jobs)):
+                self.workers.append(_Worker(self.tasks, self.memory))
+            try:
+                while len(run.results) < len(rows):
+                    self._assign(run)
+                    self._collect(run)
+            except BaseException:  # nobody will fetch what the others find
+                for worker in [worker for worker in self.workers if worker.job is not None]:
+                    worker.kill()
+                    self.workers.remove(worker)
+                raise
+        return [run.results[place] for place in range(len(rows))]
+
+    def close(self) -> None:
+        """Ends all workers."""
+        while self.workers:
+            self.workers.pop().kill()
+
+    def _assign(self, run: _Run) -> None:
+        for number, worker in enumerate(self.workers):
+            if run.jobs and worker.is_idle:
+                # From both ends, so that the samples of a prompt go to one worker, which remembers.
+                worker.job = run.jobs.pop() if number % 2 else run.jobs.popleft()
+                worker.deadline = time.monotonic() + run.seconds + _FLUSH
+                rows = [run.rows[place] for place in worker.job.places]
+                with suppress(OSError):  # it died in the meantime, which _collect will find
+                    worker.connection.send((run.task, run.together, rows, self.timeout))
+
+    def _collect(self, run: _Run) -> None:
+        """Waits for the next answer or deadline, and takes all that there are."""
+        busy = {worker.connection: worker for worker in self.workers if not worker.is_idle}
+        nearest = min(worker.deadline for worker in busy.values())
+        answered = wait(list(busy), max(nearest - time.monotonic(), 0.0))
+        for connection, worker in busy.items():
+            if connection in answered:
+                try:
+                    answer = connection.recv()
+                except (EOFError, OSError):
+                    answer = "died", None
+                self._hear(worker, run, *answer)
+            elif worker.deadline <= time.monotonic():
+                seconds = run.seconds if worker.job else _START_SECONDS
+                self._replace(worker, run, f"it took more than {seconds:g} s")
+
+    def _hear(self, worker: _Worker, run: _Run, kind: str, value: Any) -> None:
+        job = worker.job
+        if kind == "ready":
+            worker.is_ready = True
+        elif job is None or kind in ("full", "died"):
+            self._replace(worker, run, value)
+        elif kind == "fault":
+            worker.job = None
+            raise RuleFault(job.places[value[0]], value[1])
+        else:
+            first, job.done = job.done, job.done + len(value)
+            run.results.update(zip(job.places[first : job.done], value, strict=True))
+            worker.deadline = time.monotonic() + run.seconds + _FLUSH
+            worker.job = job if job.done < len(job.places) else None
+
+    def _replace(self, worker: _Worker, run: _Run, reason: str | None) -> None:
+        """Another worker for one that hangs, has died or is full; its sample has no verdict."""
+        job = worker.job
+        at = int.from_bytes(os.pread(worker.current.fileno(), 4, 0), "little")
+        code = worker.kill()
+        if reason is None:
+            reason = f"it died of signal {-code}" if code < 0 else f"it exited with {code}"
+        number = self.workers.index(worker)
+        if job is None:
+            del self.workers[number]
+            raise RewardError(f"a worker process for reward functions does not start: {reason}")
+        lost = job.places if run.together else job.places[at : at + 1]
+        run.results.update(dict.fromkeys(lost, RewardResult(0.0, error=reason)))
+        rest = [place for place in job.places[job.done :] if place not in lost]
+        if rest:
+            run.jobs.appendleft(_Job(rest))
+        self.workers[number] = _Worker(self.tasks, self.memory)
+
+
+def serve(fd: int, lifeline: int, current: int) -> None:
+    """A worker's life: makes its rules, then judges what comes until the trainer is gone."""
+    # SIGIO ends this process and what it started, whatever they are doing.
+    fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpid())
+    fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+    connection = Connection(fd)
+    try:
+        tasks, memory = connection.recv()
+        rules = [replace(make_rule(t.name, t.options), tolerant=t.tolerant) for t in tasks]
+        for task in tasks:  # also imports what a rule needs, before its deadlines count
+            BUILT_IN.get(task.name, BuiltIn()).check(**task.options)
+    except Exception as error:
+        connection.send(("broken", f"{type(error).__name__}: {error}"))
+        return
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + memory
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    connection.send(("ready", None))
+    while True:
+        try:
+            number, together, rows, timeout = connection.recv()
+        except EOFError:
+            return
+        try:
+            for results in _results(rules[number], together, rows, timeout, current):
+                connection.send(("results", results))
+        except RuleFault as fault:
+            connection.send(("fault", (fault.index, fault.text)))
+        except MemoryError:
+            connection.send(("full", f"it took more than {memory / 2**30:g} GiB"))
+
+
+def _results(
+    rule: Rule, together: bool, rows: Rows, timeout: float, current: int
+) -> Iterator[list[RewardResult]]:
+    """The results of `rows`, in their order, as they come; `current` always knows how far it is."""
+    if together:
+        yield rule(rows, timeout)
+        return
+    found: list[RewardResult] = []
+    sent = time.monotonic()
+    for index, row in enumerate(rows):
+        os.pwrite(current, index.to_bytes(4, "little"), 0)
+        try:
+            found += rule([row], timeout)
+        except RuleFault as fault:
+            raise RuleFault(index, fault.text) from fault
+        if time.monotonic() - sent > _FLUSH:
+            yield found
+            found, sent = [], time.monotonic()
+    if found:
+        yield found
