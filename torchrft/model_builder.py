@@ -15,6 +15,7 @@ from torchrft.models.heads import ValueModel
 from torchrft.models.loader import load_model
 from torchrft.models.policy import PolicyModel
 from torchrft.models.sharded import ShardedWeights
+from torchrft.models.vision import freeze_vision
 from torchrft.parallel import ParallelDims, parallelize
 from torchrft.tools.distributed import World
 
@@ -60,6 +61,8 @@ class ModelBuilder:
         else:
             loaded = sharded.model(dtype)
         # No dropout: log-probs must be those of the policy that sampled.
+        if self.config.model.freeze_vision:
+            freeze_vision(loaded)
         model = wrap(loaded.eval())
         if sharded is None:
             model.to(device)

@@ -1,0 +1,220 @@
+"""Tiny vision-language models of several families, pictures for them, and what a processor does."""
+
+from __future__ import annotations
+
+import copy
+import io
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image as Pillow
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
+
+from torchrft.models.vision import Vision
+from torchrft.tools.images import Image
+from torchrft.types import Completion, Prompt, Sample, Score
+
+VOCABULARY = 64
+IMAGE, VISION_START, VISION_END, VIDEO = 60, 56, 57, 59
+SAMPLED = 61  # stands for a sampled image token in transformers' own forward
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava")
+PATCH = 4  # pixels; Qwen merges 2 x 2 patches into a token
+
+_TEXT: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.25,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "tie_word_embeddings": False,
+}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+_QWEN = {"depth": 2, "patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2}
+_PARTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "qwen2_vl": (
+        {"rope_parameters": _ROPE},
+        {**_QWEN, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2},
+    ),
+    "qwen2_5_vl": (
+        {"rope_parameters": _ROPE},
+        {
+            **(_QWEN | {"hidden_size": 32, "num_heads": 2, "intermediate_size": 48}),
+            **{"out_hidden_size": 32, "window_size": 16, "fullatt_block_indexes": [1]},
+        },
+    ),
+    "qwen3_vl": (
+        {"rope_parameters": {**_ROPE, "mrope_interleaved": True}, "head_dim": 8},
+        {
+            **(_QWEN | {"hidden_size": 32, "num_heads": 2, "intermediate_size": 48}),
+            **{"out_hidden_size": 32, "deepstack_visual_indexes": [0, 1]},
+            "num_position_embeddings": 64,
+        },
+    ),
+    "llava": (
+        {"model_type": "qwen2"},
+        {
+            **{"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48},
+            **{"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16},
+            "patch_size": PATCH,
+        },
+    ),
+}
+
+
+def config(family: str) -> PreTrainedConfig:
+    """Three layers with grouped queries, a tower of two."""
+    text, tower = _PARTS[family]
+    ids = {"image_token_id": IMAGE, "image_token_index": IMAGE, "video_token_id": VIDEO}
+    if family == "llava":
+        ids = {"image_token_index": IMAGE, "vision_feature_select_strategy": "default"}
+    else:
+        ids |= {"vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
+        ids.pop("image_token_index")
+    return AutoConfig.for_model(
+        family,
+        text_config={**_TEXT, **text},
+        vision_config={"initializer_range": 0.25, **tower},
+        tie_word_embeddings=False,
+        **ids,
+    )
+
+
+def model(family: str, seed: int = 0) -> Any:
+    """A float32 model in eval mode, with torchrft's attention; equal seeds give equal weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made = AutoModelForImageTextToText.from_config(config(family), dtype=torch.float32)
+        with torch.no_grad():  # so that the picture decides the most likely token
+            for parameter in made.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+            embedding = made.get_input_embeddings().weight
+            embedding[SAMPLED] = embedding[IMAGE]
+    return made.eval()
+
+
+def folder(family: str, path: Path) -> str:
+    """The family's model and tokenizer in a folder."""
+    model(family).save_pretrained(path)
+    return str(path)
+
+
+def ours(family: str, path: Path) -> Any:
+    """The same model with torchrft's attention."""
+    from torchrft.models.loader import load_model
+
+    return load_model(folder(family, path)).eval()
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image:
+    """Random colors, as the bytes of a PNG."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Pillow.fromarray(pixels).save(buffer, "PNG")
+    return Image(data=buffer.getvalue())
+
+
+class Processor:
+    """The standard interface on token ids: texts are ids in words, "I" stands for a picture."""
+
+    def __init__(self, family: str) -> None:
+        self.family, self.image_token_id = family, IMAGE
+        if family == "llava":
+            from transformers import CLIPImageProcessorPil
+
+            size = {"height": 16, "width": 16}
+            self.image_processor: Any = CLIPImageProcessorPil(size=size, do_center_crop=False)
+        else:
+            from transformers import Qwen2VLImageProcessorPil
+
+            self.image_processor = Qwen2VLImageProcessorPil(
+                **{"patch_size": PATCH, "merge_size": 2, "temporal_patch_size": 2},
+                size={"shortest_edge": 64, "longest_edge": 64 * 64},
+            )
+
+    def __call__(self, text: list[str], images: list[Any], **options: Any) -> dict[str, Any]:
+        found = dict(self.image_processor(images=images, return_tensors="pt"))
+        counts = [16] * len(images)
+        if self.family != "llava":
+            counts = [int(grid.prod()) // 4 for grid in found["image_grid_thw"]]
+        number, ids = iter(counts), list[int]()
+        for word in text[0].split():
+            ids += [IMAGE] * next(number) if word == "I" else [int(word)]
+        return {"input_ids": torch.tensor([ids]), "attention_mask": None, **found}
+
+
+def vision(family: str) -> Vision:
+    """The family's vision inputs, without files."""
+    made = copy.deepcopy(config(family))
+    return Vision(Processor(family), made)
+
+
+def prompt(sees: Vision, text: str, *images: Image, row: int = 0) -> Prompt:
+    """A prompt of ids in words; "I" stands for the next picture."""
+    ids = sees.token_ids(text, images) if images else [int(word) for word in text.split()]
+    return Prompt(row=row, text=text, token_ids=tuple(ids), images=images)
+
+
+def samples(vision: Vision, seed: int = 0) -> list[Sample]:
+    """Prompts with one, no and two pictures, two of them of equal tokens; up to 3 samples each.
+
+    Responses hold image tokens, too: such a token is sampled like any other.
+    """
+    rng = random.Random(seed)
+    prompts = [
+        prompt(vision, "3 56 I 57 9 10", picture(16, 16, 1), row=0),
+        prompt(vision, "3 11 12 13", row=1),
+        prompt(vision, "3 56 I 57 9 10", picture(16, 16, 2), row=2),
+        prompt(vision, "56 I 57 4 I 8", picture(24, 16, 3), picture(16, 8, 4), row=3),
+    ]
+    made = []
+    for group, of in enumerate(prompts):
+        for index in range((3, 2, 1, 2)[group]):
+            tokens = tuple(rng.choice([*range(3, 56), IMAGE]) for _ in range(rng.randint(1, 6)))
+            logprobs = (-1.0,) * len(tokens)
+            completion = Completion(group, index, tokens, logprobs, "", "stop")
+            made.append(Sample(of, completion, Score(rng.random()), group))
+    return made
+
+
+def reference(whole: Any, vision: Vision, samples: Sequence[Sample]) -> list[Tensor]:
+    """Log-probs of the responses by transformers' own padded forward.
+
+    Its merging of images would take a sampled image token for a placeholder, so the embedding of
+    such a token is given another id, with the same weights.
+    """
+    rows, types, pixels = [], [], {}
+    for sample in samples:
+        ids = sample.prompt.token_ids
+        response = [SAMPLED if t == IMAGE else t for t in sample.completion.token_ids]
+        rows.append(torch.tensor([*ids, *response]))
+        types.append(torch.tensor([*(int(t == IMAGE) for t in ids), *[0] * len(response)]))
+        if sample.prompt.images:
+            pictures = [image.open() for image in sample.prompt.images]
+            made = vision.processor([sample.prompt.text], pictures)
+            for name in made.keys() - {"input_ids", "attention_mask"}:
+                pixels.setdefault(name, []).append(made[name])
+    pad = torch.nn.utils.rnn.pad_sequence
+    inputs: dict[str, Any] = {name: torch.cat(parts) for name, parts in pixels.items()}
+    if vision.rope is not None and pixels:
+        inputs["mm_token_type_ids"] = pad(types, batch_first=True)
+    mask = pad([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
+    ids = pad(rows, batch_first=True)
+    logits = whole(input_ids=ids, attention_mask=mask, use_cache=False, **inputs).logits
+    found = []
+    for row, sample in enumerate(samples):
+        start, tokens = len(sample.prompt.token_ids), torch.tensor(sample.completion.token_ids)
+        own = logits[row, start - 1 : start - 1 + len(tokens)].log_softmax(-1)
+        found.append(own.gather(1, tokens[:, None])[:, 0])
+    return found
