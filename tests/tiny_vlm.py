@@ -6,7 +6,6 @@ import copy
 import io
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from PIL import Image as Pillow
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 
+from torchrft.models.loader import empty_model
 from torchrft.models.vision import Vision
 from torchrft.tools.images import Image
 from torchrft.types import Completion, Prompt, Sample, Score
@@ -104,17 +104,11 @@ def model(family: str, seed: int = 0) -> Any:
     return made.eval()
 
 
-def folder(family: str, path: Path) -> str:
-    """The family's model and tokenizer in a folder."""
-    model(family).save_pretrained(path)
-    return str(path)
-
-
-def ours(family: str, path: Path) -> Any:
+def ours(family: str, seed: int = 0) -> Any:
     """The same model with torchrft's attention."""
-    from torchrft.models.loader import load_model
-
-    return load_model(folder(family, path)).eval()
+    made = empty_model(config(family), torch.float32)
+    made.load_state_dict(model(family, seed).state_dict())
+    return made.eval()
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image:
@@ -166,8 +160,10 @@ def prompt(sees: Vision, text: str, *images: Image, row: int = 0) -> Prompt:
     return Prompt(row=row, text=text, token_ids=tuple(ids), images=images)
 
 
-def samples(vision: Vision, seed: int = 0) -> list[Sample]:
-    """Prompts with one, no and two pictures, two of them of equal tokens; up to 3 samples each.
+def samples(
+    vision: Vision, seed: int = 0, sizes: tuple[int, int, int, int] = (3, 2, 1, 2)
+) -> list[Sample]:
+    """Prompts with one, no and two pictures, two of them of equal tokens; `sizes` samples of each.
 
     Responses hold image tokens, too: such a token is sampled like any other.
     """
@@ -180,7 +176,7 @@ def samples(vision: Vision, seed: int = 0) -> list[Sample]:
     ]
     made = []
     for group, of in enumerate(prompts):
-        for index in range((3, 2, 1, 2)[group]):
+        for index in range(sizes[group]):
             tokens = tuple(rng.choice([*range(3, 56), IMAGE]) for _ in range(rng.randint(1, 6)))
             logprobs = (-1.0,) * len(tokens)
             completion = Completion(group, index, tokens, logprobs, "", "stop")

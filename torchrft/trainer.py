@@ -26,7 +26,7 @@ from torchrft.metrics.plots import plot_curves, plot_lengths
 from torchrft.metrics.rollout_dump import dump
 from torchrft.metrics.rollout_stats import dump_rows, rollout_metrics, warn_of_mismatch
 from torchrft.metrics.timing import PhaseTimer, peak_memory_gib
-from torchrft.model_builder import ModelBuilder
+from torchrft.model_builder import ModelBuilder, load_vision
 from torchrft.models.loader import load_tokenizer
 from torchrft.optim.lr_scheduler import build_scheduler
 from torchrft.optim.optimizer import build_optimizer
@@ -73,20 +73,20 @@ class Trainer:
     # ---------------------------------------------------------------- build
 
     def _build_data(self) -> None:
-        config, world = self.config, self.world
+        config, world, data = self.config, self.world, self.config.data
         self.tokenizer = load_tokenizer(config.model.pretrain)
         self.scorer = build_scorer(config.reward.functions)
         self.shaper = RewardShaper(config.reward)
-        assert config.data.prompt_data is not None
-        prompts = load_prompts(config.data.prompt_data, config.data, self.tokenizer)
-        size, seed = config.rollout.rollout_batch_size, config.training.seed
-        self.prompts = PromptLoader(prompts, size, seed, self.ranks.rank, self.ranks.size)
+        self.vision = load_vision(config)
+        assert data.prompt_data is not None
+        self.processor = self.tokenizer if self.vision is None else self.vision.processor
+        prompts = load_prompts(data.prompt_data, data, self.tokenizer, vision=self.vision)
+        size, ranks = config.rollout.rollout_batch_size, self.ranks
+        self.prompts = PromptLoader(prompts, size, config.training.seed, ranks.rank, ranks.size)
         self.eval_prompts: list[Prompt] = []
         self.evaluates = config.evaluation.eval_data is not None
-        if config.evaluation.eval_data is not None:
-            held_out = load_prompts(
-                config.evaluation.eval_data, config.data, self.tokenizer, name="eval_data"
-            )
+        if (source := config.evaluation.eval_data) is not None:
+            held_out = load_prompts(source, data, self.tokenizer, "eval_data", self.vision)
             self.eval_prompts = list(held_out[world.rank :: world.world_size])
         self.schedule_steps = self.prompts.total_steps(config.training.num_episodes)
         self.last_step = min(self.schedule_steps, config.training.max_steps or self.schedule_steps)
@@ -135,6 +135,7 @@ class Trainer:
             ranks=self.ranks,
             tp=self.dims.tp,
             adam_offload=config.optimizer.adam_offload,
+            vision=self.vision,
         )
 
     def _build_rollout(self) -> None:
@@ -149,6 +150,7 @@ class Trainer:
             load_weights=False,
             max_len=config.data.max_len,
             compile=config.training.compile,
+            vision=self.vision,
         )  # servers that generate while the trainer computes cannot sleep then:
         self.sleeps = config.rollout.enable_engine_sleep and not config.rollout.async_level
         if self.sleeps:
@@ -325,7 +327,7 @@ class Trainer:
             self.checkpoints.save(self.step, self.state_dict(), self._export)
 
     def _export(self, folder: Path) -> None:
-        export_hf(self.policy.model, self.tokenizer, folder, self.dtype)
+        export_hf(self.policy.model, self.processor, folder, self.dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a run needs to go on as if it had never stopped."""

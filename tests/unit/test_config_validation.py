@@ -341,11 +341,11 @@ def test_unavailable_names_the_remedy(monkeypatch):
     monkeypatch.setattr(metadata, "version", lambda name: "9.9")
     assert unavailable(make(engine_type="native")) == []
     assert unavailable(make(engine_type="vllm", server_urls=["http://a:1"])) == []
-    assert unavailable(make(engine_type="sglang", images_key="image")) == [
+    assert unavailable(make(engine_type="sglang", reward_pretrain="rm")) == [
         '[rollout] engine_type = "sglang" needs sglang 0.5 to below 0.6, but 9.9 is installed: pip '
         "install sglang, on a machine with a GPU (docs/rollout_engines.md), or use engine_type = "
         '"native"',
-        '[data] images_key = "image" is not available yet in this version; leave it out',
+        '[reward] reward_pretrain = "rm" is not available yet in this version; leave it out',
     ]
 
 

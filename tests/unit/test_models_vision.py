@@ -23,10 +23,10 @@ def gradients(model):
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logprobs_and_gradients_are_those_of_transformers(tmp_path, family, packed):
+def test_logprobs_and_gradients_are_those_of_transformers(family, packed):
     vision, whole = tiny_vlm.vision(family), tiny_vlm.model(family)
     samples = tiny_vlm.samples(vision)
-    policy = PolicyModel(tiny_vlm.ours(family, tmp_path))
+    policy = PolicyModel(tiny_vlm.ours(family))
     expected = tiny_vlm.reference(whole, vision, samples)
     weights = [
         torch.randn(len(part), generator=torch.Generator().manual_seed(7)) for part in expected

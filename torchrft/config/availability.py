@@ -17,9 +17,6 @@ AVAILABLE_VALUES: dict[str, tuple[object, ...]] = {
     "reward_pretrain": (None,),
     "remote_rm_url": ([],),
     "rm_use_engine": (False,),
-    "images_key": (None,),
-    "mixed_mm_data": (False,),
-    "processor": (None,),
 }
 
 

@@ -76,6 +76,10 @@ def _has_vllm_servers(config: JobConfig) -> bool:
     return bool(config.rollout.server_urls) and config.rollout.engine_type == "vllm"
 
 
+def _has_images(config: JobConfig) -> bool:
+    return config.data.images_key is not None or config.data.mixed_mm_data
+
+
 def _clips(config: JobConfig) -> bool:
     return policy_loss(config) != "reinforce"
 
@@ -86,6 +90,7 @@ _CRITIC = 'advantage_estimator = "gae"'
 _ADAPTIVE = 'kl_controller = "adaptive" or the cpgd policy loss'
 _RETURNS = 'advantage_estimator = "reinforce", "reinforce_plus_plus" or "gae"'
 _OWN_ENGINE = 'engine_type = "vllm" or "sglang" and no server_urls'
+_IMAGES = "images_key or mixed_mm_data"
 _WEIGHTED = 'advantage_estimator = "cpgd"'
 
 # Only a warning where the guide's own examples set a field idly, or sweeps switch the need off.
@@ -130,6 +135,9 @@ NEEDS: tuple[Need, ...] = (
         lambda c: c.reward.reward_running_norm,
         "reward_running_norm = true",
     ),
+    Need("processor", _has_images, _IMAGES),
+    Need("min_pixels", _has_images, _IMAGES),
+    Need("max_pixels", _has_images, _IMAGES),
     Need("system_prompt", lambda c: c.data.apply_chat_template, "apply_chat_template = true"),
     Need(
         "max_tokens_per_microbatch",

@@ -81,6 +81,7 @@ class Vision:
             model: Any = auto_class(config).from_config(config)
         refuse_without_images(model)
         self.image_token_id = int(config.image_token_id)
+        self.placeholder: str | None = getattr(processor, "image_token", None)  # of one, in a text
         self.names = inspect.signature(model.get_image_features).parameters.keys()
         self.rope = getattr(model.base_model, "get_rope_index", None)
         self.cache: OrderedDict[tuple[str, tuple[Image, ...]], _PromptImages] = OrderedDict()
