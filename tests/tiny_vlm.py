@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import random
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,9 @@ from torchrft.models.loader import empty_model
 from torchrft.models.vision import Vision
 from torchrft.tools.images import Image
 from torchrft.types import Completion, Prompt, Sample, Score
+
+sys.path.append(str(Path(__file__).parent / "assets"))
+import make_assets  # noqa: E402
 
 VOCABULARY = 64
 IMAGE, VISION_START, VISION_END, VIDEO = 60, 56, 57, 59
@@ -214,3 +220,58 @@ def reference(whole: Any, vision: Vision, samples: Sequence[Sample]) -> list[Ten
         own = logits[row, start - 1 : start - 1 + len(tokens)].log_softmax(-1)
         found.append(own.gather(1, tokens[:, None])[:, 0])
     return found
+
+
+def qwen_folder(family: str, path: Path) -> str:
+    """A folder of a small Qwen model with its tokenizer and processor, without weights.
+
+    Its processor needs torchvision. Heads are as large as vLLM wants them on a CPU.
+    """
+    from transformers import AutoProcessor
+
+    special = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+    tokenizer = make_assets.make_tokenizer()
+    tokenizer.add_special_tokens([make_assets.AddedToken(token, special=True) for token in special])
+    text, tower = _PARTS[family]
+    rope = {**text["rope_parameters"], "mrope_section": [4, 6, 6]}
+    text = {**_TEXT, **text, "hidden_size": 128, "rope_parameters": rope}
+    text |= {"head_dim": 32} if "head_dim" in text else {}
+    tower = {**tower, "hidden_size": 128 if family == "qwen2_vl" else 64}
+    tower |= {"embed_dim": 64} if family == "qwen2_vl" else {"out_hidden_size": 128}
+    ids = {token: tokenizer.token_to_id(token) for token in special}
+    made = AutoConfig.for_model(
+        family,
+        text_config=text,
+        vision_config={"initializer_range": 0.25, **tower},
+        tie_word_embeddings=False,
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+    )
+    made.architectures = [AutoModelForImageTextToText._model_mapping[type(made)].__name__]
+    make_assets.write_debug_model(path)
+    made.save_pretrained(path)
+    tokenizer.save(str(path / "tokenizer.json"))
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    settings["extra_special_tokens"] += special
+    make_assets.write_json(path / "tokenizer_config.json", settings)
+    kind = {"qwen2_vl": "Qwen2VLProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}
+    pixels = {"patch_size": PATCH, "merge_size": 2, "temporal_patch_size": 2}
+    size = {"shortest_edge": 64, "longest_edge": 64 * 64}
+    make_assets.write_json(
+        path / "preprocessor_config.json",
+        {
+            "processor_class": kind.get(family, "Qwen3VLProcessor"),
+            "image_processor_type": "Qwen2VLImageProcessor",
+            **(pixels | {"size": size, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}),
+        },
+    )
+    (path / "chat_template.jinja").write_text(
+        "{% for message in messages %}<|{{ message.role }}|>{% for part in message.content %}"
+        "{{ part.text if part.type == 'text' else "
+        "'<|vision_start|><|image_pad|><|vision_end|>' }}{% endfor %}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    AutoProcessor.from_pretrained(path)
+    return str(path)

@@ -51,6 +51,7 @@ class _PromptImages:
     tensors: dict[str, Tensor]
     places: Tensor  # int64 [K], of the image tokens in the prompt
     positions: Tensor | None  # int64 [3, L] where the model has three (M-RoPE)
+    bare: tuple[int, ...]  # token ids with one placeholder for each image
 
     @property
     def nbytes(self) -> int:
@@ -77,6 +78,7 @@ class Vision:
         max_pixels: int | None = None,
     ) -> None:
         self.processor, self.min_pixels, self.max_pixels = processor, min_pixels, max_pixels
+        self.source: str | None = None
         with torch.device("meta"):  # for its methods: positions depend on its config alone
             model: Any = auto_class(config).from_config(config)
         refuse_without_images(model)
@@ -113,7 +115,9 @@ class Vision:
             ) from error
         if getattr(made, "image_processor", None) is None:
             raise ValueError(f'"{source}" holds no image processor; name a folder by `processor`')
-        return cls(made, config, min_pixels, max_pixels)
+        vision = cls(made, config, min_pixels, max_pixels)
+        vision.source = source
+        return vision
 
     # ---------------------------------------------------------------- prompts
 
@@ -163,12 +167,21 @@ class Vision:
             known = inspect.signature(self.rope).parameters
             options = {name: value for name, value in options.items() if name in known}
             positions = self.rope(tokens[None], **options)[0][:, 0]
-        found = _PromptImages(tensors, is_image.nonzero().flatten(), positions)
+        # What stands before the text's own tokens in the prompt, the tokenizer put there.
+        before = prompt.token_ids[: len(tokens) - len(made["input_ids"][0])]
+        tokenizer = self.processor.tokenizer
+        own = tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
+        places = is_image.nonzero().flatten()
+        found = _PromptImages(tensors, places, positions, (*before, *own))
         self.room -= found.nbytes
         while self.room < 0 and self.cache:
             self.room += self.cache.popitem(last=False)[1].nbytes
         self.cache[prompt.text, prompt.images] = found
         return found
+
+    def bare_token_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        """The prompt's tokens as its text has them: one placeholder for each image."""
+        return self._inputs(prompt).bare if prompt.images else prompt.token_ids
 
     def shift(self, prompt: Prompt) -> int:
         """What is added to the positions of the tokens after the prompt: an image takes fewer

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from torchrft.models.loader import auto_class
+from torchrft.models.vision import Vision
 from torchrft.rollout.engine import check_prompts, neighbors, texts
 from torchrft.rollout.vllm_model import load, scale_logits
 from torchrft.tools.logging import logger
@@ -29,7 +31,7 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
-_Request = tuple[tuple[int, ...], dict[str, Any]]
+_Request = tuple[Prompt, dict[str, Any]]
 
 
 class VllmEngine:
@@ -61,10 +63,16 @@ class VllmEngine:
         device: torch.device | str = "cpu",
         stop_strings: bool = False,
         options: Mapping[str, Any] | None = None,
+        vision: Vision | None = None,
     ) -> None:
+        if vision is not None and vision.source not in (None, pretrain):
+            raise ValueError(
+                f'processor = "{vision.source}": vLLM takes the processor from pretrain = '
+                f'"{pretrain}"; copy it there, or use engine_type = "native"'
+            )
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        self.tokenizer, self.stop_token_ids = tokenizer, stop_token_ids
+        self.tokenizer, self.stop_token_ids, self.vision = tokenizer, stop_token_ids, vision
         self.dtype, self.on_cpu = dtype, torch.device(device).type == "cpu"
         self.sleeps = sleeps and not self.on_cpu
         self.version: int | None = None
@@ -72,7 +80,7 @@ class VllmEngine:
         self.temperature = 1.0
         self.ranks = neighbors(tp_size)
         with torch.device("meta"):  # names, shapes and ties of what will be sent
-            self.expected = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            self.expected = auto_class(config).from_config(config, dtype=dtype)
         arguments: dict[str, Any] = {
             "model": pretrain,
             "load_format": "dummy",
@@ -81,11 +89,14 @@ class VllmEngine:
             "max_num_seqs": max_num_seqs,
             "tensor_parallel_size": tp_size,
             "logprobs_mode": "raw_logprobs",
-            "skip_tokenizer_init": not stop_strings,
+            "skip_tokenizer_init": not stop_strings and vision is None,
             "seed": 0,
         }
         if dist.is_initialized() and dist.get_world_size() > 1:
             arguments["distributed_executor_backend"] = "external_launcher"
+        if vision is not None and "mm_device_do_normalize" in _engine_arguments():
+            # Its constants are buffers, in which "dummy" weights are random numbers.
+            arguments["mm_device_do_normalize"] = False
         if self.on_cpu:
             arguments["enforce_eager"] = True
             # A prompt cut in two with a seed ends in "CPU Generator does not use offset".
@@ -158,9 +169,9 @@ class VllmEngine:
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
         if sampling.first_token_temperature is not None:
             raise ValueError("vLLM has no first_token_temperature; use the native engine")
-        check_prompts(prompts, sampling, self.version)
+        check_prompts(prompts, sampling, self.version, self.vision is not None)
         requests = [
-            (prompt.token_ids, sampling_options(place, prompt, sampling, self.stop_token_ids))
+            (prompt, sampling_options(place, prompt, sampling, self.stop_token_ids))
             for place, prompt in enumerate(prompts)
         ]
         # The ranks of one engine must all run the same requests; each keeps its own.
@@ -169,6 +180,12 @@ class VllmEngine:
         if not everything:
             return []
         outputs = self._run(everything, sampling.temperature)
+        for (prompt, _), output in zip(everything, outputs, strict=True):
+            if prompt.images and tuple(output.prompt_token_ids) != prompt.token_ids:
+                raise RuntimeError(
+                    f"vLLM makes {len(output.prompt_token_ids)} tokens of prompt row {prompt.row}, "
+                    f"the trainer {len(prompt.token_ids)}: their processors differ"
+                )
         first = sum(len(part) for part in parts[: self.ranks.rank])
         return [
             self._completion(place, output, sampling)
@@ -182,13 +199,22 @@ class VllmEngine:
         self.temperature = temperature or 1.0
         sampled = 1.0 if temperature else 0.0
         return self.llm.generate(
-            [{"prompt_token_ids": list(token_ids)} for token_ids, _ in requests],
+            [self._input(prompt) for prompt, _ in requests],
             [
                 vllm.SamplingParams(temperature=sampled, flat_logprobs=True, **options)
                 for _, options in requests
             ],
             use_tqdm=False,
         )
+
+    def _input(self, prompt: Prompt) -> dict[str, Any]:
+        if not prompt.images:
+            return {"prompt_token_ids": list(prompt.token_ids)}
+        assert self.vision is not None
+        return {
+            "prompt_token_ids": list(self.vision.bare_token_ids(prompt)),
+            "multi_modal_data": {"image": [self.vision.open(image) for image in prompt.images]},
+        }
 
     def _scale_logits(self, model: Any) -> None:
         scale_logits(model, lambda: self.temperature)
@@ -230,6 +256,12 @@ def sampling_options(
         "detokenize": bool(sampling.stop),
         "logprobs": 0,  # of the sampled token
     }
+
+
+def _engine_arguments() -> Iterable[str]:
+    from vllm import EngineArgs
+
+    return EngineArgs.__dataclass_fields__.keys()
 
 
 def _start(arguments: dict[str, Any], memory: float) -> Any:
