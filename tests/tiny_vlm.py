@@ -23,7 +23,7 @@ from torchrft.tools.images import Image
 from torchrft.types import Completion, Prompt, Sample, Score
 
 sys.path.append(str(Path(__file__).parent / "assets"))
-import make_assets  # noqa: E402
+import make_assets
 
 VOCABULARY = 64
 IMAGE, VISION_START, VISION_END, VIDEO = 60, 56, 57, 59

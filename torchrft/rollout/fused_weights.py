@@ -18,9 +18,9 @@ _FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_pro
 
 def held(model: nn.Module, name: str) -> list[Held]:
     """Where this rank holds (a part of) the Hugging Face parameter; [] if nobody can tell."""
-    mapper = getattr(model, "hf_to_vllm_mapper", None)  # of a model that sees images
-    if mapper is not None:
-        name = next(iter(mapper.apply_list([name])), name)
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    for old, new in (mapper.orig_to_new_prefix if mapper is not None else {}).items():
+        name = (new or "") + name.removeprefix(old) if name.startswith(old) else name
     path, _, leaf = name.rpartition(".")
     found = _find(model, path)
     if found is None:
