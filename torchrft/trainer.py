@@ -60,10 +60,9 @@ class Trainer:
         self.dims = ParallelDims.of(config.parallel, world.world_size)
         self.ranks = self.dims.data_ranks(world.device.type)
         self.dtype = torch.bfloat16 if config.training.bf16 else torch.float32
-        self.step = 0
+        self.step = self.pending_rollouts = 0
         self.stop_requested: int | None = None
         self.pending: list[Sample] = []  # samples that wait for a full train_batch_size
-        self.pending_rollouts = 0
         self.step_began = 0  # place in the stream of prompts
         self._build_data()
         self._build_rollout()  # first: an engine that does not start or fit shows at once
@@ -78,16 +77,15 @@ class Trainer:
         self.scorer = build_scorer(config.reward.functions)
         self.shaper = RewardShaper(config.reward)
         self.vision = load_vision(config)
-        assert data.prompt_data is not None
         self.processor = self.tokenizer if self.vision is None else self.vision.processor
-        prompts = load_prompts(data.prompt_data, data, self.tokenizer, vision=self.vision)
+        prompts = load_prompts(data.prompt_data or "", data, self.tokenizer, vision=self.vision)
         size, ranks = config.rollout.rollout_batch_size, self.ranks
         self.prompts = PromptLoader(prompts, size, config.training.seed, ranks.rank, ranks.size)
         self.eval_prompts: list[Prompt] = []
-        self.evaluates = config.evaluation.eval_data is not None
         if (source := config.evaluation.eval_data) is not None:
             held_out = load_prompts(source, data, self.tokenizer, "eval_data", self.vision)
             self.eval_prompts = list(held_out[world.rank :: world.world_size])
+        self.evaluates = source is not None
         self.schedule_steps = self.prompts.total_steps(config.training.num_episodes)
         self.last_step = min(self.schedule_steps, config.training.max_steps or self.schedule_steps)
 

@@ -229,6 +229,9 @@ def test_passes(fields, world_size):
 
 # For each field that needs another one: a value, what meets the need.
 NEED_CASES = {
+    "processor": ("p", {"mixed_mm_data": True}, {}),
+    "min_pixels": (100, {"images_key": "image"}, {}),
+    "max_pixels": (100, {"images_key": "image"}, {}),
     "ref_pretrain": ("r", {"init_kl_coef": 0.001}, {"init_kl_coef": 0.0}),
     "kl_estimator": ("k1", {"init_kl_coef": 0.001}, {"init_kl_coef": 0.0}),
     "kl_placement": ("loss", {"init_kl_coef": 0.001}, {"init_kl_coef": 0.0}),
@@ -347,6 +350,18 @@ def test_unavailable_names_the_remedy(monkeypatch):
         '"native"',
         '[reward] reward_pretrain = "rm" is not available yet in this version; leave it out',
     ]
+
+
+def test_images_come_from_the_native_engine_or_from_vllm_in_the_trainers_process(monkeypatch):
+    monkeypatch.setattr(metadata, "version", lambda name: "0.30")
+    assert unavailable(make(engine_type="native", images_key="i")) == []
+    assert unavailable(make(engine_type="vllm", images_key="i")) == []
+    (text,) = unavailable(make(engine_type="vllm", images_key="i", server_urls=["http://a:1"]))
+    assert text.startswith('[data] images_key = "i" (or mixed_mm_data): images are not generated')
+    assert "on servers" in text
+    monkeypatch.setattr(metadata, "version", lambda name: "0.5.1")
+    (text,) = unavailable(make(engine_type="sglang", mixed_mm_data=True))
+    assert 'by engine_type = "sglang"; use engine_type = "native"' in text
 
 
 def test_missing_is_met_by_any_reward_source():

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from torchrft.config.job_config import Data
 from torchrft.data.prompts import load_prompts
+from torchrft.models.loader import load_config
 from torchrft.models.vision import Vision
 from torchrft.tools import images as images_module
 from torchrft.tools.images import Image, ImageError, image_of
@@ -235,6 +236,22 @@ def test_long_prompts_count_their_image_tokens(tmp_path, tokenizer, vision):
     path = write(tmp_path, {"prompt": "a", "images": PNG}, {"prompt": "a", "images": [PNG, PNG]})
     prompts = load_prompts(path, data(prompt_max_len=20), tokenizer, vision=vision)
     assert (len(prompts), prompts.dropped) == (1, 1)
+
+
+def test_token_counts_come_from_the_pictures_sizes(vision, monkeypatch):
+    """Once that was seen to be right; a processor that counts otherwise is asked every time."""
+    fresh = Vision(vision.processor, load_config(MODEL))
+    texts = ["a<image>b<image>", "<image>"]
+    pictures = [image_of(PNG, Path()), Image(data=encoded(size=(30, 10)))]
+    wanted = [[30, *[56] * 9, 31, *[56] * 9], [56] * 9]
+    assert fresh.token_ids(texts[0], pictures) == wanted[0]
+    assert fresh.by_size
+    monkeypatch.setattr(fresh, "_process", None)
+    assert fresh.token_ids(texts[1], pictures[:1]) == wanted[1]
+    other = Vision(vision.processor, load_config(MODEL))
+    monkeypatch.setattr(other, "_tokens_of", lambda size: [56])
+    for _ in range(2):
+        assert other.token_ids(texts[0], pictures) == wanted[0]
 
 
 def test_size_bounds():

@@ -51,7 +51,7 @@ class _PromptImages:
     tensors: dict[str, Tensor]
     places: Tensor  # int64 [K], of the image tokens in the prompt
     positions: Tensor | None  # int64 [3, L] where the model has three (M-RoPE)
-    bare: tuple[int, ...]  # token ids with one placeholder for each image
+    length: int  # tokens of the prompt's text without what a tokenizer puts in front
 
     @property
     def nbytes(self) -> int:
@@ -88,6 +88,8 @@ class Vision:
         self.rope = getattr(model.base_model, "get_rope_index", None)
         self.cache: OrderedDict[tuple[str, tuple[Image, ...]], _PromptImages] = OrderedDict()
         self.room = _CACHE_BYTES
+        self.sizes: dict[tuple[int, int], list[int]] = {}  # tokens of a picture of that size
+        self.by_size: bool | None = None  # whether these are right; None: not compared yet
 
     @classmethod
     def load(
@@ -142,11 +144,37 @@ class Vision:
         `special`: the tokenizer adds its own special tokens. Raises ImageError for pictures that
         cannot be used, and ValueError where their number is not that of the text's placeholders.
         """
-        made = self._process(text, images, special)
-        return [int(token) for token in made["input_ids"][0]]
-
-    def _process(self, text: str, images: Sequence[Image], special: bool = False) -> Any:
         pictures = [self.open(image) for image in images]
+        short = self._expanded(text, pictures, special) if self.by_size is not False else None
+        if short is None or self.by_size is None:  # the first time, both
+            made = self._process(text, pictures, special)["input_ids"][0].tolist()
+            self.by_size = made == short
+            return list(made)
+        return short
+
+    def _expanded(self, text: str, pictures: list[Any], special: bool) -> list[int] | None:
+        """`token_ids` from the pictures' sizes alone, without their pixels; None: not known."""
+        tokenizer = getattr(self.processor, "tokenizer", None)
+        if tokenizer is None or self.placeholder is None:
+            return None
+        mark = tokenizer.convert_tokens_to_ids(self.placeholder)
+        bare = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+        if bare.count(mark) != len(pictures):
+            return None
+        rest, ids = iter(pictures), list[int]()
+        for token in bare:
+            ids += self._tokens_of(next(rest).size) if token == mark else [token]
+        return ids
+
+    def _tokens_of(self, size: tuple[int, int]) -> list[int]:
+        if size not in self.sizes:
+            from PIL import Image as Pillow
+
+            made = self._process(str(self.placeholder), [Pillow.new("RGB", size)])
+            self.sizes[size] = made["input_ids"][0].tolist()
+        return self.sizes[size]
+
+    def _process(self, text: str, pictures: list[Any], special: bool = False) -> Any:
         return self.processor(
             text=[text], images=pictures, return_tensors="pt", add_special_tokens=special
         )
@@ -159,7 +187,8 @@ class Vision:
         return found
 
     def _keep(self, prompt: Prompt) -> _PromptImages:
-        made, tokens = self._process(prompt.text, prompt.images), torch.tensor(prompt.token_ids)
+        pictures = [self.open(image) for image in prompt.images]
+        made, tokens = self._process(prompt.text, pictures), torch.tensor(prompt.token_ids)
         tensors = {name: made[name] for name in made if name in self.names}
         is_image, positions = tokens == self.image_token_id, None
         if self.rope is not None:
@@ -167,12 +196,8 @@ class Vision:
             known = inspect.signature(self.rope).parameters
             options = {name: value for name, value in options.items() if name in known}
             positions = self.rope(tokens[None], **options)[0][:, 0]
-        # What stands before the text's own tokens in the prompt, the tokenizer put there.
-        before = prompt.token_ids[: len(tokens) - len(made["input_ids"][0])]
-        tokenizer = self.processor.tokenizer
-        own = tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
-        places = is_image.nonzero().flatten()
-        found = _PromptImages(tensors, places, positions, (*before, *own))
+        places, length = is_image.nonzero().flatten(), len(made["input_ids"][0])
+        found = _PromptImages(tensors, places, positions, length)
         self.room -= found.nbytes
         while self.room < 0 and self.cache:
             self.room += self.cache.popitem(last=False)[1].nbytes
@@ -181,7 +206,11 @@ class Vision:
 
     def bare_token_ids(self, prompt: Prompt) -> tuple[int, ...]:
         """The prompt's tokens as its text has them: one placeholder for each image."""
-        return self._inputs(prompt).bare if prompt.images else prompt.token_ids
+        if not prompt.images:
+            return prompt.token_ids
+        before = prompt.token_ids[: len(prompt.token_ids) - self._inputs(prompt).length]
+        own = self.processor.tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
+        return (*before, *own)
 
     def shift(self, prompt: Prompt) -> int:
         """What is added to the positions of the tokens after the prompt: an image takes fewer
