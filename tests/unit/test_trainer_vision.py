@@ -1,9 +1,11 @@
 """The whole loop with images."""
 
+import importlib.util
 import json
 import random
 
 import pytest
+import tiny_vlm
 import torch
 from helpers import run_ranks
 from test_trainer_layouts import assert_same_lines
@@ -84,6 +86,65 @@ def test_export_holds_the_processor(tmp_path):
     assert Vision.load(str(tmp_path / "hf")).token_ids(prompt.text, prompt.images) == list(
         prompt.token_ids
     )
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("torchvision") is None, reason="Qwen's processors need torchvision"
+)
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_qwen_with_its_own_processor(tmp_path, mixed, family):
+    """Engine and trainer agree, and the export can be trained on."""
+    source = {"pretrain": tiny_vlm.qwen_folder(family, tmp_path / "model")}
+    options = mixed | {"packing_samples": "true", "max_len": "60", "prompt_max_len": "56"}
+    job = run(tmp_path / "a", **(options | source), max_pixels="400")
+    assert all(line["mismatch/logprob_abs_max"] < 1e-4 for line in records(tmp_path / "a"))
+    assert job.vision.by_size
+    source = {"pretrain": str(tmp_path / "a" / "hf" / "step-2"), "init": "pretrained"}
+    run(tmp_path / "b", **(options | source), max_steps="1")
+    assert records(tmp_path / "b")[0]["grad_norm"] > 0
+
+
+GUIDE = [
+    "--max_len",
+    "4096",
+    "--num_episodes",
+    "10",
+    "--actor_learning_rate",
+    "1e-6",
+    "--train_batch_size",
+    "64",
+    "--micro_train_batch_size",
+    "1",
+    "--rollout_batch_size",
+    "32",
+    "--micro_rollout_batch_size",
+    "1",
+    "--advantage_estimator",
+    "group_norm",
+    "--n_samples_per_prompt",
+    "4",
+    "--fsdp",
+    "--fsdp_cpu_offload",
+    "--gradient_checkpointing",
+    "--mixed_mm_data",
+    "--packing_samples",
+]  # with engine_tp_size 4 and vLLM on a host of GPUs
+
+
+def guide(rank, folder, source):
+    torch.set_num_threads(1)
+    words = [*GUIDE, "--pretrain", VLM["pretrain"], "--init", "random", "--engine_type", "native"]
+    words += ["--prompt_data", source, "--functions", "exact_match", "--apply_chat_template"]
+    words += ["--max_new_tokens", "4", "--max_steps", "1", "--save_path", folder]
+    job = Trainer(load(words, 2).config, World(rank, 2, rank, torch.device("cpu")))
+    assert job.train() is None
+
+
+def test_the_guides_vision_command_runs(tmp_path, mixed):
+    run_ranks(guide, 2, str(tmp_path / "run"), mixed["prompt_data"])
+    (line,) = records(tmp_path / "run")
+    assert line["update/optimizer_steps"] == 2
+    assert line["mismatch/logprob_abs_mean"] < 0.05  # bfloat16
 
 
 def test_a_text_model_cannot_take_images(tmp_path):

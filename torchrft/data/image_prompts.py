@@ -35,9 +35,8 @@ class RowImages:
 
     def column(self, row: Row) -> list[Image]:
         """The pictures of the row's column. Raises ImageError for what is none."""
-        value = row.columns.get(self.key) if self.key else None
-        single = isinstance(value, str | bytes) or not isinstance(value, Sequence)
-        values = [value] if single else value
+        value: Any = row.columns.get(self.key) if self.key else None
+        values = value if isinstance(value, list | tuple) else [value]
         return [image_of(one, self.folder) for one in values if one is not None]
 
     def place(
