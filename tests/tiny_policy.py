@@ -6,6 +6,7 @@ import random
 from typing import Any
 
 import tiny
+import tiny_vlm
 import torch
 from tiny_job import MODEL, tiny_config
 
@@ -13,6 +14,7 @@ from torchrft.algorithms import advantages
 from torchrft.data.batch import make_batch
 from torchrft.models.loader import load_model
 from torchrft.models.policy import PolicyModel
+from torchrft.models.vision import freeze_vision
 from torchrft.optim.lr_scheduler import build_scheduler
 from torchrft.optimizer_step import OptimizerStep
 from torchrft.parallel import ParallelDims, parallelize
@@ -59,6 +61,7 @@ def make_update(
     dtype: torch.dtype = torch.float32,
     init_scale: float = 3.0,
     family: dict[str, Any] | None = None,
+    vlm: str | None = None,
     **options: Any,
 ) -> PolicyUpdate:
     """A PolicyUpdate of a random policy, with plain gradient descent at rate 1.
@@ -66,8 +69,9 @@ def make_update(
     Its steps are the clipped gradients themselves: AdamW would blow rounding errors of tiny
     gradients up to whole steps. `options` are those of the job; a `reference_seed` makes a
     reference model of other weights; `family` are the arguments of tiny.model for another
-    architecture than the debug model's.
+    architecture than the debug model's, `vlm` the family of a vision-language model.
     """
+    sees = None if vlm is None else tiny_vlm.vision(vlm)
     options = {"lr_warmup_ratio": 0.0, "lr_decay": "constant", "max_len": 64} | options
     options.setdefault("loss_aggregation", "token_mean")
     config = tiny_config(world_size, **options)
@@ -77,7 +81,9 @@ def make_update(
 
     def model(seed: int) -> PolicyModel:
         made: Any
-        if family is not None:
+        if sees is not None:
+            made = tiny_vlm.ours(vlm, seed)
+        elif family is not None:
             made = tiny.model(**family, seed=seed)
         else:
             made = load_model(MODEL, "random", torch.float32, seed)
@@ -85,6 +91,8 @@ def make_update(
                 for parameter in made.parameters():
                     if parameter.dim() >= 2:
                         parameter.mul_(init_scale)
+        if config.model.freeze_vision:
+            freeze_vision(made)
         policy = PolicyModel(made.eval(), 1.0, training.fused_linear_logprob, training.chunk_size)
         parallelize(
             policy,
@@ -99,7 +107,7 @@ def make_update(
         return policy
 
     policy = model(0)
-    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=1.0)
     stepper = OptimizerStep(
         policy,
         optimizer,
@@ -111,6 +119,7 @@ def make_update(
         reduce_every_micro_batch=sharding(config.parallel).reduce_every_micro_batch,
         ranks=dims.data_ranks("cpu"),
         tp=dims.tp,
+        vision=sees,
     )
     reference = None if reference_seed is None else model(reference_seed).requires_grad_(False)
     return PolicyUpdate(stepper, reference, config.algorithm, max_response_length=12)

@@ -10,15 +10,28 @@ from transformers import PreTrainedModel
 
 from torchrft.config.job_config import JobConfig
 from torchrft.config.reward_config import Judge
+from torchrft.data.image_prompts import images_column
 from torchrft.models.heads import ValueModel
-from torchrft.models.loader import load_model
+from torchrft.models.loader import load_model, sees_images
 from torchrft.models.policy import PolicyModel
 from torchrft.models.sharded import ShardedWeights
+from torchrft.models.vision import Vision, freeze_vision
 from torchrft.parallel import ParallelDims, parallelize
 from torchrft.rollout import RolloutEngine, build_engine
 from torchrft.tools.distributed import World
 
 M = TypeVar("M", bound=nn.Module)
+
+
+def load_vision(config: JobConfig) -> Vision | None:
+    """What a job with images needs of its model; None for a job without.
+
+    Raises ValueError for a model or a processor that does not serve.
+    """
+    model, data = config.model, config.data
+    if images_column(data) is None:
+        return None
+    return Vision.load(model.pretrain, data.processor, data.min_pixels, data.max_pixels)
 
 
 class ModelBuilder:
@@ -60,6 +73,10 @@ class ModelBuilder:
         else:
             loaded = sharded.model(dtype)
         # No dropout: log-probs must be those of the policy that sampled.
+        if self.config.model.freeze_vision:
+            if not sees_images(loaded.config):
+                raise ValueError(f'freeze_vision: pretrain = "{source}" has no image tower')
+            freeze_vision(loaded)
         model = wrap(loaded.eval())
         if sharded is None:
             model.to(device)

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torchrft.algorithms.aggregation import Denominators
 from torchrft.config.job_config import Rollout, Training
 from torchrft.data.packing import MicroBatch, build, plan
+from torchrft.models.vision import Vision
 from torchrft.optim.offload import StateOffload
 from torchrft.optim.optimizer import clip_gradients
 from torchrft.parallel import set_gradient_sync
@@ -29,7 +30,8 @@ class OptimizerStep:
     `max_len` bounds a sample's tokens. `reduce_every_micro_batch` is False for ZeRO stage 1, where
     gradients stay local until the last micro-batch of an optimizer step. `ranks` have samples of
     their own (by default all), `tp` ranks share each parameter. With `adam_offload` the optimizer's
-    state is on the host between `rest` and `prepare`.
+    state is on the host between `rest` and `prepare`. `vision` is given where samples may have
+    images.
     """
 
     def __init__(
@@ -45,10 +47,11 @@ class OptimizerStep:
         ranks: DataRanks | None = None,
         tp: int = 1,
         adam_offload: bool = False,
+        vision: Vision | None = None,
     ) -> None:
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.training, self.rollout = training, rollout
-        self.max_norm, self.max_len = max_norm, max_len
+        self.max_norm, self.max_len, self.vision = max_norm, max_len, vision
         self.reduce_every_micro_batch = reduce_every_micro_batch
         self.offload = StateOffload(optimizer) if adam_offload else None
         self.ranks = ranks or DataRanks.all()
@@ -113,7 +116,7 @@ class OptimizerStep:
         tables = tuple(torch.zeros_like(batch.rollout_logprobs) for _ in range(outputs))
         samples = self.rollout.micro_rollout_batch_size
         for rows, counted in self._micro_batches(batch, list(range(len(batch))), samples):
-            micro = build(batch, rows, self.training.packing_samples, width)
+            micro = build(batch, rows, self.training.packing_samples, width, self.vision)
             values = model(micro)
             values = values if isinstance(values, tuple) else (values,)
             if counted:
@@ -166,7 +169,8 @@ class OptimizerStep:
             last = index == len(micro_batches) - 1
             set_gradient_sync(self.model, last or self.reduce_every_micro_batch)
             part = batch.select(micro_rows)
-            micro = build(batch, micro_rows, self.training.packing_samples, batch.mask.shape[1])
+            packed, width = self.training.packing_samples, batch.mask.shape[1]
+            micro = build(batch, micro_rows, packed, width, self.vision)
             mask = part.mask if counted else torch.zeros_like(part.mask)
             value, metrics = loss(micro, part, mask)
             if value.requires_grad:

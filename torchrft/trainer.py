@@ -26,7 +26,7 @@ from torchrft.metrics.plots import plot_curves, plot_lengths
 from torchrft.metrics.rollout_dump import dump
 from torchrft.metrics.rollout_stats import dump_rows, rollout_metrics, warn_of_mismatch
 from torchrft.metrics.timing import PhaseTimer, peak_memory_gib
-from torchrft.model_builder import ModelBuilder
+from torchrft.model_builder import ModelBuilder, load_vision
 from torchrft.models.loader import load_tokenizer
 from torchrft.optim.lr_scheduler import build_scheduler
 from torchrft.optim.optimizer import build_optimizer
@@ -60,11 +60,9 @@ class Trainer:
         self.dims = ParallelDims.of(config.parallel, world.world_size)
         self.ranks = self.dims.data_ranks(world.device.type)
         self.dtype = torch.bfloat16 if config.training.bf16 else torch.float32
-        self.step = 0
+        self.step = self.pending_rollouts = self.step_began = 0  # where in the stream it began
         self.stop_requested: int | None = None
         self.pending: list[Sample] = []  # samples that wait for a full train_batch_size
-        self.pending_rollouts = 0
-        self.step_began = 0  # place in the stream of prompts
         self._build_data()
         self._build_rollout()  # first: an engine that does not start or fit shows at once
         self._build_models()
@@ -76,15 +74,16 @@ class Trainer:
         self.scorer = build_rewards(config, world, self.dtype, self.tokenizer)
         self.shaper = RewardShaper(config.reward)
         data = with_source_key(config)
-        assert data.prompt_data is not None
-        prompts = load_prompts(data.prompt_data, data, self.tokenizer)
-        size, seed = config.rollout.rollout_batch_size, config.training.seed
-        self.prompts = PromptLoader(prompts, size, seed, self.ranks.rank, self.ranks.size)
+        self.vision = load_vision(config)
+        self.processor = self.tokenizer if self.vision is None else self.vision.processor
+        prompts = load_prompts(data.prompt_data or "", data, self.tokenizer, vision=self.vision)
+        size, ranks = config.rollout.rollout_batch_size, self.ranks
+        self.prompts = PromptLoader(prompts, size, config.training.seed, ranks.rank, ranks.size)
         self.eval_prompts: list[Prompt] = []
-        self.evaluates = config.evaluation.eval_data is not None
-        if config.evaluation.eval_data is not None:
-            held_out = load_prompts(config.evaluation.eval_data, data, self.tokenizer, "eval_data")
+        if (source := config.evaluation.eval_data) is not None:
+            held_out = load_prompts(source, data, self.tokenizer, "eval_data", self.vision)
             self.eval_prompts = list(held_out[world.rank :: world.world_size])
+        self.evaluates = source is not None
         for each in (prompts, self.eval_prompts):
             self.scorer.check(each)
         self.schedule_steps = self.prompts.total_steps(config.training.num_episodes)
@@ -134,6 +133,7 @@ class Trainer:
             ranks=self.ranks,
             tp=self.dims.tp,
             adam_offload=config.optimizer.adam_offload,
+            vision=self.vision,
         )
 
     def _build_rollout(self) -> None:
@@ -148,6 +148,7 @@ class Trainer:
             load_weights=False,
             max_len=config.data.max_len,
             compile=config.training.compile,
+            vision=self.vision,
         )  # servers that generate while the trainer computes cannot sleep then:
         self.sleeps = config.rollout.enable_engine_sleep and not config.rollout.async_level
         if self.sleeps:
@@ -323,7 +324,7 @@ class Trainer:
             self.checkpoints.save(self.step, self.state_dict(), self._export)
 
     def _export(self, folder: Path) -> None:
-        export_hf(self.policy.model, self.tokenizer, folder, self.dtype)
+        export_hf(self.policy.model, self.processor, folder, self.dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a run needs to go on as if it had never stopped."""

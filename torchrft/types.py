@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from torchrft.tools.images import Image
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -21,7 +23,8 @@ class Prompt:
 
     `row` is the row's number in its file (0-based), `text` is what was tokenized (after the chat
     template), `messages` are the chat that the template was given (none without one), `label` and
-    `metadata` go to the reward functions untouched.
+    `metadata` go to the reward functions untouched. Of `images`, `token_ids` hold an image token
+    for each feature, while `text` has one placeholder for each.
 
     >>> Prompt(row=0, text="1 2=", token_ids=(3, 4, 5), label="2").metadata
     {}
@@ -33,6 +36,7 @@ class Prompt:
     label: Any = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
     messages: tuple[Mapping[str, Any], ...] = ()
+    images: tuple[Image, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +154,7 @@ class RolloutBatch:
     entropy: Tensor | None = None  # float32 [B, T], of the old policy
     keep: Tensor | None = None  # bool [B, T]: whose policy loss counts; None means all
     filler: Tensor | None = None  # bool [B]: of samples that do not count; None means of none
+    prompts: tuple[Prompt, ...] | None = None  # of the samples; None if none of them has images
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -159,6 +164,8 @@ class RolloutBatch:
         values: dict[str, Any] = {}
         for name in self.__dataclass_fields__:
             value = getattr(self, name)
-            values[name] = value[rows] if isinstance(value, Tensor) else value
-        values["sequences"] = tuple(self.sequences[row] for row in rows)
+            if isinstance(value, tuple):
+                values[name] = tuple(value[row] for row in rows)
+            else:
+                values[name] = value[rows] if isinstance(value, Tensor) else value
         return RolloutBatch(**values)

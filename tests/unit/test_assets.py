@@ -1,11 +1,14 @@
 """The debug model and its task: what tests and the default job rely on."""
 
+import base64
+import io
 import json
 import runpy
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -31,6 +34,42 @@ def test_script_makes_the_files_that_are_checked_in(make_assets, tmp_path):
         # tokenizers may add keys to its file; what it holds is checked by the tests below.
         if path.name != "tokenizer.json":
             assert (tmp_path / path).read_bytes() == (ASSETS / path).read_bytes(), path
+
+
+def test_script_makes_the_vision_files_that_are_checked_in(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ASSETS))
+    script = runpy.run_path(str(ASSETS / "make_vlm_assets.py"))
+    script["write_debug_vlm"](tmp_path / "debug_vlm")
+    script["write_color"](tmp_path / "color")
+    made = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()}
+    kept = {p.relative_to(ASSETS) for name in ("debug_vlm", "color")
+            for p in (ASSETS / name).rglob("*")}  # fmt: skip
+    assert made == kept
+    for path in made:
+        mine, theirs = (tmp_path / path).read_text(), (ASSETS / path).read_text()
+        if path.suffix == ".jsonl":  # an encoder of another version may write other bytes
+            mine, theirs = (
+                [
+                    {**row, "images": pixels(row["images"])}
+                    for row in map(json.loads, x.splitlines())
+                ]
+                for x in (mine, theirs)
+            )
+        assert path.name == "tokenizer.json" or mine == theirs, path
+
+
+def pixels(png):
+    return Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB").tobytes()
+
+
+def test_the_color_is_only_in_the_picture():
+    """All prompts are alike, answers are balanced, and no picture is in both splits."""
+    train, evaluation = ([json.loads(line) for line in (ASSETS / "color" / f"{name}.jsonl").open()]
+                         for name in ("train", "eval"))  # fmt: skip
+    assert {row["prompt"] for row in train + evaluation} == {"color?"}
+    for rows, count in ((train, 160), (evaluation, 30)):
+        assert Counter(row["label"] for row in rows) == dict.fromkeys("rgbycm", count)
+    assert not {row["images"] for row in train} & {row["images"] for row in evaluation}
 
 
 def test_tokenizer_has_one_token_a_character_and_loses_nothing(make_assets, tmp_path):

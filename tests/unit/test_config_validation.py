@@ -236,6 +236,9 @@ def test_passes(fields, world_size):
 FUNCTION = {"functions": ["exact_match"]}
 SERVER = {"remote_rm_url": ["http://a:1"]}
 NEED_CASES = {
+    "processor": ("p", {"mixed_mm_data": True}, {}),
+    "min_pixels": (100, {"images_key": "image"}, {}),
+    "max_pixels": (100, {"images_key": "image"}, {}),
     "ref_pretrain": ("r", {"init_kl_coef": 0.001}, {"init_kl_coef": 0.0}),
     "kl_estimator": ("k1", {"init_kl_coef": 0.001}, {"init_kl_coef": 0.0}),
     "kl_placement": ("loss", {"init_kl_coef": 0.001}, {"init_kl_coef": 0.0}),
@@ -386,12 +389,24 @@ def test_unavailable_names_the_remedy(monkeypatch):
     monkeypatch.setattr(metadata, "version", lambda name: "9.9")
     assert unavailable(make(engine_type="native")) == []
     assert unavailable(make(engine_type="vllm", server_urls=["http://a:1"])) == []
-    assert unavailable(make(engine_type="sglang", images_key="image")) == [
+    assert unavailable(make(engine_type="sglang", reward_pretrain="rm")) == [
         '[rollout] engine_type = "sglang" needs sglang 0.5 to below 0.6, but 9.9 is installed: pip '
         "install sglang, on a machine with a GPU (docs/rollout_engines.md), or use engine_type = "
         '"native"',
-        '[data] images_key = "image" is not available yet in this version; leave it out',
+        '[reward] reward_pretrain = "rm" is not available yet in this version; leave it out',
     ]
+
+
+def test_images_come_from_the_native_engine_or_from_vllm_in_the_trainers_process(monkeypatch):
+    monkeypatch.setattr(metadata, "version", lambda name: "0.30")
+    assert unavailable(make(engine_type="native", images_key="i")) == []
+    assert unavailable(make(engine_type="vllm", images_key="i")) == []
+    (text,) = unavailable(make(engine_type="vllm", images_key="i", server_urls=["http://a:1"]))
+    assert text.startswith('[data] images_key = "i" (or mixed_mm_data): images are not generated')
+    assert "on servers" in text
+    monkeypatch.setattr(metadata, "version", lambda name: "0.5.1")
+    (text,) = unavailable(make(engine_type="sglang", mixed_mm_data=True))
+    assert 'by engine_type = "sglang"; use engine_type = "native"' in text
 
 
 def test_missing_is_met_by_any_reward_source():

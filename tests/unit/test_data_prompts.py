@@ -160,7 +160,6 @@ PROMPT = '{"prompt": "1"}'
             "line 1: 'prompt' holds chat messages; they need apply_chat_template = true",
         ),
         ([PROMPT], {"system_prompt": "s"}, "system_prompt needs apply_chat_template = true"),
-        ([PROMPT], {"images_key": "i"}, "images_key: image prompts are not available yet"),
         (
             ['{"prompt": [{"role": "user"}]}'],
             {"apply_chat_template": True},

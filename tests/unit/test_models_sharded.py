@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 import tiny
+import tiny_vlm
 import torch
 from helpers import run_ranks
 from safetensors.torch import load_file, save_file
 
 from torchrft.config.job_config import Parallel
+from torchrft.data.batch import make_batch
+from torchrft.data.packing import build
 from torchrft.models.heads import ValueModel
 from torchrft.models.loader import load_model
 from torchrft.models.policy import PolicyModel
@@ -124,3 +127,31 @@ def test_no_rank_ever_holds_the_whole_model(tmp_path):
         assert growth < 0.5 * whole
     for growth, _ in run_ranks(peak_growth, 4, str(tmp_path), False):
         assert growth > 0.9 * whole  # so the measurement would show it
+
+
+def image_logprobs(rank, folder):
+    """Of two ranks' shards, for prompts with images."""
+    found = {}
+    for name in tiny_vlm.FAMILIES:
+        policy = filled(f"{folder}/{name}", PolicyModel, ParallelDims(dp_shard=2))
+        sees = tiny_vlm.vision(name)
+        batch = make_batch(tiny_vlm.samples(sees))
+        micro = build(batch, list(range(len(batch))), True, batch.mask.shape[1], sees)
+        with torch.no_grad():
+            found[name] = micro.scatter(policy(micro)[0], batch.mask.shape[1])
+    return found
+
+
+def test_a_vision_language_model_is_read_into_shards(tmp_path):
+    """Its files name the weights as they are published, not as its modules do."""
+    for name in tiny_vlm.FAMILIES:
+        tiny_vlm.model(name).save_pretrained(tmp_path / name, max_shard_size="20KB")
+    results = run_ranks(image_logprobs, 2, str(tmp_path))
+    for name in tiny_vlm.FAMILIES:
+        sees = tiny_vlm.vision(name)
+        with torch.no_grad():
+            expected = tiny_vlm.reference(tiny_vlm.model(name), sees, tiny_vlm.samples(sees))
+        for found in results:
+            for row, part in enumerate(expected):
+                own = found[name][row, : len(part)]
+                torch.testing.assert_close(own, part, atol=1e-5, rtol=1e-5)

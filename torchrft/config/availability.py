@@ -11,11 +11,7 @@ from torchrft.config.fields import is_set, label, show, value_of
 from torchrft.config.job_config import JobConfig
 
 # The values of a field that work today; every other value is refused.
-AVAILABLE_VALUES: dict[str, tuple[object, ...]] = {
-    "images_key": (None,),
-    "mixed_mm_data": (False,),
-    "processor": (None,),
-}
+AVAILABLE_VALUES: dict[str, tuple[object, ...]] = {}
 
 
 # Distributions of which an engine needs one, the versions it was tried with (from, below), and how
@@ -53,6 +49,14 @@ def unavailable(config: JobConfig) -> list[str]:
     if problem:
         default = "" if is_set(config, "engine_type") else " (the default)"
         found.append(f"{label(config, 'engine_type')}{default} {problem}")
+    rollout, data = config.rollout, config.data
+    if data.images_key is not None or data.mixed_mm_data:
+        where = "on servers" if rollout.server_urls else f'by engine_type = "{rollout.engine_type}"'
+        if rollout.server_urls or rollout.engine_type == "sglang":
+            found.append(
+                f"{label(config, 'images_key')} (or mixed_mm_data): images are not generated from "
+                f'{where}; use engine_type = "native", or "vllm" without server_urls'
+            )
     for name, values in AVAILABLE_VALUES.items():
         if value_of(config, name) in values:
             continue

@@ -40,6 +40,8 @@ class Model(Section):
     """Folder or hub id of the KL term's reference; by default the policy's initial weights."""
     critic_pretrain: Text | None = None
     """Folder or hub id the critic starts from; by default `pretrain`."""
+    freeze_vision: bool = False
+    """Train the language model only: the image tower and its projector stay as they are."""
 
 
 class Data(Section):
@@ -52,7 +54,7 @@ class Data(Section):
     label_key: Text = "label"
     """Column handed to the reward functions as `label`; rows may lack it."""
     images_key: Text | None = None
-    """Column of a prompt's images."""
+    """Column of a prompt's images, one or a list; with `mixed_mm_data` by default `images`."""
     metadata_keys: list[Text] = []
     """Columns handed to the reward functions in `metadata`."""
     system_prompt: Text | None = None
@@ -64,9 +66,13 @@ class Data(Section):
     prompt_max_len: PositiveInt = 2048
     """Maximum tokens of a prompt; longer prompts are dropped and counted, never cut."""
     mixed_mm_data: bool = False
-    """Batches mix prompts with and without images."""
+    """Prompts may have images or none; without it, `images_key` means that every one has some."""
     processor: Text | None = None
     """Folder or hub id of the multimodal processor; by default detected from `pretrain`."""
+    min_pixels: PositiveInt | None = None
+    """Smaller images are scaled up to so many pixels before the processor sees them."""
+    max_pixels: PositiveInt | None = None
+    """Larger images are scaled down to so many pixels before the processor sees them."""
 
 
 class Training(Section):

@@ -92,6 +92,10 @@ def _vllm_served(config: JobConfig) -> bool:
     return bool(config.rollout.server_urls) and config.rollout.engine_type == "vllm"
 
 
+def _has_images(config: JobConfig) -> bool:
+    return config.data.images_key is not None or config.data.mixed_mm_data
+
+
 def _judges(config: JobConfig) -> bool:
     reward = config.reward
     return bool(reward.functions or reward.judges or reward.remote_rm_url)
@@ -138,6 +142,7 @@ NEEDS: tuple[Need, ...] = (
     *_on("recipes", "source_key"),
     *_on("source_key", "recipes"),
     *_on("gate", "gate_reward"),
+    *_need("images_key or mixed_mm_data", _has_images, "processor", "min_pixels", "max_pixels"),
     *_on("apply_chat_template", "system_prompt"),
     *_on("packing_samples", "max_tokens_per_microbatch"),
     *_on("fused_linear_logprob", "chunk_size"),

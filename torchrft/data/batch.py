@@ -55,6 +55,11 @@ def make_batch(
         group=torch.tensor([sample.group for sample in samples]).to(device),
         rollout_logprobs=logprobs.to(device),
         filler=filler.to(device),
+        prompts=(
+            tuple(sample.prompt for sample in samples)
+            if any(sample.prompt.images for sample in samples)
+            else None
+        ),
     )
 
 

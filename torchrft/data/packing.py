@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from torchrft.models.attention import Layout, Packed
-from torchrft.types import RolloutBatch
+from torchrft.models.vision import ImageBatch, Vision
+from torchrft.types import Prompt, RolloutBatch
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,12 @@ class MicroBatch:
 
     rows: list[int]
     input_ids: Tensor  # int64 [1, N] packed, [len(rows), L] padded
-    position_ids: Tensor  # int64, as input_ids
+    position_ids: Tensor  # int64, as input_ids, or three times that where images move them
     layout: Layout | None  # None: padded rows
     targets: Tensor  # int64 [M], flat positions in input_ids whose next token is a response token
     labels: Tensor  # int64 [M], those next tokens
     cells: Tensor  # int64 [M]
+    images: ImageBatch | None = None
 
     def scatter(self, values: Tensor, width: int) -> Tensor:
         """Values [M] as [len(rows), width], zero where there is no response token."""
@@ -81,8 +83,13 @@ def plan(
     return bins
 
 
-def build(batch: RolloutBatch, rows: list[int], packed: bool, width: int) -> MicroBatch:
-    """The micro-batch of the samples `rows`; `width` is the T of the batch's [B, T] tensors."""
+def build(
+    batch: RolloutBatch, rows: list[int], packed: bool, width: int, vision: Vision | None = None
+) -> MicroBatch:
+    """The micro-batch of the samples `rows`; `width` is the T of the batch's [B, T] tensors.
+
+    `vision` is given where samples may have images.
+    """
     device = batch.mask.device
     prompts = batch.prompt_lens[rows].tolist()
     lengths = [batch.sequences[row].numel() - p for row, p in zip(rows, prompts, strict=True)]
@@ -99,6 +106,10 @@ def build(batch: RolloutBatch, rows: list[int], packed: bool, width: int) -> Mic
         repeats
     )
     first, rest = torch.tensor(starts).repeat_interleave(repeats, dim=0).unbind(1)
+    images = None
+    if vision is not None:
+        spans = _spans(batch, rows, packed, ids.shape[1])
+        positions, images = vision.see(positions, spans)
     targets = torch.where(step == 0, first, rest + step - 1)
     cells = torch.arange(len(rows)).repeat_interleave(repeats) * width + step
     labels = torch.cat([batch.sequences[row][p:] for row, p in zip(rows, prompts, strict=True)])
@@ -110,7 +121,24 @@ def build(batch: RolloutBatch, rows: list[int], packed: bool, width: int) -> Mic
         targets.to(device),
         labels.to(device),
         cells.to(device),
+        None if images is None else images.to(device),
     )
+
+
+def _spans(
+    batch: RolloutBatch, rows: list[int], packed: bool, length: int
+) -> list[tuple[Prompt, int, int]]:
+    """The prompts of a pass: where each begins, and where the last token after it ends."""
+    if batch.prompts is None:
+        return []
+    if not packed:
+        return [(batch.prompts[r], i * length, (i + 1) * length) for i, r in enumerate(rows)]
+    spans, end = [], 0
+    for members in _by_prompt(batch, rows):
+        start, prompt = end, int(batch.prompt_lens[members[0]])
+        end += prompt + sum(batch.sequences[row].numel() - prompt - 1 for row in members)
+        spans.append((batch.prompts[members[0]], start, end))
+    return spans
 
 
 def _packed_row(
@@ -141,8 +169,9 @@ def _packed_row(
 
 def _by_prompt(batch: RolloutBatch, rows: list[int]) -> list[list[int]]:
     """`rows` in lists of equal prompts, in order of first appearance."""
-    groups: dict[bytes, list[int]] = {}
+    groups: dict[object, list[int]] = {}
     for row in rows:
         prompt = batch.sequences[row][: int(batch.prompt_lens[row])]
-        groups.setdefault(prompt.numpy().tobytes(), []).append(row)
+        images = () if batch.prompts is None else batch.prompts[row].images
+        groups.setdefault((prompt.numpy().tobytes(), images), []).append(row)
     return list(groups.values())

@@ -14,7 +14,10 @@ from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
 from torchrft.config.job_config import Data
+from torchrft.data.image_prompts import RowImages, images_column
 from torchrft.data.sources import Row, RowSource, describe_columns, open_source
+from torchrft.models.vision import Vision
+from torchrft.tools.images import Image, ImageError
 from torchrft.types import Prompt
 
 logger = logging.getLogger(__name__)
@@ -39,6 +42,7 @@ class PromptDataset(Sequence[Prompt]):
         self._labels: list[Any] = []
         self._metadata: list[Mapping[str, Any]] = []
         self._messages: list[tuple[Mapping[str, Any], ...]] = []
+        self._images: dict[int, tuple[Image, ...]] = {}  # of the prompts that have some
 
     def append(self, prompt: Prompt) -> None:
         """Adds a prompt at the end."""
@@ -49,6 +53,8 @@ class PromptDataset(Sequence[Prompt]):
         self._labels.append(prompt.label)
         self._metadata.append(prompt.metadata)
         self._messages.append(prompt.messages)
+        if prompt.images:
+            self._images[len(self) - 1] = prompt.images
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -66,61 +72,122 @@ class PromptDataset(Sequence[Prompt]):
             label=self._labels[index],
             metadata=self._metadata[index],
             messages=self._messages[index],
+            images=self._images.get(index, ()),
         )
 
 
 def load_prompts(
-    source: str, data: Data, tokenizer: PreTrainedTokenizerBase, name: str = "prompt_data"
+    source: str,
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str = "prompt_data",
+    vision: Vision | None = None,
 ) -> PromptDataset:
     """Reads, formats and tokenizes all prompts of `source` as the `[data]` section says.
 
     `name` is the option that gave `source`, for messages. Any other than `prompt_data` must name a
     split where there are several: held-out prompts are never read from `train` by default. Prompts
     longer than prompt_max_len, or that leave no room for a response under max_len, are dropped,
-    counted and warned about once. Raises ValueError naming the file and line for a malformed row.
+    counted and warned about once; so are those whose images cannot be used. `vision` is given where
+    prompts may have images. Raises ValueError naming the file and line for a malformed row.
     """
     try:
-        return _load(source, data, tokenizer, name)
+        return _load(source, data, tokenizer, name, vision)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error.__cause__
 
 
-def _load(source: str, data: Data, tokenizer: PreTrainedTokenizerBase, name: str) -> PromptDataset:
-    if data.images_key is not None:
-        raise ValueError("images_key: image prompts are not available yet")
-    formatter = _Formatter(data, tokenizer)
-    tokenize = _Tokenize(tokenizer, plain=not data.apply_chat_template)
+def _load(
+    source: str, data: Data, tokenizer: PreTrainedTokenizerBase, name: str, vision: Vision | None
+) -> PromptDataset:
+    key = images_column(data)
+    formatter = _Formatter(data, tokenizer, source, vision)
+    tokenize = _Tokenize(tokenizer, not data.apply_chat_template, vision)
+    unusable: list[tuple[int, str]] = []
     rows = open_source(
         source,
         required=[data.input_key, *data.metadata_keys],
-        optional=[data.label_key],
+        optional=[data.label_key, *([key] if key else [])],
         require_split=name != "prompt_data",
+        encoded=key,
     )
     max_tokens = min(data.prompt_max_len, data.max_len - 1)
     dataset = PromptDataset()
     shortest_dropped: int | None = None
-    labels_seen = False
+    labels_seen = images_seen = False
     for batch in _batches(rows, f"tokenizing {name}"):
-        formatted = [formatter(row) for row in batch]
-        texts = [text for text, _ in formatted]
-        tokens = tokenize(batch, texts)
-        for row, (text, messages), token_ids in zip(batch, formatted, tokens, strict=True):
+        for row, prompt, token_ids in _tokenized(batch, formatter, tokenize, unusable):
             labels_seen = labels_seen or data.label_key in row.columns
+            images_seen = images_seen or bool(prompt.images) or data.images_key in row.columns
             if len(token_ids) > max_tokens:
                 dataset.dropped += 1
                 shortest_dropped = min(len(token_ids), shortest_dropped or len(token_ids))
                 continue
             label = row.columns.get(data.label_key)
             metadata = {key: row.columns[key] for key in data.metadata_keys}
-            dataset.append(Prompt(row.number, text, tuple(token_ids), label, metadata, messages))
+            dataset.append(
+                Prompt(row.number, prompt.text, tuple(token_ids), label, metadata, *prompt[1:])
+            )
     # The default may be absent: prompts need no label where no reward asks for one.
     if not labels_seen and data.label_key != Data().label_key:
         raise ValueError(
             f"{source}: no row has the column {data.label_key!r} (label_key); "
             f"{describe_columns(data.label_key, rows.column_names)}"
         )
+    if data.images_key is not None and not images_seen and len(dataset):
+        raise ValueError(
+            f"{source}: no row has the column {data.images_key!r} (images_key) or another image; "
+            f"{describe_columns(data.images_key, rows.column_names)}"
+        )
+    _report_unusable(unusable, len(rows), source, name)
     _report_dropped(dataset, len(rows), source, name, max_tokens, shortest_dropped)
+    dataset.dropped += len(unusable)
     return dataset
+
+
+def _tokenized(
+    batch: list[Row], formatter: _Formatter, tokenize: _Tokenize, unusable: list[tuple[int, str]]
+) -> Iterator[tuple[Row, _Formatted, list[int]]]:
+    """Rows, prompts and token ids; of rows whose images cannot be used, why, to `unusable`."""
+    rows, prompts = [], []
+    for row in batch:
+        try:
+            prompts.append(formatter(row))
+        except ImageError as error:
+            unusable.append((row.number, f"{row.where}: {error}"))
+            continue
+        rows.append(row)
+    if not rows:
+        return
+    encoded = tokenize(rows, [prompt.text for prompt in prompts])
+    for row, prompt, ids in zip(rows, prompts, encoded, strict=True):
+        if prompt.images:
+            try:
+                ids = tokenize.with_images(prompt.text, prompt.images)
+            except ValueError as error:
+                unusable.append((row.number, f"{row.where}: {error}"))
+                continue
+        yield row, prompt, ids
+
+
+def _report_unusable(
+    unusable: list[tuple[int, str]], num_rows: int, source: str, name: str
+) -> None:
+    if not unusable:
+        return
+    if len(unusable) == num_rows:
+        raise ValueError(f"{source}: no prompt's images can be used; {min(unusable)[1]}")
+    logger.warning(
+        "%s: dropped %d of %d prompts of %s, whose images cannot be used: %s%s",
+        *(
+            name,
+            len(unusable),
+            num_rows,
+            source,
+            "; ".join(reason for _, reason in sorted(unusable)[:3]),
+        ),
+        "; …" if len(unusable) > 3 else "",
+    )
 
 
 def _report_dropped(
@@ -152,11 +219,26 @@ def _batches(rows: RowSource, description: str) -> Iterator[list[Row]]:
         yield batch
 
 
-class _Formatter:
-    """A row's prompt as the text that is tokenized, and the messages of a chat."""
+class _Formatted(NamedTuple):
+    """What becomes of a row's prompt: the text, the chat it was made from, and its images."""
 
-    def __init__(self, data: Data, tokenizer: PreTrainedTokenizerBase) -> None:
-        if data.apply_chat_template and not tokenizer.chat_template:
+    text: str
+    messages: tuple[dict[str, Any], ...]
+    images: tuple[Image, ...]
+
+
+class _Formatter:
+    """A row's prompt as the text that is tokenized, with what it was made from."""
+
+    def __init__(
+        self, data: Data, tokenizer: PreTrainedTokenizerBase, source: str, vision: Vision | None
+    ) -> None:
+        self._images = None if vision is None else RowImages(source, data)
+        self._token = None if vision is None else vision.placeholder
+        self._template: Any = tokenizer
+        if vision is not None and getattr(vision.processor, "chat_template", None):
+            self._template = vision.processor
+        if data.apply_chat_template and not self._template.chat_template:
             raise ValueError(
                 f"apply_chat_template: the tokenizer of {tokenizer.name_or_path!r} "
                 "has no chat template"
@@ -164,58 +246,80 @@ class _Formatter:
         if data.system_prompt is not None and not data.apply_chat_template:
             raise ValueError("system_prompt needs apply_chat_template = true")
         self._data = data
-        self._tokenizer = tokenizer
 
-    def __call__(self, row: Row) -> tuple[str, tuple[dict[str, Any], ...]]:
+    def __call__(self, row: Row) -> _Formatted:
+        """Raises ImageError where the row's images are no images."""
         prompt = row.columns[self._data.input_key]
         what = f"{row.where}: {self._data.input_key!r}"
         if isinstance(prompt, list):
-            messages = _checked_messages(prompt, what)
+            messages = _checked_messages(prompt, what, parts=self._images is not None)
         elif isinstance(prompt, str):
             messages = [{"role": "user", "content": prompt}]
         else:
             raise ValueError(
                 f"{what} must be a string or a list of chat messages, got {prompt!r:.80}"
             )
-        if not messages[-1]["content"].strip():
+        content = messages[-1]["content"]
+        if not (content.strip() if isinstance(content, str) else content):
             raise ValueError(f"{what} is empty")
+        images: tuple[Image, ...] = ()
+        if self._images is not None:
+            images = tuple(self._images.column(row))
+            if self._data.apply_chat_template:
+                messages, images = self._images.place(messages, images, row.where)
+            self._images.check(images, row)
         if self._data.apply_chat_template:
-            return self._apply_template(messages, row.where)
-        if isinstance(prompt, list):
+            text, messages = self._apply_template(messages, row.where)
+        elif isinstance(prompt, list):
             raise ValueError(f"{what} holds chat messages; they need apply_chat_template = true")
-        return prompt, ()
+        else:
+            text, messages = prompt, []
+        if self._token is not None and text.count(self._token) != len(images):
+            raise ValueError(
+                f"{what} becomes a text with {text.count(self._token)} times {self._token!r} for "
+                f"{len(images)} images; write it once for each, or set apply_chat_template = true"
+            )
+        return _Formatted(text, tuple(messages), images)
 
     def _apply_template(
         self, messages: list[dict[str, Any]], where: str
-    ) -> tuple[str, tuple[dict[str, Any], ...]]:
+    ) -> tuple[str, list[dict[str, Any]]]:
+        """The text, and the messages with the system's."""
         if self._data.system_prompt is not None:
             if messages[0]["role"] == "system":
                 raise ValueError(
                     f"{where}: the messages start with a system message already; "
                     "remove it or leave system_prompt out"
                 )
-            messages = [{"role": "system", "content": self._data.system_prompt}, *messages]
+            system: Any = self._data.system_prompt
+            if self._images is not None:  # whose templates take lists of parts
+                system = [{"type": "text", "text": system}]
+            messages = [{"role": "system", "content": system}, *messages]
         try:
-            text = self._tokenizer.apply_chat_template(
+            text = self._template.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )
         except TemplateError as error:
             raise ValueError(f"{where}: the chat template refuses it: {error}") from error
         assert isinstance(text, str)
-        return text, tuple(messages)
+        return text, messages
 
 
-def _checked_messages(prompt: list[Any], what: str) -> list[dict[str, Any]]:
+def _checked_messages(prompt: list[Any], what: str, parts: bool) -> list[dict[str, Any]]:
+    """Messages with a text, or with a list of parts where prompts may have images."""
     if not prompt:
         raise ValueError(f"{what} is an empty list of messages")
     messages = []
     for message in prompt:
-        if not isinstance(message, dict) or not all(
-            isinstance(message.get(key), str) for key in ("role", "content")
-        ):
+        fields = message if isinstance(message, dict) else {}
+        kinds = (str, list) if parts else str
+        if not isinstance(fields.get("role"), str) or not isinstance(fields.get("content"), kinds):
+            hint = ""
+            if isinstance(fields.get("content"), list):
+                hint = "; content of several parts needs images_key or mixed_mm_data"
             raise ValueError(
                 f'{what}: a message must be {{"role": string, "content": string}}, '
-                f"got {message!r:.80}"
+                f"got {message!r:.80}{hint}"
             )
         # Arrow gives every message the keys of all; a template asks whether a key is there.
         messages.append({key: value for key, value in message.items() if value is not None})
@@ -238,8 +342,10 @@ class _Tokenize:
     but what it would append (an end-of-sequence token) must not stand between prompt and response.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, plain: bool) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, plain: bool, vision: Vision | None = None
+    ) -> None:
+        self._tokenizer, self._vision = tokenizer, vision
         self._plain = plain
         self._affixes: _Affixes | None = None if plain else _Affixes(0, 0)
 
@@ -254,6 +360,13 @@ class _Tokenize:
             if end <= prefix:
                 raise ValueError(f"{row.where}: the prompt becomes no token at all")
             yield token_ids[:end]
+
+    def with_images(self, text: str, images: tuple[Image, ...]) -> list[int]:
+        """The token ids of a text with images; call it after a batch of texts."""
+        assert self._vision is not None
+        assert self._affixes is not None
+        ids = self._vision.token_ids(text, images, special=self._plain)
+        return ids[: len(ids) - self._affixes.suffix]
 
     def _find_affixes(self, text: str) -> _Affixes:
         bare, full = (

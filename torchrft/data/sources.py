@@ -94,10 +94,18 @@ class Table(RowSource):
     """A `datasets.Dataset`; only the columns that are asked for are read."""
 
     def __init__(
-        self, dataset: Dataset, origin: str, required: Iterable[str], optional: Iterable[str]
+        self,
+        dataset: Dataset,
+        origin: str,
+        required: Iterable[str],
+        optional: Iterable[str],
+        encoded: str | None = None,
     ) -> None:
         self.origin = origin
         self.column_names = list(dataset.column_names)
+        if encoded in self.column_names:
+            # As the files have them: a damaged image would end the reading of all rows.
+            dataset = dataset.cast_column(encoded, _undecoded(dataset.features[encoded]))
         _check_columns(required, self.column_names, origin)
         wanted = {*required, *optional}
         self._dataset = dataset.select_columns([n for n in self.column_names if n in wanted])
@@ -119,13 +127,14 @@ def open_source(
     required: Collection[str],
     optional: Collection[str] = (),
     require_split: bool = False,
+    encoded: str | None = None,
 ) -> RowSource:
     """The rows of a .jsonl, .json or .parquet file, a dataset folder or a hub id.
 
     `:split` may follow the source. Without it, `train` is taken, or the only split; with
     `require_split` a source of several splits must say which. Rows hold the columns `required` and,
-    where they have them, `optional`. Raises ValueError naming the source, and the row if one is at
-    fault.
+    where they have them, `optional`; images in the column `encoded` stay encoded. Raises ValueError
+    naming the source, and the row if one is at fault.
     """
     location, split = split_suffix(source)
     path = Path(location).expanduser()
@@ -135,7 +144,7 @@ def open_source(
             raise ValueError(f"{path}: no such file")
         _choose_split(str(path), ["train"], split, require_split=False)
         if path.suffix == ".parquet":
-            rows = Table(_load_parquet(path), str(path), required, optional)
+            rows = Table(_load_parquet(path), str(path), required, optional, encoded)
         else:
             rows = JsonRecords(path, required)
     elif path.is_file():
@@ -143,7 +152,7 @@ def open_source(
     else:
         splits = _load_folder(path) if path.is_dir() else _load_hub(location)
         name = _choose_split(location, list(splits), split, require_split)
-        rows = Table(splits[name], f"{location}:{name}", required, optional)
+        rows = Table(splits[name], f"{location}:{name}", required, optional, encoded)
     if len(rows) == 0:
         raise ValueError(f"{location}: holds no rows")
     return rows
@@ -168,6 +177,17 @@ def describe_columns(name: str, names: Collection[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{hint}columns are {', '.join(map(repr, names)) or 'none'}"
+
+
+def _undecoded(feature: Any) -> Any:
+    """The feature with its images left encoded."""
+    from datasets import Image, LargeList, List
+
+    if isinstance(feature, Image):
+        return Image(decode=False)
+    if isinstance(feature, List | LargeList):
+        return type(feature)(_undecoded(feature.feature))
+    return feature
 
 
 def _check_columns(required: Iterable[str], names: Collection[str], where: str) -> None:

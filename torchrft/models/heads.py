@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 
+from torchrft.models.loader import sees_images
 from torchrft.models.policy import Inputs
 from torchrft.models.split import joined, part_of, shared
+from torchrft.models.vision import hidden_states
 from torchrft.parallel.mesh import ModelMesh
 
 
@@ -19,7 +23,8 @@ class ValueModel(nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        self.model: nn.Module = model.get_decoder()
+        whole: Any = model.base_model if sees_images(model.config) else model.get_decoder()
+        self.model: nn.Module = whole
         weight = model.get_input_embeddings().weight
         assert isinstance(weight, Tensor)
         self.head = nn.Linear(weight.shape[1], 1, bias=False, dtype=weight.dtype)
@@ -28,12 +33,9 @@ class ValueModel(nn.Module):
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Values float32 [M]: entry m is that of the state in which response token m was chosen."""
-        hidden = self.model(
-            input_ids=inputs.input_ids,
-            position_ids=inputs.position_ids,
-            use_cache=False,
-            layout=inputs.layout,
-        ).last_hidden_state
+        hidden = hidden_states(
+            self.model, inputs.input_ids, inputs.position_ids, inputs.layout, inputs.images
+        )
         ranks = None if self.mesh is None else self.mesh.all
         rows = part_of(inputs.targets.numel(), ranks)
         hidden = shared(hidden, ranks).flatten(0, 1)[inputs.targets[rows]]

@@ -12,8 +12,10 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -33,16 +35,44 @@ def load_config(source: str) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ValueError(_not_found(source, "config.json")) from error
+    return _with_attention(config)
+
+
+def sees_images(config: PreTrainedConfig) -> bool:
+    """Whether a model of that config has a vision tower beside its language model."""
+    return hasattr(config, "vision_config") and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The Auto class that makes the whole model of that config, its vision tower included."""
+    return AutoModelForImageTextToText if sees_images(config) else AutoModelForCausalLM
+
+
+def _attention_of(config: PreTrainedConfig) -> str | dict[str, str]:
+    """torchrft's for the language model alone: what a vision tower attends to is its own affair."""
+    if not sees_images(config):
+        return attention.NAME
+    text = config.get_text_config()
+    names = {name: getattr(config, name, None) for name in config.sub_configs}
+    return {
+        name: attention.NAME if part is text else "sdpa"
+        for name, part in names.items()
+        if part is not None
+    }
+
+
+def _with_attention(config: PreTrainedConfig) -> PreTrainedConfig:
     # transformers writes the attention's name into the very object it is given.
     config = copy.deepcopy(config)
-    config._attn_implementation = attention.NAME
+    config._attn_implementation = _attention_of(config)
     return config
 
 
 def load_model(
     source: str, init: str = "pretrained", dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> PreTrainedModel:
-    """A causal LM in `dtype` on the CPU: the weights of `source`, or fresh ones drawn by `seed`.
+    """A language model in `dtype` on the CPU, with its vision tower if it has one: the weights of
+    `source`, or fresh ones drawn by `seed`.
 
     Fresh weights depend on the config and the seed only, so every rank draws the same.
     Raises ValueError when there are no weights to load, the files cannot be read, or weights are
@@ -52,14 +82,14 @@ def load_model(
     if init == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = auto_class(config).from_config(config, dtype=dtype)
     else:
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = auto_class(config).from_pretrained(
                 source,
                 config=config,
                 dtype=dtype,
-                attn_implementation=attention.NAME,
+                attn_implementation=_attention_of(config),
                 output_loading_info=True,
             )
         except OSError as error:
@@ -81,10 +111,9 @@ def empty_model(
     config: PreTrainedConfig, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
     """A model of that config on `device`, its weights still to be filled in (they are 0)."""
-    config = copy.deepcopy(config)
-    config._attn_implementation = attention.NAME
+    config = _with_attention(config)
     with parameters_on_meta():  # where drawing them costs nothing
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: Any = auto_class(config).from_config(config, dtype=dtype)
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from torchrft.models.attention import Layout
 from torchrft.models.logprobs import fused_linear_logprob, linear_logprob
 from torchrft.models.split import joined, local_vocabulary, part_of, shared
+from torchrft.models.vision import ImageBatch, hidden_states
 from torchrft.parallel.mesh import ModelMesh
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -55,6 +56,7 @@ class Inputs(Protocol):
     layout: Layout | None
     targets: Tensor  # int64 [M]: flat positions whose next token is a response token
     labels: Tensor  # int64 [M]: those next tokens
+    images: ImageBatch | None
 
 
 class PolicyModel(nn.Module):
@@ -83,13 +85,9 @@ class PolicyModel(nn.Module):
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Returns logprobs float32 [M] and entropy float32 [M] of `inputs.labels`."""
-        base = self.model.get_decoder()
-        hidden = base(
-            input_ids=inputs.input_ids,
-            position_ids=inputs.position_ids,
-            use_cache=False,
-            layout=inputs.layout,
-        ).last_hidden_state
+        hidden = hidden_states(
+            self.model, inputs.input_ids, inputs.position_ids, inputs.layout, inputs.images
+        )
         # Over `sp` ranks each takes a part of the tokens, over `tp` ranks a part of the vocabulary.
         sp, ranks = (None, None) if self.mesh is None else (self.mesh.sp, self.mesh.all)
         rows = part_of(inputs.targets.numel(), sp)

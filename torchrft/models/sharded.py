@@ -12,9 +12,11 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from torchrft.models.loader import load_config, parameters_on_meta
+from torchrft.models.loader import auto_class, load_config, parameters_on_meta
 from torchrft.tools.logging import logger
 
 Build = Callable[..., PreTrainedModel]
@@ -29,7 +31,8 @@ class ShardedWeights:
     """
 
     def __init__(self, source: str, folder: Path, names: set[str], build: Build) -> None:
-        self.source, self.folder, self.names, self.build = source, folder, names, build
+        self.source, self.folder, self.build = source, folder, build
+        self.names = self._by_model_name(names)  # the files' names, by the model's
         self.owners: list[tuple[str, nn.Module]] = []
 
     @classmethod
@@ -51,9 +54,14 @@ class ShardedWeights:
         if not names:
             return None
         if build is None:
-            build = partial(AutoModelForCausalLM.from_config, load_config(source))
+            config = load_config(source)
+            build = partial(auto_class(config).from_config, config)
         weights = cls(source, folder, names, build)
-        missing = [aliases for aliases in weights._aliases(torch.float32) if not aliases & names]
+        missing = [
+            aliases
+            for aliases in weights._aliases(torch.float32)
+            if not aliases & weights.names.keys()
+        ]
         if missing:
             name = min(missing[0])
             logger.info("%s: no file has %s; every rank loads the whole model", source, name)
@@ -89,7 +97,7 @@ class ShardedWeights:
                 module.register_parameter(key, new)
                 name = f"{prefix}.{key}" if prefix else key
                 if name in self.names and not any(new is held for held in state.values()):
-                    state[name] = new.data
+                    state[self.names[name]] = new.data
         try:
             dcp.load(state, storage_reader=HuggingFaceStorageReader(str(self.folder)))
         except dcp.api.CheckpointException as error:
@@ -97,6 +105,22 @@ class ShardedWeights:
             raise ValueError(
                 f'the weights in pretrain = "{self.source}" do not load: {first}'
             ) from error
+
+    def _by_model_name(self, names: set[str]) -> dict[str, str]:
+        """Published files may have other names than the modules; what has to be computed from
+        several tensors, or from one of another shape, is left out."""
+        model = self.model(torch.float32)
+        rules = get_model_conversion_mapping(model)
+        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        known, found = model.state_dict(), dict[str, str]()
+        for name in sorted(names):
+            new, converter = rename_source_key(
+                name, renamings, converters, model.base_model_prefix, known
+            )
+            if converter is None:
+                found[new] = name
+        return found
 
     def _aliases(self, dtype: torch.dtype) -> list[set[str]]:
         """The names of each parameter; tied ones have several."""

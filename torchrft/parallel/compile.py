@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from torchrft.parallel.modules import decoder_layers
+from torchrft.parallel.modules import decoder_layers, language_part
 
 
 def apply_compile(model: nn.Module, backend: str = "inductor") -> None:
@@ -11,5 +11,5 @@ def apply_compile(model: nn.Module, backend: str = "inductor") -> None:
     Attention stays outside of the graph (its layout differs from batch to batch), so that a layer
     becomes two graphs, both with a dynamic length.
     """
-    for layer in decoder_layers(model):
+    for layer in decoder_layers(language_part(model)):  # image towers loop over the images
         layer.compile(dynamic=True, backend=backend)

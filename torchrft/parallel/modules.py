@@ -18,6 +18,14 @@ def decoder_of(model: nn.Module) -> Any:
     raise ValueError(f"{type(model).__name__} holds no transformers model")
 
 
+def language_part(model: nn.Module) -> nn.Module:
+    """The text decoder of a model that also sees images; any other model as it is."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            return module.get_decoder() if hasattr(module, "get_image_features") else model
+    return model
+
+
 def vocabulary_modules(model: nn.Module) -> list[nn.Module]:
     """The embedding and the head, each if it shares no weight and is used by calling it.
 

@@ -71,13 +71,10 @@ class _Hooks:
                 whole = kwargs["input_ids"]
                 kwargs["position_ids"] = torch.arange(whole.shape[1], device=whole.device)[None]
             kwargs["use_cache"] = False
-        ids, positions = kwargs["input_ids"], kwargs["position_ids"]
-        self.length = ids.shape[1]
-        pad = -self.length % self.mesh.all.size()
-        parts, part = self.mesh.sp.size(), self.mesh.sp.get_local_rank()
-        ids, positions = (F.pad(x, (0, pad)).chunk(parts, dim=1)[part] for x in (ids, positions))
-        split = Split(self.mesh.sp, self.length, pad, seen)
-        return (), {**kwargs, "input_ids": ids, "position_ids": positions, "split": split}
+        own = _parts(kwargs, self.mesh)
+        self.length = kwargs["position_ids"].shape[-1]
+        split = Split(self.mesh.sp, self.length, -self.length % self.mesh.all.size(), seen)
+        return (), {**kwargs, **own, "split": split}
 
     def after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -93,6 +90,25 @@ class _Hooks:
         # FSDP2 warns of views among a module's outputs, which a decoder on its own returns.
         output.last_hidden_state = whole.clone() if self.plain else whole
         return output
+
+
+def _parts(kwargs: dict[str, Any], mesh: ModelMesh) -> dict[str, Any]:
+    """This rank's part of the arguments that run along the sequence."""
+    length = kwargs["position_ids"].shape[-1]
+    pad = -length % mesh.all.size()
+    parts, part = mesh.sp.size(), mesh.sp.get_local_rank()
+    own: dict[str, Any] = {}
+    for name in ("input_ids", "position_ids", "visual_pos_masks"):
+        if kwargs.get(name) is not None:
+            own[name] = F.pad(kwargs[name], (0, pad)).chunk(parts, dim=-1)[part]
+    if kwargs.get("inputs_embeds") is not None:
+        own["inputs_embeds"] = F.pad(kwargs["inputs_embeds"], (0, 0, 0, pad)).chunk(parts, 1)[part]
+    if kwargs.get("visual_pos_masks") is not None:  # rows of what its marks are added to
+        marks = kwargs["visual_pos_masks"]
+        number = F.pad((marks.flatten().cumsum(0) - 1).view_as(marks), (0, pad))
+        rows = number.chunk(parts, dim=-1)[part][own["visual_pos_masks"]]
+        own["deepstack_visual_embeds"] = [x[rows] for x in kwargs["deepstack_visual_embeds"]]
+    return own
 
 
 def _refuse_what_is_not_split(module: Any, kwargs: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, parallel
 from transformers import PreTrainedModel
 
-from torchrft.parallel.modules import decoder_layers, decoder_of
+from torchrft.parallel.modules import decoder_layers, decoder_of, language_part
 
 _SEQUENCE = Shard(1)
 _LAYOUTS = ("input_layouts", "desired_input_layouts", "output_layouts", "desired_output_layouts")
@@ -44,6 +44,11 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
     Raises ValueError for a model without a plan, or whose sizes the ranks do not divide.
     """
     decoder = decoder_of(model)
+    if language_part(model) is not model:
+        raise ValueError(
+            f"tp_size = {mesh.size()}: {type(decoder).__name__} sees images, whose tower is not "
+            "split; use tp_size = 1 with fsdp, zero_stage = 3 or sp_size"
+        )
     plan = layer_plan_of(decoder)
     _check(decoder, plan, mesh.size())
     trained = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}

@@ -7,6 +7,7 @@ import torch
 from torchrft.config.availability import engine_missing
 from torchrft.config.job_config import Rollout
 from torchrft.models.loader import load_config, load_model, load_tokenizer, stop_token_ids
+from torchrft.models.vision import Vision
 from torchrft.rollout.engine import RolloutEngine
 from torchrft.rollout.native.engine import NativeEngine
 from torchrft.rollout.weight_sync import named_full_tensors
@@ -20,12 +21,14 @@ def build_engine(
     load_weights: bool = True,
     max_len: int = 4096,
     compile: bool = False,
+    vision: Vision | None = None,
 ) -> RolloutEngine:
     """The engine of `config.engine_type` for the model in the folder or hub id `pretrain`.
 
     Args: load_weights, false for an engine that waits for `update_weights`, as in the trainer: no
         weights are read; max_len, tokens of the longest prompt with its response, for vLLM
-    and SGLang; compile, whether the native engine compiles its layers, on a GPU.
+    and SGLang; compile, whether the native engine compiles its layers, on a GPU; vision, for
+    prompts with images.
     Raises ValueError for an engine that is not installed or does not start.
     """
     problem = None if config.server_urls else engine_missing(config.engine_type)
@@ -38,7 +41,7 @@ def build_engine(
     engine: RolloutEngine
     if config.engine_type == "native":
         engine = NativeEngine(
-            model_config, tokenizer, stop_ids, config.max_num_seqs, dtype, device, compile
+            model_config, tokenizer, stop_ids, config.max_num_seqs, dtype, device, compile, vision
         )
     elif config.engine_type == "vllm" and config.server_urls:
         from torchrft.rollout.remote import RemoteVllmEngine
@@ -47,7 +50,7 @@ def build_engine(
     elif config.engine_type == "vllm":
         from torchrft.rollout.vllm import VllmEngine
 
-        engine = VllmEngine(config, *policy, device)
+        engine = VllmEngine(config, *policy, device, vision)
     else:
         from torchrft.rollout.sglang import SglangEngine, join_sglang, start_sglang
 

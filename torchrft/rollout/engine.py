@@ -40,9 +40,14 @@ class RolloutEngine(Protocol):
         """Free everything; the engine cannot be used afterwards."""
 
 
-def check_prompts(prompts: Sequence[Prompt], sampling: SamplingParams, version: int | None) -> None:
+def check_prompts(
+    prompts: Sequence[Prompt],
+    sampling: SamplingParams,
+    version: int | None,
+    sees_images: bool = False,
+) -> None:
     """Raises ValueError for an engine without weights (`version` None), and for a prompt that is
-    empty or leaves no room for a response."""
+    empty, leaves no room for a response or has images that the engine does not see."""
     if version is None:
         raise ValueError("the engine has no weights: call update_weights before generate")
     if sampling.seeds is not None and [len(row) for row in sampling.seeds] != [sampling.n] * len(
@@ -53,6 +58,11 @@ def check_prompts(prompts: Sequence[Prompt], sampling: SamplingParams, version: 
     for position, prompt in enumerate(prompts):
         if not prompt.token_ids:
             raise ValueError(f"prompt {position} (row {prompt.row}) has no tokens")
+        if prompt.images and not sees_images:
+            raise ValueError(
+                f"prompt {position} (row {prompt.row}) has images, which this engine does not see: "
+                'use engine_type = "native" or "vllm" in the trainer\'s process'
+            )
         if sampling.budget(len(prompt.token_ids)) < 1:
             raise ValueError(
                 f"prompt {position} (row {prompt.row}) has {len(prompt.token_ids)} tokens, which "

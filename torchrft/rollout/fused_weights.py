@@ -16,13 +16,17 @@ _FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_pro
 
 def held(model: nn.Module, name: str) -> list[Held]:
     """Where this rank holds (a part of) the Hugging Face parameter; [] if nobody can tell."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    for old, new in (mapper.orig_to_new_prefix if mapper is not None else {}).items():
+        name = (new or "") + name.removeprefix(old) if name.startswith(old) else name
     path, _, leaf = name.rpartition(".")
     found = _find(model, path)
     if found is None:
         return []
     places = [_place(*found, leaf)]
-    head = getattr(model, "lm_head", None)
-    if path.endswith("embed_tokens") and _is_tied(model) and isinstance(head, nn.Module):
+    language = getattr(model, "language_model", model)
+    head = getattr(language, "lm_head", None)
+    if path.endswith("embed_tokens") and _is_tied(language) and isinstance(head, nn.Module):
         places.append(_place(head, None, leaf))  # packed on its own, it can stay behind
     return places
 

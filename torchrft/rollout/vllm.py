@@ -10,9 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from torchrft.config.job_config import Rollout
+from torchrft.models.loader import auto_class
+from torchrft.models.vision import Vision
 from torchrft.rollout.engine import check_prompts, completion, neighbors
 from torchrft.rollout.vllm_model import load, scale_logits
 from torchrft.tools.logging import logger
@@ -28,7 +30,7 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
-_Request = tuple[tuple[int, ...], dict[str, Any]]
+_Request = tuple[Prompt, dict[str, Any]]
 
 
 class VllmEngine:
@@ -54,8 +56,14 @@ class VllmEngine:
         max_len: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        vision: Vision | None = None,
     ) -> None:
-        self.tokenizer, self.stop_token_ids = tokenizer, stop_token_ids
+        if vision is not None and vision.source not in (None, pretrain):
+            raise ValueError(
+                f'processor = "{vision.source}": vLLM takes the processor from pretrain = '
+                f'"{pretrain}"; copy it there, or use engine_type = "native"'
+            )
+        self.tokenizer, self.stop_token_ids, self.vision = tokenizer, stop_token_ids, vision
         self.dtype, self.on_cpu = dtype, torch.device(device).type == "cpu"
         self.sleeps = rollout.enable_engine_sleep and not self.on_cpu
         self.version: int | None = None
@@ -63,7 +71,7 @@ class VllmEngine:
         self.temperature = 1.0
         self.ranks = neighbors(rollout.engine_tp_size)
         with torch.device("meta"):  # names, shapes and ties of what will be sent
-            self.expected = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            self.expected = auto_class(config).from_config(config, dtype=dtype)
         arguments: dict[str, Any] = {
             "model": pretrain,
             "load_format": "dummy",
@@ -72,9 +80,12 @@ class VllmEngine:
             "max_num_seqs": rollout.max_num_seqs,
             "tensor_parallel_size": rollout.engine_tp_size,
             "logprobs_mode": "raw_logprobs",
-            "skip_tokenizer_init": not rollout.stop,
+            "skip_tokenizer_init": not rollout.stop and vision is None,
             "seed": 0,
         }
+        if vision is not None and "mm_device_do_normalize" in _engine_arguments():
+            # Its constants are buffers, in which "dummy" weights are random numbers.
+            arguments["mm_device_do_normalize"] = False
         if self.on_cpu:
             arguments["enforce_eager"] = True
             # A prompt cut in two with a seed ends in "CPU Generator does not use offset".
@@ -143,9 +154,9 @@ class VllmEngine:
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
         if sampling.first_token_temperature is not None:
             raise ValueError("vLLM has no first_token_temperature; use the native engine")
-        check_prompts(prompts, sampling, self.version)
+        check_prompts(prompts, sampling, self.version, self.vision is not None)
         requests = [
-            (prompt.token_ids, sampling_options(place, prompt, sampling, self.stop_token_ids))
+            (prompt, sampling_options(place, prompt, sampling, self.stop_token_ids))
             for place, prompt in enumerate(prompts)
         ]
         # The ranks of one engine must all run the same requests; each keeps its own.
@@ -154,6 +165,12 @@ class VllmEngine:
         if not everything:
             return []
         outputs = self._run(everything, sampling.temperature)
+        for (prompt, _), output in zip(everything, outputs, strict=True):
+            if prompt.images and tuple(output.prompt_token_ids) != prompt.token_ids:
+                raise RuntimeError(
+                    f"vLLM makes {len(output.prompt_token_ids)} tokens of prompt row {prompt.row}, "
+                    f"the trainer {len(prompt.token_ids)}: their processors differ"
+                )
         first = sum(len(part) for part in parts[: self.ranks.rank])
         return [
             self._completion(place, output, sampling)
@@ -167,13 +184,22 @@ class VllmEngine:
         self.temperature = temperature or 1.0
         sampled = 1.0 if temperature else 0.0
         return self.llm.generate(
-            [{"prompt_token_ids": list(token_ids)} for token_ids, _ in requests],
+            [self._input(prompt) for prompt, _ in requests],
             [
                 vllm.SamplingParams(temperature=sampled, flat_logprobs=True, **options)
                 for _, options in requests
             ],
             use_tqdm=False,
         )
+
+    def _input(self, prompt: Prompt) -> dict[str, Any]:
+        if not prompt.images:
+            return {"prompt_token_ids": list(prompt.token_ids)}
+        assert self.vision is not None
+        return {
+            "prompt_token_ids": list(self.vision.bare_token_ids(prompt)),
+            "multi_modal_data": {"image": [self.vision.open(image) for image in prompt.images]},
+        }
 
     def _scale_logits(self, model: Any) -> None:
         scale_logits(model, lambda: self.temperature)
@@ -203,6 +229,12 @@ def sampling_options(
         "detokenize": bool(sampling.stop),
         "logprobs": 0,  # of the sampled token
     }
+
+
+def _engine_arguments() -> Iterable[str]:
+    from vllm import EngineArgs
+
+    return EngineArgs.__dataclass_fields__.keys()
 
 
 def start(arguments: dict[str, Any], memory: float) -> Any:

@@ -4,7 +4,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange
 
+from torchrft.models.loader import sees_images
 from torchrft.rollout.canary import Canary
 from torchrft.rollout.fused_weights import held, is_a
 
@@ -19,13 +22,33 @@ def load(
     Args: expected, a Hugging Face model with the names, shapes and ties of `pairs`; reload, how to
         load on a CPU, where packed layers are unpacked, loaded and packed again.
     """
-    canary = Canary(expected, lambda name: held(model, name))
+    rename = _published_names(expected)
+    canary = Canary(expected, lambda name: held(model, rename(name)))
     watched = canary.watch(pairs)
     if reload is None:
-        model.load_weights(watched)
+        model.load_weights((rename(name), tensor) for name, tensor in watched)
     else:
-        reload(_with_head(expected, watched))
+        reload((rename(name), tensor) for name, tensor in _with_head(expected, watched))
     canary.check()
+
+
+def _published_names(expected: Any) -> Callable[[str], str]:
+    """The name of a tensor in published files, which vLLM knows, where an image tower inside of
+    another model has lost a prefix on its way into transformers' modules."""
+    rules: list[Any] = []
+    if sees_images(expected.config):
+        rules = [
+            rule.reverse_transform()
+            for rule in get_model_conversion_mapping(expected, add_legacy=False)
+            if isinstance(rule, PrefixChange)
+        ]
+
+    def rename(name: str) -> str:
+        for rule in rules:
+            name = rule.rename_source_key(name)[0]
+        return name
+
+    return rename
 
 
 def _with_head(expected: nn.Module, pairs: Pairs) -> Iterator[tuple[str, Tensor]]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from torchrft.models.loader import empty_model
 from torchrft.models.policy import refuse_unsupported
+from torchrft.models.vision import Vision
 from torchrft.parallel.compile import apply_compile
 from torchrft.rollout.engine import check_prompts, texts
 from torchrft.rollout.native.generation import Generation
@@ -40,8 +41,9 @@ class NativeEngine:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         compile: bool = False,
+        vision: Vision | None = None,
     ) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.vision = tokenizer, vision
         self.stop_token_ids = stop_token_ids
         self.max_num_seqs = max_num_seqs
         self.device = torch.device(device)
@@ -88,7 +90,7 @@ class NativeEngine:
     @torch.inference_mode()
     @torch._dynamo.config.patch(recompile_limit=64)  # shapes of caches differ
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
-        check_prompts(prompts, sampling, self.version)
+        check_prompts(prompts, sampling, self.version, self.vision is not None)
         if not prompts:
             return []
         kind: Callable[..., Generation] = Generation
@@ -101,6 +103,7 @@ class NativeEngine:
             stop_ids=self.stop_token_ids + sampling.stop_token_ids,
             max_num_seqs=self.max_num_seqs,
             decode=self._decode_tail,
+            vision=self.vision,
         )
         tokens, logprobs, stopped = generation.run()
         return self._completions(sampling, tokens, logprobs, stopped)

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from torchrft.models.attention import Layout
+from torchrft.models.vision import Vision, hidden_states
 from torchrft.rollout.native.kv_cache import Decode, Prefill, SlotCache
 from torchrft.rollout.native.sampler import sample
 from torchrft.types import Prompt, SamplingParams
@@ -53,7 +54,9 @@ class Generation:
         stop_ids: tuple[int, ...],
         max_num_seqs: int,
         decode: Callable[[list[int]], str],
+        vision: Vision | None = None,
     ) -> None:
+        self.model, self.vision = model, vision
         self.base, self.head = model.get_decoder(), model.get_output_embeddings()
         self.num_layers = model.config.get_text_config().num_hidden_layers
         self.device = self.head.weight.device
@@ -74,6 +77,9 @@ class Generation:
         self.log: list[tuple[Tensor, Tensor, Tensor]] = []  # (request, token, logprob) by step
         self.tails: list[list[int]] = [[] for _ in range(count if sampling.stop else 0)]
         self.seen_stop = [False] * len(self.tails)  # a stop string may come before min_new_tokens
+        self.shifts: Tensor | None = None  # by prompt, of the positions after it; None: no images
+        if vision is not None and any(prompt.images for prompt in prompts):
+            self.shifts = torch.tensor([vision.shift(p) for p in prompts], device=self.device)
         empty = torch.empty(0, dtype=torch.long, device=self.device)
         self.active = _Active(empty, empty, empty, empty, empty, empty)
         self.split = 0  # so many active slots in front hold the long sequences
@@ -154,8 +160,14 @@ class Generation:
         lengths = torch.tensor([row.numel() for row in ids], device=self.device)
         padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(self.device)
         positions = torch.arange(padded.shape[1], device=self.device).expand_as(padded)
-        self.prefill = Prefill()
-        hidden = self._forward(padded, positions, self.prefill)
+        self.prefill, images = Prefill(), None
+        if self.shifts is not None:
+            assert self.vision is not None
+            length = padded.shape[1]
+            spans = [(self.prompts[p], i * length, (i + 1) * length) for i, p in enumerate(batch)]
+            positions, images = self.vision.see(positions.cpu(), spans)
+            positions, images = positions.to(self.device), images.to(self.device)
+        hidden = hidden_states(self.model, padded, positions, self.prefill, images)
         if len(self.prefill.keys) != self.num_layers:
             raise ValueError(
                 f"{type(self.base).__name__}: {len(self.prefill.keys)} of {self.num_layers} layers "
@@ -173,13 +185,15 @@ class Generation:
         active = self.active
         self.cache.reserve(int(active.length.max()) + 1, active.length.numel(), self.prefill)
         layout = Decode(self.cache, active.length, self.split)
-        hidden = self._forward(active.token[:, None], active.length[:, None], layout)
+        positions = active.length
+        if self.shifts is not None:
+            positions = positions + self.shifts[active.request // self.sampling.n]
+        hidden = self._forward(active.token[:, None], positions[:, None], layout)
         active.length = active.length + 1
         self.retire(self.take(self.head(hidden[:, 0])))
 
     def _forward(self, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
-        out = self.base(input_ids=ids, position_ids=positions, use_cache=False, layout=layout)
-        return out.last_hidden_state
+        return hidden_states(self.model, ids, positions, layout, None)
 
     def take(self, logits: Tensor) -> Tensor:
         """Samples a token for every active sequence, records it, and says which have finished."""

@@ -142,6 +142,7 @@ class GraphGeneration(Generation):
         # A table, since torch.isin sorts many ids, which cannot be captured.
         self.is_stop = zeros(self.head.weight.shape[0], dtype=torch.bool)
         self.is_stop[self.stop_ids[self.stop_ids < len(self.is_stop)]] = True
+        self.shift = zeros(slots) if self.shifts is not None else None
         self.keys = self.values = torch.empty(0)
         self.batch = slots
         self.replays: dict[int, Callable[[], None]] = {}
@@ -192,6 +193,8 @@ class GraphGeneration(Generation):
         self.generated[slot] = 0
         self.budget[slot], self.seed[slot] = self.budgets[request], self.seeds[request]
         self.live[slot], self.by_stop[slot] = True, False
+        if self.shift is not None and self.shifts is not None:
+            self.shift[slot] = self.shifts[request // self.sampling.n]
         first = self.sampling.first_token_temperature
         self.record(slot, self.prefill_logits[row], first)
         if max(slots) >= self.batch:  # a larger graph again
@@ -240,7 +243,8 @@ class GraphGeneration(Generation):
         layout.begin(lengths)
         config = self.base.config
         config._attn_implementation = self.attention
-        hidden = self._forward(self.token[:batch, None], lengths[:, None], layout)
+        positions = lengths if self.shift is None else lengths + self.shift[:batch]
+        hidden = self._forward(self.token[:batch, None], positions[:, None], layout)
         config._attn_implementation = attention.NAME
         # The token that was read is in the cache now; sequences that ended stay where they are.
         self.length[:batch] += self.live[:batch]
@@ -326,6 +330,7 @@ class GraphGeneration(Generation):
         left, entered = map(self.on_device, (source, target))
         for tensor in (
             *(self.token, self.length, self.generated, self.budget, self.seed),
+            *([] if self.shift is None else [self.shift]),
             *(self.live, self.by_stop, self.out_token, self.out_logprob),
             *self.keys,  # layer by layer
             *self.values,

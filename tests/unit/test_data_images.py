@@ -1,0 +1,297 @@
+"""Prompts with images: every way to name a picture, and every picture that cannot be used."""
+
+import base64
+import io
+import json
+import logging
+import pickle
+import re
+import shutil
+from pathlib import Path
+
+import datasets
+import pytest
+from PIL import Image as Pillow
+from transformers import AutoTokenizer
+
+from torchrft.config.job_config import Data
+from torchrft.data.prompts import load_prompts
+from torchrft.models.loader import load_config
+from torchrft.models.vision import Vision
+from torchrft.tools import images as images_module
+from torchrft.tools.images import Image, ImageError, image_of
+
+MODEL = str(Path(__file__).parents[1] / "assets" / "debug_vlm")
+IMAGE_TOKEN, TOKENS = 56, 9
+COLORS = [(250, 10, 20), (30, 240, 40), (10, 20, 250)]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(MODEL)
+
+
+@pytest.fixture(scope="module")
+def vision():
+    return Vision.load(MODEL)
+
+
+def encoded(color=COLORS[0], size=(24, 24), **options):
+    buffer = io.BytesIO()
+    Pillow.new(options.pop("mode", "RGB"), size, color).save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+def data(**options):
+    return Data(**{"images_key": "images", "apply_chat_template": True} | options)
+
+
+def write(folder, *rows, name="p.jsonl"):
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / name)
+
+
+def colors(prompt):
+    return [image.open().getpixel((3, 3)) for image in prompt.images]
+
+
+def test_every_way_to_name_a_picture(tmp_path, tokenizer, vision, monkeypatch):
+    """Paths are relative to the file, wherever the job runs."""
+    folder = tmp_path / "data"
+    png = base64.b64encode(encoded()).decode()
+    rows = [
+        {"prompt": "a", "images": "pictures/1.png"},
+        {"prompt": "a", "images": str(folder / "pictures" / "1.png")},
+        {"prompt": "a", "images": png},
+        {"prompt": "a", "images": [f"data:image/png;base64,{png}"]},
+        {"prompt": "a", "images": {"bytes": None, "path": "pictures/1.png"}},
+    ]
+    path = write(folder, *rows)
+    (folder / "pictures").mkdir()
+    (folder / "pictures" / "1.png").write_bytes(encoded())
+    monkeypatch.chdir(tmp_path)
+    prompts = load_prompts(path, data(), tokenizer, vision=vision)
+    assert [colors(prompt) for prompt in prompts] == [[COLORS[0]]] * 5
+    assert prompts.dropped == 0
+    for prompt in prompts:  # the text has one placeholder, the ids one for each feature
+        assert prompt.text == "<|user|><image>a\n<|assistant|>"
+        assert list(prompt.token_ids) == [4, *[IMAGE_TOKEN] * TOKENS, 30, 6, 5]
+    again = pickle.loads(pickle.dumps(prompts[2]))
+    assert again == prompts[2]
+    assert len(pickle.dumps(prompts[0])) < 600
+
+
+@pytest.mark.parametrize("feature", [datasets.Image(), datasets.Value("binary")])
+@pytest.mark.parametrize("several", [False, True])
+def test_parquet_columns(tmp_path, tokenizer, vision, feature, several):
+    """Of bytes, and of the images of a saved dataset, which stay encoded until they are needed."""
+    values = [encoded(color) for color in COLORS]
+    column = [values[:2], values[2:]] if several else values[:2]
+    features = datasets.Features(
+        {
+            "prompt": datasets.Value("string"),
+            "images": datasets.List(feature) if several else feature,
+        }
+    )
+    rows = datasets.Dataset.from_dict({"prompt": ["a", "b"], "images": column}, features=features)
+    rows.to_parquet(tmp_path / "p.parquet")
+    prompts = load_prompts(str(tmp_path / "p.parquet"), data(), tokenizer, vision=vision)
+    wanted = [COLORS[:2], COLORS[2:]] if several else [COLORS[:1], COLORS[1:2]]
+    assert [colors(prompt) for prompt in prompts] == wanted
+    assert all(image.data in values for prompt in prompts for image in prompt.images)
+
+
+def part(*pieces):
+    kinds = {True: "text", False: "image"}
+    made = []
+    for piece in pieces:
+        is_text = isinstance(piece, str)
+        made.append({"type": kinds[is_text]} | ({"text": piece} if is_text else piece))
+    return made
+
+
+def test_where_images_stand_in_messages(tmp_path, tokenizer, vision):
+    """At image parts, at <image> in a text, or in front of the first user message."""
+    one, two, three = (base64.b64encode(encoded(color)).decode() for color in COLORS)
+    user = {"role": "user"}
+    cases = [
+        ([{**user, "content": part("a", {}, "b", {})}], [one, two], "a<image>b<image>", COLORS[:2]),
+        ([{**user, "content": "a<image>b<image>c"}], [one, two], "a<image>b<image>c", COLORS[:2]),
+        ([{**user, "content": "ab"}], [one, two], "<image><image>ab", COLORS[:2]),
+        ("a<image>", one, "a<image>", COLORS[:1]),
+        ([{**user, "content": part({"image": three}, "a", {})}], [one], "<image>a<image>",
+         [COLORS[2], COLORS[0]]),
+        ([{**user, "content": [{"type": "image_url",
+                                "image_url": {"url": f"data:image/png;base64,{two}"}},
+                               {"type": "text", "text": "a"}]}], None, "<image>a", [COLORS[1]]),
+        ([{"role": "system", "content": "s"}, {**user, "content": "a"}], one, None, COLORS[:1]),
+    ]  # fmt: skip
+    path = write(tmp_path, *({"prompt": p, "images": i} for p, i, _, _ in cases))
+    prompts = load_prompts(path, data(), tokenizer, vision=vision)
+    assert len(prompts) == len(cases)
+    for prompt, (_, _, text, wanted) in zip(prompts, cases, strict=True):
+        if text is None:
+            assert prompt.text == "<|system|>s\n<|user|><image>a\n<|assistant|>"
+        else:
+            assert prompt.text == f"<|user|>{text}\n<|assistant|>"
+        assert colors(prompt) == wanted
+        assert prompt.token_ids.count(IMAGE_TOKEN) == TOKENS * len(wanted)
+    plain = write(tmp_path, {"prompt": "a<image>b", "images": one})
+    [prompt] = load_prompts(plain, data(apply_chat_template=False), tokenizer, vision=vision)
+    assert list(prompt.token_ids) == [30, *[IMAGE_TOKEN] * TOKENS, 31]
+
+
+PNG = base64.b64encode(encoded()).decode()
+USER = {"role": "user"}
+MALFORMED = [
+    ({"prompt": "a", "imags": PNG}, {}, "have none; did you mean 'imags'?"),
+    ({"prompt": "a", "images": []}, {}, "no image in 'images' (images_key); set mixed_mm_data"),
+    ({"prompt": "a", "images": None}, {}, "no image in 'images' (images_key); set mixed_mm_data"),
+    ({"prompt": "a<image>", "images": [PNG, PNG]}, {}, "places for 1 images, but 'images' holds 2"),
+    ({"prompt": "a<image>"}, {"mixed_mm_data": True}, "places for 1 images, but 'images' holds 0"),
+    ({"prompt": "a", "images": PNG}, {"apply_chat_template": False},
+     "becomes a text with 0 times '<image>' for 1 images"),
+    ({"prompt": [{**USER, "content": [{"type": "video", "video": "v.mp4"}]}], "images": PNG}, {},
+     "a part of type 'video'; prompts take text and images only"),
+    ({"prompt": [{**USER, "content": [{"type": "audio"}]}], "images": PNG}, {},
+     "a part of type 'audio'; prompts take text and images only"),
+    ({"prompt": [{**USER, "content": [{"type": "text"}]}], "images": PNG}, {},
+     'a part must be {"type": "text"'),
+    ({"prompt": [{**USER, "content": []}], "images": PNG}, {}, "is empty"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "options", "message"), MALFORMED)
+def test_malformed_rows_name_file_and_line(tmp_path, tokenizer, vision, row, options, message):
+    path = write(tmp_path, row)
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        load_prompts(path, data(**options), tokenizer, vision=vision)
+    assert f"{path}, line 1" in str(caught.value)
+
+
+def test_parts_need_a_job_with_images(tmp_path, tokenizer):
+    path = write(tmp_path, {"prompt": [{**USER, "content": part("a", {})}]})
+    with pytest.raises(ValueError, match="content of several parts needs images_key or mixed"):
+        load_prompts(path, Data(apply_chat_template=True), tokenizer)
+
+
+def animated():
+    frames = [Pillow.new("RGB", (8, 8), color) for color in COLORS]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
+    return buffer.getvalue()
+
+
+BOMB = encoded(0, (10_000, 10_000), mode="1")
+UNUSABLE = [
+    ("missing.png", "missing.png does not exist"),
+    (base64.b64encode(encoded()[:60] + bytes(60)).decode(), "cannot be decoded"),
+    (base64.b64encode(b"this is a text and no picture at all, " * 3).decode(), "cannot be decoded"),
+    (base64.b64encode(animated()).decode(), "is animated"),
+    (base64.b64encode(BOMB).decode(), "10000 x 10000 pixels, more than 89478485"),
+    ("https://example.org/a.png", "is a web address"),
+    ("data:text/plain,hello", "is no data URI of an image"),
+    ("A" * 65, "is not valid base64"),
+    (7, "7 is no path"),
+]
+
+
+def test_unusable_images_are_dropped_and_counted(tmp_path, tokenizer, vision, caplog):
+    """They never end a run; what is wrong, and where, is said once."""
+    caplog.set_level(logging.WARNING)
+    bad = [{"prompt": "a", "images": [PNG, value]} for value, _ in UNUSABLE]
+    path = write(tmp_path, {"prompt": "b", "images": PNG}, *bad)
+    prompts = load_prompts(path, data(), tokenizer, vision=vision)
+    assert [prompt.row for prompt in prompts] == [0]
+    assert prompts.dropped == len(UNUSABLE)
+    assert f"dropped 9 of 10 prompts of {path}, whose images cannot be used" in caplog.text
+    assert f"{path}, line 2: {tmp_path}/missing.png does not exist; " in caplog.text
+    for row, (_, reason) in zip(bad, UNUSABLE, strict=True):
+        with pytest.raises(ValueError, match="no prompt's images can be used") as caught:
+            load_prompts(write(tmp_path, row), data(), tokenizer, vision=vision)
+        assert reason in str(caught.value)
+
+
+def test_mixed_data_may_lack_the_column(tmp_path, tokenizer, vision):
+    """And its images are in `images` unless images_key says otherwise."""
+    rows = [{"prompt": "a"}, {"prompt": "a", "images": PNG}, {"prompt": "a", "images": None}]
+    path = write(tmp_path, *rows)
+    options = {"images_key": None, "mixed_mm_data": True}
+    prompts = load_prompts(path, data(**options), tokenizer, vision=vision)
+    assert [len(prompt.images) for prompt in prompts] == [0, 1, 0]
+    assert prompts[0].text == "<|user|>a\n<|assistant|>"
+    assert prompts[0].token_ids == (4, 30, 6, 5)
+    options["images_key"] = "image"
+    with pytest.raises(ValueError, match=r"no row has the column 'image' .* did you mean 'images'"):
+        load_prompts(path, data(**options), tokenizer, vision=vision)
+
+
+def test_long_prompts_count_their_image_tokens(tmp_path, tokenizer, vision):
+    path = write(tmp_path, {"prompt": "a", "images": PNG}, {"prompt": "a", "images": [PNG, PNG]})
+    prompts = load_prompts(path, data(prompt_max_len=20), tokenizer, vision=vision)
+    assert (len(prompts), prompts.dropped) == (1, 1)
+
+
+def test_token_counts_come_from_the_pictures_sizes(vision, monkeypatch):
+    """Once that was seen to be right; a processor that counts otherwise is asked every time."""
+    fresh = Vision(vision.processor, load_config(MODEL))
+    texts = ["a<image>b<image>", "<image>"]
+    pictures = [image_of(PNG, Path()), Image(data=encoded(size=(30, 10)))]
+    wanted = [[30, *[56] * 9, 31, *[56] * 9], [56] * 9]
+    assert fresh.token_ids(texts[0], pictures) == wanted[0]
+    assert fresh.by_size
+    monkeypatch.setattr(fresh, "_process", None)
+    assert fresh.token_ids(texts[1], pictures[:1]) == wanted[1]
+    other = Vision(vision.processor, load_config(MODEL))
+    monkeypatch.setattr(other, "_tokens_of", lambda size: [56])
+    for _ in range(2):
+        assert other.token_ids(texts[0], pictures) == wanted[0]
+
+
+def test_size_bounds():
+    """The shape is kept; the processor's own bounds come after."""
+    big, small = Image(data=encoded(size=(400, 100))), Image(data=encoded(size=(10, 40)))
+    bounded = Vision.load(MODEL, min_pixels=1600, max_pixels=10_000)
+    assert bounded.open(big).size == (200, 50)
+    width, height = bounded.open(small).size
+    assert width * height >= 1600
+    assert height / width == pytest.approx(4, rel=0.1)
+    assert Vision.load(MODEL).open(big).size == (400, 100)
+
+
+def test_transparent_rotated_and_gray_pictures():
+    clear = Pillow.new("RGBA", (4, 4), (9, 9, 9, 0))
+    assert image_of(clear, Path()).open().getpixel((0, 0)) == (255, 255, 255)
+    assert image_of(Pillow.new("L", (4, 4), 7), Path()).open().getpixel((0, 0)) == (7, 7, 7)
+    turned = Pillow.new("RGB", (6, 4))
+    exif = turned.getexif()
+    exif[0x0112] = 6  # lies on its side
+    buffer = io.BytesIO()
+    turned.save(buffer, "JPEG", exif=exif)
+    assert Image(data=buffer.getvalue()).open().size == (4, 6)
+
+
+def test_no_more_pixels_than_the_limit_are_decoded(monkeypatch):
+    monkeypatch.setattr(images_module, "MAX_PIXELS", 100)
+    Image(data=encoded(size=(10, 10))).open()
+    with pytest.raises(ImageError, match="11 x 10 pixels"):
+        Image(data=encoded(size=(11, 10))).open()
+
+
+def test_processor_is_detected_or_named(tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(MODEL, bare)
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        (bare / name).unlink()
+    with pytest.raises(ValueError, match="by `processor`"):
+        Vision.load(str(bare))
+    assert Vision.load(str(bare), processor=MODEL).placeholder == "<image>"
+    text_only = str(Path(MODEL).with_name("debug_model"))
+    with pytest.raises(ValueError, match="is a qwen2 model, which sees no images"):
+        Vision.load(text_only)

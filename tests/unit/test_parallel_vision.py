@@ -1,0 +1,95 @@
+"""Vision-language models spread over ranks: the steps of one process, images here and there."""
+
+import pytest
+import tiny_vlm
+import torch
+from helpers import run_ranks
+from tiny_policy import full_weights, make_update, with_advantages
+
+from torchrft.config.job_config import Parallel
+from torchrft.models.policy import PolicyModel
+from torchrft.parallel import ParallelDims, parallelize
+
+PACKED = {"packing_samples": True, "max_tokens_per_microbatch": 60, "max_len": 60}
+PADDED = {"packing_samples": False, "micro_train_batch_size": 2}
+CHECKPOINTING = {"gradient_checkpointing": True}
+# Of four ranks, the second has no image at all.
+LAYOUTS = {
+    "dp4": {},
+    "padded dp4": PADDED,
+    "dp2 sp2": {"sp_size": 2},
+    "padded sp4": {"sp_size": 4} | PADDED | CHECKPOINTING,
+    "zero1": {"zero_stage": 1},
+    "zero3": {"zero_stage": 3} | CHECKPOINTING,
+    "fsdp": {"fsdp": True, "fsdp_cpu_offload": True},
+}
+OPTIONS = {"init_kl_coef": 0.1, "train_batch_size": 16, "fused_linear_logprob": True}
+
+
+def two_steps(rank, world_size, family, options):
+    """Losses, gradient norms and the weights at the end, of two rollouts of 16 samples."""
+    options = OPTIONS | PACKED | options
+    update, found = make_update(1, world_size=world_size, vlm=family, **options), []
+    ranks = update.stepper.ranks
+    for seed in range(2):
+        samples = tiny_vlm.samples(tiny_vlm.vision(family), seed, (4, 4, 4, 4))
+        batch = with_advantages(samples)
+        mine = [row for row in range(16) if int(batch.group[row]) % ranks.size == ranks.rank]
+        metrics = update.run(update.with_logprobs(batch.select(mine)))
+        found.append({name: metrics[name] for name in ("policy/loss", "grad_norm", "policy/kl")})
+    return found, full_weights(update)
+
+
+def all_layouts(rank, names):
+    return {
+        family: {name: two_steps(rank, 4, family, LAYOUTS[name]) for name in layouts}
+        for family, layouts in names.items()
+    }
+
+
+# Between them: positions in three dimensions, windows, DeepStack and none of that.
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"qwen3_vl": list(LAYOUTS)},
+        {family: ["padded dp4", "dp2 sp2"] for family in ("qwen2_vl", "qwen2_5_vl", "llava")},
+    ],
+)
+def test_every_layout_takes_the_same_steps(names):
+    ranks = run_ranks(all_layouts, 4, names, timeout=400)
+    for family in names:
+        alone = two_steps(0, 1, family, {})
+        start = full_weights(make_update(vlm=family))
+        tower = [key for key in start if "visual" in key or "vision_tower" in key]
+        assert any((alone[1][key] - start[key]).abs().max() > 1e-3 for key in tower)
+        for layout, found in (item for rank in ranks for item in rank[family].items()):
+            for step, (mine, theirs) in enumerate(zip(found[0], alone[0], strict=True)):
+                for name, value in mine.items():
+                    what = (layout, step, name)
+                    assert value == pytest.approx(theirs[name], rel=2e-5, abs=2e-5), what
+            assert found[1].keys() == alone[1].keys()
+            for name, weight in found[1].items():
+                wanted = alone[1][name]
+                torch.testing.assert_close(
+                    weight, wanted, rtol=2e-5, atol=2e-5, msg=f"{layout}: {name}"
+                )
+
+
+def test_freeze_vision_trains_the_language_model_only():
+    """And what it trains takes the same step."""
+    start, free = full_weights(make_update(vlm="qwen2_5_vl")), two_steps(0, 1, "qwen2_5_vl", {})
+    frozen = two_steps(0, 1, "qwen2_5_vl", {"freeze_vision": True, "max_norm": 1e9})
+    for name, weight in frozen[1].items():
+        assert torch.equal(weight, start[name]) == ("visual" in name), name
+    assert any(not torch.equal(w, start[n]) for n, w in free[1].items() if "visual" in n)
+    assert frozen[0][0]["policy/loss"] == pytest.approx(free[0][0]["policy/loss"], abs=1e-6)
+
+
+def refused(rank):
+    policy = PolicyModel(tiny_vlm.ours("qwen2_vl"))
+    with pytest.raises(ValueError, match="tp_size = 2: Qwen2VLTextModel sees images"):
+        parallelize(policy, ParallelDims(tp=2), Parallel(tp_size=2))
+
+
+def test_tensor_parallelism_is_refused():
+    run_ranks(refused, 2)

@@ -1,0 +1,107 @@
+"""Pictures of prompts: kept encoded, decoded when they are looked at."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # imported where used: jobs without images do without it
+    from PIL.Image import Image as Picture
+
+MAX_PIXELS = 89_478_485  # above it Pillow itself warns of a decompression bomb
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
+
+
+class ImageError(ValueError):
+    """A picture that cannot be used, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """One picture of a prompt: the file it lies in, or that file's bytes.
+
+    >>> image_of("plots/1.png", Path("data")).path
+    'data/plots/1.png'
+    """
+
+    path: str | None = None
+    data: bytes | None = field(default=None, repr=False)
+
+    def open(self) -> Picture:
+        """The picture in RGB, upright, on white where it is transparent.
+
+        Raises ImageError if it is missing, damaged, animated or too large to be decoded.
+        """
+        from PIL import Image as Pillow
+        from PIL import ImageOps
+
+        what = self.path or "an image in the row"
+        try:
+            source: Any = self.path if self.data is None else io.BytesIO(self.data)
+            with Pillow.open(source) as picture:
+                if getattr(picture, "n_frames", 1) > 1:
+                    raise ImageError(f"{what} is animated: save the frame that is meant")
+                if picture.width * picture.height > MAX_PIXELS:
+                    size = f"{picture.width} x {picture.height}"
+                    raise ImageError(f"{what} has {size} pixels, more than {MAX_PIXELS}")
+                upright = ImageOps.exif_transpose(picture)
+                if "A" in upright.getbands() or "transparency" in upright.info:
+                    upright = upright.convert("RGBA")
+                    white = Pillow.new("RGBA", upright.size, "white")
+                    upright = Pillow.alpha_composite(white, upright)
+                return upright.convert("RGB")
+        except ImageError:
+            raise
+        except FileNotFoundError as error:
+            raise ImageError(f"{what} does not exist") from error
+        except Exception as error:  # decoders raise what they like on damaged files
+            raise ImageError(f"{what} cannot be decoded ({error})") from error
+
+
+def image_of(value: Any, folder: Path) -> Image:
+    """What a row says of one picture: a path (relative to `folder`), base64 or a data URI, bytes,
+    {"bytes": …, "path": …} as `datasets` has it, or a PIL image.
+
+    Raises ImageError for anything else.
+    """
+    if isinstance(value, Mapping):
+        inner = value.get("bytes") or value.get("path") or value.get("url")
+        if inner is not None:
+            return image_of(inner, folder)
+    if isinstance(value, bytes):
+        return Image(data=value)
+    if isinstance(value, str) and value:
+        return _from_text(value, folder)
+    if hasattr(value, "getbands"):
+        buffer = io.BytesIO()
+        value.save(buffer, "PNG")
+        return Image(data=buffer.getvalue())
+    raise ImageError(f"{value!r:.80} is no path, base64 text, bytes or dataset image")
+
+
+def _from_text(value: str, folder: Path) -> Image:
+    scheme, colon, rest = value.partition(":")
+    if scheme in ("http", "https") and colon:
+        raise ImageError(f"{value:.80} is a web address: download the images and name their files")
+    if scheme == "data" and colon:
+        kind, _, rest = rest.partition(",")
+        if not (kind.startswith("image/") and kind.endswith(";base64")):
+            raise ImageError(f"{value:.40}… is no data URI of an image in base64")
+        return _from_base64(rest)
+    if _BASE64.fullmatch(value):
+        return _from_base64(value)
+    path = Path(value.removeprefix("file://")).expanduser()
+    return Image(path=str(path if path.is_absolute() else folder / path))
+
+
+def _from_base64(text: str) -> Image:
+    try:
+        return Image(data=base64.b64decode("".join(text.split()), validate=True))
+    except binascii.Error as error:
+        raise ImageError(f"{text:.40}… is not valid base64 ({error})") from error
