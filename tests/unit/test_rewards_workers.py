@@ -169,6 +169,14 @@ def test_several_workers_work(own):
     assert {score.value for score in scored(own, "pid", "a", "b", isolate=False)} == {os.getpid()}
 
 
+def test_ranks_of_a_machine_share_its_cores(monkeypatch):
+    for cores, ranks, share in ((16, 4, 4), (96, 2, 8), (2, 8, 1)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cores=cores: set(range(cores)))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        scorer = build_scorer(Reward(functions=[RewardFunction(name="code")]))
+        assert scorer.sources["code"].pool.count == share
+
+
 def test_workers_start_without_torch(own):
     assert scored(own, "modules", "a")[0].value == 0.0
 
