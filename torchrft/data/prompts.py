@@ -122,7 +122,8 @@ def _load(
                 continue
             label = row.columns.get(data.label_key)
             metadata = {key: row.columns[key] for key in data.metadata_keys}
-            dataset.append(Prompt(row.number, text, tuple(token_ids), label, metadata, images))
+            made = Prompt(row.number, text, tuple(token_ids), label, metadata, images=images)
+            dataset.append(made)
     # The default may be absent: prompts need no label where no reward asks for one.
     if not labels_seen and data.label_key != Data().label_key:
         raise ValueError(
