@@ -21,6 +21,19 @@ def gradients(model):
     return found
 
 
+def encoded_images(model):
+    """How many pictures each run of the tower gets, as it goes on."""
+    counts = []
+    tower = getattr(model.model, "visual", None) or model.model.vision_tower
+
+    def count(module, args, kwargs):
+        grid = kwargs.get("grid_thw")
+        counts.append(len(args[0]) if grid is None else len(grid))
+
+    tower.register_forward_pre_hook(count, with_kwargs=True)
+    return counts
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logprobs_and_gradients_are_those_of_transformers(family, packed):
@@ -32,6 +45,7 @@ def test_logprobs_and_gradients_are_those_of_transformers(family, packed):
         torch.randn(len(part), generator=torch.Generator().manual_seed(7)) for part in expected
     ]
     sum((w * part).sum() for w, part in zip(weights, expected, strict=True)).backward()
+    seen = encoded_images(policy.model)
     batch = make_batch(samples)
     width = batch.mask.shape[1]
     found, passes = torch.zeros(batch.mask.shape), []
@@ -54,4 +68,6 @@ def test_logprobs_and_gradients_are_those_of_transformers(family, packed):
         torch.testing.assert_close(
             ours[name], gradient, atol=atol, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
         )
+    # Once in a pass for all samples of a prompt: 1 + 3, and a small gray one where there is none.
+    assert seen == [1, 3, 1]
     assert any(float(g.abs().max()) > 1e-3 for n, g in theirs.items() if "vis" in n)

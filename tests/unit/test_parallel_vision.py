@@ -1,11 +1,14 @@
 """Vision-language models spread over ranks: the steps of one process, images here and there."""
 
+from functools import partial
+
 import pytest
 import tiny_vlm
 import torch
 from helpers import run_ranks
 from tiny_policy import full_weights, make_update, with_advantages
 
+from torchrft import parallel
 from torchrft.config.job_config import Parallel
 from torchrft.models.policy import PolicyModel
 from torchrft.parallel import ParallelDims, parallelize
@@ -23,6 +26,7 @@ LAYOUTS = {
     "zero3": {"zero_stage": 3} | CHECKPOINTING,
     "fsdp": {"fsdp": True, "fsdp_cpu_offload": True},
 }
+FROZEN = {"freeze_vision": True}
 OPTIONS = {"init_kl_coef": 0.1, "train_batch_size": 16, "fused_linear_logprob": True}
 
 
@@ -83,6 +87,30 @@ def test_freeze_vision_trains_the_language_model_only():
         assert torch.equal(weight, start[name]) == ("visual" in name), name
     assert any(not torch.equal(w, start[n]) for n, w in free[1].items() if "visual" in n)
     assert frozen[0][0]["policy/loss"] == pytest.approx(free[0][0]["policy/loss"], abs=1e-6)
+
+
+def frozen_steps(rank):
+    return two_steps(rank, 2, "qwen3_vl", FROZEN | {"zero_stage": 3})
+
+
+def test_frozen_towers_on_two_ranks():
+    alone = two_steps(0, 1, "qwen3_vl", FROZEN)
+    for found in run_ranks(frozen_steps, 2):
+        for name, weight in found[1].items():
+            torch.testing.assert_close(weight, alone[1][name], rtol=2e-5, atol=2e-5, msg=name)
+
+
+def compiled_steps(rank):
+    parallel.apply_compile = partial(parallel.apply_compile, backend="aot_eager")
+    return two_steps(rank, 1, "qwen2_vl", {"compile": True})
+
+
+def test_compiled_layers_take_the_same_steps():
+    """Those of the language model: a tower loops over its images."""
+    (found,) = run_ranks(compiled_steps, 1)
+    alone = two_steps(0, 1, "qwen2_vl", {})
+    for name, weight in found[1].items():
+        torch.testing.assert_close(weight, alone[1][name], rtol=2e-5, atol=2e-5, msg=name)
 
 
 def refused(rank):

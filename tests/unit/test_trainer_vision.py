@@ -104,36 +104,25 @@ def test_qwen_with_its_own_processor(tmp_path, mixed, family):
     assert records(tmp_path / "b")[0]["grad_norm"] > 0
 
 
-GUIDE = [
-    "--max_len",
-    "4096",
-    "--num_episodes",
-    "10",
-    "--actor_learning_rate",
-    "1e-6",
-    "--train_batch_size",
-    "64",
-    "--micro_train_batch_size",
-    "1",
-    "--rollout_batch_size",
-    "32",
-    "--micro_rollout_batch_size",
-    "1",
-    "--advantage_estimator",
-    "group_norm",
-    "--n_samples_per_prompt",
-    "4",
-    "--fsdp",
-    "--fsdp_cpu_offload",
-    "--gradient_checkpointing",
-    "--mixed_mm_data",
-    "--packing_samples",
-]  # with engine_tp_size 4 and vLLM on a host of GPUs
+GUIDE = """
+    --max_len 4096 --num_episodes 10 --actor_learning_rate 1e-6 --train_batch_size 64
+    --micro_train_batch_size 1 --rollout_batch_size 32 --micro_rollout_batch_size 1
+    --advantage_estimator group_norm --n_samples_per_prompt 4 --fsdp --fsdp_cpu_offload
+    --gradient_checkpointing --mixed_mm_data --packing_samples
+"""  # with engine_tp_size 4 and vLLM on a host of GPUs
 
 
 def guide(rank, folder, source):
     torch.set_num_threads(1)
-    words = [*GUIDE, "--pretrain", VLM["pretrain"], "--init", "random", "--engine_type", "native"]
+    words = [
+        *GUIDE.split(),
+        "--pretrain",
+        VLM["pretrain"],
+        "--init",
+        "random",
+        "--engine_type",
+        "native",
+    ]
     words += ["--prompt_data", source, "--functions", "exact_match", "--apply_chat_template"]
     words += ["--max_new_tokens", "4", "--max_steps", "1", "--save_path", folder]
     job = Trainer(load(words, 2).config, World(rank, 2, rank, torch.device("cpu")))

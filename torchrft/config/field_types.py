@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -72,3 +72,21 @@ TextOrList = Annotated[
 """Several texts; a lone one may stand for a list of one."""
 _Rate = Annotated[float, Field(ge=0, lt=1)]
 TwoRates = Annotated[tuple[_Rate, _Rate], BeforeValidator(_list_to_tuple)]
+
+AdvantageEstimator = (
+    Literal[
+        "group_norm",
+        "reinforce",
+        "cpgd",
+        "gspo",
+        "gmpo",
+        "rloo",
+        "reinforce_baseline",
+        "reinforce_plus_plus",
+        "gae",
+        "dr_grpo",
+        "dapo",
+        "cispo",
+    ]
+    | PythonFunction
+)

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from torchrft.config.field_types import (
+    AdvantageEstimator,
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
@@ -199,23 +200,7 @@ class Rollout(Section):
 class Algorithm(Section):
     """Advantage, loss and KL; formulas and papers are in docs/algorithms.md."""
 
-    advantage_estimator: (
-        Literal[
-            "group_norm",
-            "reinforce",
-            "cpgd",
-            "gspo",
-            "gmpo",
-            "rloo",
-            "reinforce_baseline",
-            "reinforce_plus_plus",
-            "gae",
-            "dr_grpo",
-            "dapo",
-            "cispo",
-        ]
-        | PythonFunction
-    ) = "group_norm"
+    advantage_estimator: AdvantageEstimator = "group_norm"
     """Preset of advantage, policy loss and aggregation (group_norm is GRPO), or your own."""
     advantage_options: dict[str, bool | int | float | str] = {}
     """Options of an advantage estimator of your own."""

@@ -83,7 +83,7 @@ class VllmEngine:
             "skip_tokenizer_init": not rollout.stop and vision is None,
             "seed": 0,
         }
-        if vision is not None and "mm_device_do_normalize" in _engine_arguments():
+        if vision is not None:
             # Its constants are buffers, in which "dummy" weights are random numbers.
             arguments["mm_device_do_normalize"] = False
         if self.on_cpu:
@@ -231,19 +231,15 @@ def sampling_options(
     }
 
 
-def _engine_arguments() -> Iterable[str]:
-    from vllm import EngineArgs
-
-    return EngineArgs.__dataclass_fields__.keys()
-
-
 def start(arguments: dict[str, Any], memory: float) -> Any:
     """`vllm.LLM(**arguments)` of this rank, with its errors in a sentence and the random state as
     it was. `memory` is engine_mem_util, for the message."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    from vllm import LLM
+    from vllm import LLM, EngineArgs
 
+    if "mm_device_do_normalize" not in EngineArgs.__dataclass_fields__:  # versions before 0.32
+        arguments.pop("mm_device_do_normalize", None)
     if dist.is_initialized() and dist.get_world_size() > 1:
         arguments = {"distributed_executor_backend": "external_launcher", **arguments}
     state = rng_state()  # vLLM seeds the whole process

@@ -161,8 +161,7 @@ class Generation:
         padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(self.device)
         positions = torch.arange(padded.shape[1], device=self.device).expand_as(padded)
         self.prefill, images = Prefill(), None
-        if self.shifts is not None:
-            assert self.vision is not None
+        if self.vision is not None and any(self.prompts[index].images for index in batch):
             length = padded.shape[1]
             spans = [(self.prompts[p], i * length, (i + 1) * length) for i, p in enumerate(batch)]
             positions, images = self.vision.see(positions.cpu(), spans)
