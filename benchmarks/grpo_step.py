@@ -16,6 +16,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from statistics import median
 
@@ -56,7 +57,7 @@ def command(options: argparse.Namespace, folder: str, model: str) -> list[str]:
         "functions": f"{REPOSITORY}/tests/tiny_rewards.py:spread",
         "engine_type": options.engine.replace("compiled", "native"),
         "max_num_seqs": options.prompts * 8 // options.gpus * options.engine_tp_size,
-        "max_steps": options.steps,
+        "max_steps": options.steps + 1,
         "rollout_batch_size": options.prompts,
         "n_samples_per_prompt": 8,
         "train_batch_size": options.prompts * 8,
@@ -95,10 +96,14 @@ def main() -> None:
     folder = tempfile.mkdtemp()
     environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}"}
     words = command(options, folder, folder_of(options.model))
-    out = subprocess.run(words, env=environment)
+    job = subprocess.Popen(words, env=environment)
     log = Path(folder, "run/logs/metrics.jsonl")
-    if out.returncode or not log.exists():
-        sys.exit(out.returncode or 1)
+    while not log.exists() or log.read_text().count("\n") < options.steps:
+        if job.poll() is not None:
+            sys.exit(job.returncode or 1)
+        time.sleep(0.5)
+    # Ended here, since a checkpoint of this size takes longer than all steps.
+    subprocess.run(["pkill", "-9", "-f", f"{folder}/run"])
     steps = [json.loads(line) for line in log.read_text().splitlines()][1:]
     found = {f"{name} s": median(step[f"time/{name}"] for step in steps) for name in PHASES}
     for key in (
