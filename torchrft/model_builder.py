@@ -96,7 +96,12 @@ class ModelBuilder:
 
 
 def judge_engine(
-    entry: Judge, max_len: int, config: JobConfig, dtype: torch.dtype, device: torch.device
+    entry: Judge,
+    max_len: int,
+    vision: Vision | None,
+    config: JobConfig,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> RolloutEngine:
     """An engine of this rank with the weights of a judge, in prompts with answers of `max_len`.
 
@@ -108,4 +113,5 @@ def judge_engine(
     own |= {"engine_type": entry.engine, "stop": [], "min_new_tokens": 0}
     rollout = config.rollout.model_copy(update=own)
     compile = config.training.compile
-    return build_engine(rollout, entry.pretrain, dtype, device, max_len=max_len, compile=compile)
+    options: dict[str, Any] = {"max_len": max_len, "compile": compile, "vision": vision}
+    return build_engine(rollout, entry.pretrain, dtype, device, **options)

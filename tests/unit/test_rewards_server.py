@@ -116,7 +116,7 @@ BAD = {
     "number": ({**BODY, "responses": ["b", 3]}, 422, "responses.1: Input should be a valid string"),
     "typo": ({**BODY, "lables": [1, 2]}, 422, "lables: Extra inputs are not permitted"),
     "query": ({"query": ["xb"], "prompts": ["a"]}, 422, "query 0 does not begin with its prompt"),
-    "images": ({**BODY, "images": [["x"], []]}, 422, "images are not scored by this version"),
+    "images": ({**BODY, "images": [["x"], []]}, 422, "images.0: x… is not valid base64"),
     "surrogate": (
         b'{"prompts": [], "responses": [], "\\ud800": 1}',
         422,

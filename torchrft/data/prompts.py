@@ -235,9 +235,7 @@ class _Formatter:
     ) -> None:
         self._images = None if vision is None else RowImages(source, data)
         self._token = None if vision is None else vision.placeholder
-        self._template: Any = tokenizer
-        if vision is not None and getattr(vision.processor, "chat_template", None):
-            self._template = vision.processor
+        self._template: Any = tokenizer if vision is None else vision.teller(tokenizer)
         if data.apply_chat_template and not self._template.chat_template:
             raise ValueError(
                 f"apply_chat_template: the tokenizer of {tokenizer.name_or_path!r} "

@@ -123,6 +123,10 @@ class Vision:
 
     # ---------------------------------------------------------------- prompts
 
+    def teller(self, tokenizer: Any) -> Any:
+        """What writes chats: the processor, or `tokenizer` if that one has no chat template."""
+        return self.processor if getattr(self.processor, "chat_template", None) else tokenizer
+
     def open(self, image: Image) -> Any:
         """The picture as a PIL image within the bounds. Raises ImageError, see `Image.open`."""
         picture = image.open()

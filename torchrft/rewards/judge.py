@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import secrets
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from jinja2 import Environment, StrictUndefined, Template, TemplateError, meta
 from transformers import PreTrainedTokenizerBase
@@ -13,15 +14,17 @@ from transformers import PreTrainedTokenizerBase
 from torchrft.config.job_config import JobConfig
 from torchrft.config.reward_config import Judge as Entry
 from torchrft.models.loader import load_config, load_tokenizer
-from torchrft.rewards.judge_server import ServerAnswers
+from torchrft.models.vision import Vision
+from torchrft.rewards.judge_server import Content, ServerAnswers
 from torchrft.rewards.models import text_or_file
 from torchrft.rewards.registry import as_float
 from torchrft.rewards.source import RewardError, RewardRequest, RewardResult
 from torchrft.rewards.verdicts import aggregate, parser_of
+from torchrft.tools.images import Image
 from torchrft.tools.seeds import derive_seed
 from torchrft.types import Completion, Prompt, SamplingParams
 
-VARIABLES = ("prompt", "response", "label", "metadata", "messages")
+VARIABLES = ("prompt", "response", "label", "metadata", "messages", "images")
 """What a judge's template may show."""
 
 
@@ -37,17 +40,17 @@ class Answers(Protocol):
     """Gives `len(seeds[i])` answers to text i, or None for a text that is too long."""
 
     def __call__(
-        self, texts: Sequence[str], seeds: Sequence[Sequence[int]]
+        self, texts: Sequence[Content], seeds: Sequence[Sequence[int]]
     ) -> list[list[str] | None]: ...
 
     def close(self) -> None: ...
 
 
-MakeEngine = Callable[[Entry, int], Engine]
+MakeEngine = Callable[[Entry, int, Vision | None], Engine]
 
 
 class JudgeTemplate:
-    """A judge's prompt, with the sample in it.
+    """A judge's prompt, with the sample in it; `{{ images }}` stands where the pictures go.
 
     Raises ValueError for one that is no template, shows something else than `VARIABLES`, or not the
     response.
@@ -56,6 +59,7 @@ class JudgeTemplate:
     def __init__(self, source: str, name: str) -> None:
         self.name = name
         text = text_or_file(source, f"judge {name!r}: template")
+        self.mark = f"<{secrets.token_hex(16)}>"  # of the pictures: no response can hold it
         environment = Environment(undefined=StrictUndefined, finalize=_not_none)
         strict = Environment(undefined=StrictUndefined, finalize=_not_empty)
         try:
@@ -71,14 +75,29 @@ class JudgeTemplate:
                 "{{ response }}"
             )
 
-    def render(self, prompt: Prompt, response: str) -> str:
+    @property
+    def shows_images(self) -> bool:
+        return "images" in self.shown
+
+    def render(self, prompt: Prompt, response: str) -> Content:
         """Raises ValueError for what the template shows and the row does not have."""
-        return self._render(self.template, prompt, response)
+        first, *rest = self._render(self.template, prompt, response).split(self.mark)
+        if not prompt.images:
+            return "".join([first, *rest])
+        parts: list[str | Image] = [first]
+        for text in rest:
+            parts += [*prompt.images, text]
+        return tuple(part for part in parts if part) if rest else first
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raises ValueError for the first row that leaves a variable of the template empty."""
         for prompt in prompts:
             self._render(self.strict, prompt, "response")
+        if self.shows_images and prompts and not any(prompt.images for prompt in prompts):
+            raise ValueError(
+                f"judge {self.name!r}: its template shows images, but no prompt has any; set "
+                "images_key, or leave {{ images }} out"
+            )
 
     def _render(self, template: Template, prompt: Prompt, response: str) -> str:
         values: dict[str, Any] = {
@@ -87,6 +106,7 @@ class JudgeTemplate:
             "label": prompt.label,
             "metadata": prompt.metadata,
             "messages": prompt.messages,
+            "images": self.mark,
         }
         try:
             return template.render(values)
@@ -100,17 +120,22 @@ class JudgeTemplate:
 
 class EngineAnswers:
     """Answers of an engine in this process; texts go through the tokenizer's chat template, as the
-    user's message, if it has one."""
+    user's message, if it has one. `vision` is the model's, for pictures among them."""
 
     def __init__(
-        self, engine: Engine, tokenizer: PreTrainedTokenizerBase, entry: Entry, max_len: int
+        self,
+        engine: Engine,
+        tokenizer: PreTrainedTokenizerBase,
+        entry: Entry,
+        max_len: int,
+        vision: Vision | None = None,
     ) -> None:
-        self.engine, self.entry, self.max_len = engine, entry, max_len
+        self.engine, self.entry, self.max_len, self.vision = engine, entry, max_len, vision
         self.tokenizer: Any = tokenizer
         self.lock = threading.Lock()  # a server asks from several threads
 
     def __call__(
-        self, texts: Sequence[str], seeds: Sequence[Sequence[int]]
+        self, texts: Sequence[Content], seeds: Sequence[Sequence[int]]
     ) -> list[list[str] | None]:
         entry = self.entry
         prompts = [self._prompt(place, text) for place, text in enumerate(texts)]
@@ -131,15 +156,31 @@ class EngineAnswers:
             answers[place] = [*(answers[place] or ()), completion.text]
         return answers
 
-    def _prompt(self, place: int, text: str) -> Prompt:
-        chat = bool(self.tokenizer.chat_template)
+    def _prompt(self, place: int, content: Content) -> Prompt:
+        teller, shown, mark = self.tokenizer, cast(Any, content), ""
+        images: tuple[Image, ...] = ()
+        if self.vision is not None:
+            teller, mark = self.vision.teller(self.tokenizer), self.vision.placeholder or ""
+            images = tuple(part for part in content if isinstance(part, Image))
+            # A text must not bring places for pictures along, least of all the policy's.
+            shown = [
+                {"type": "text", "text": part.replace(mark, "")}
+                if isinstance(part, str)
+                else {"type": "image"}
+                for part in ((content,) if isinstance(content, str) else content)
+            ]
+        chat = bool(teller.chat_template)
         if chat:
-            messages = [{"role": "user", "content": text}]
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
+            text = teller.apply_chat_template(
+                [{"role": "user", "content": shown}], tokenize=False, add_generation_prompt=True
             )
-        ids = self.tokenizer(text, add_special_tokens=not chat, verbose=False).input_ids
-        return Prompt(place, text, tuple(ids))
+        else:
+            text = "".join(p if isinstance(p, str) else p.get("text", mark) for p in shown)
+        if images and self.vision is not None:
+            ids = self.vision.token_ids(text, images, special=not chat)
+        else:
+            ids = self.tokenizer(text, add_special_tokens=not chat, verbose=False).input_ids
+        return Prompt(place, text, tuple(ids), images=images)
 
     def close(self) -> None:
         self.engine.close()
@@ -166,19 +207,22 @@ class Judge:
     def score(self, requests: Sequence[RewardRequest]) -> list[RewardResult]:
         try:
             texts = [self.template.render(r.prompt, r.completion.text) for r in requests]
+            unique = list(dict.fromkeys(texts))
+            answers = self.answers(unique, [self._seeds(text) for text in unique])
         except ValueError as error:
             raise RewardError(f"reward source {self.name!r}: {error}") from error
-        unique = list(dict.fromkeys(texts))
-        answers = self.answers(unique, [self._seeds(text) for text in unique])
         by_text = dict(zip(unique, answers, strict=True))
         return [
             self._result(request.prompt.row, by_text[text])
             for request, text in zip(requests, texts, strict=True)
         ]
 
-    def _seeds(self, text: str) -> list[int]:
-        digest = hashlib.sha256(text.encode(errors="surrogatepass")).digest()
-        content = int.from_bytes(digest[:8], "big")
+    def _seeds(self, text: Content) -> list[int]:
+        digest = hashlib.sha256()
+        for part in (text,) if isinstance(text, str) else text:
+            shown = part.encode(errors="surrogatepass") if isinstance(part, str) else part.read()
+            digest.update(shown)
+        content = int.from_bytes(digest.digest()[:8], "big")
         return [derive_seed(self.seed, content, vote) for vote in range(self.entry.votes)]
 
     def _result(self, row: int, answers: list[str] | None) -> RewardResult:
@@ -213,7 +257,7 @@ class Judge:
 def build_judge(entry: Entry, config: JobConfig, make_engine: MakeEngine) -> Judge:
     """The judge of an entry of `[reward] judges`.
 
-    `make_engine(entry, max_len)` starts an engine that has the judge's weights.
+    `make_engine(entry, max_len, vision)` starts an engine that has the judge's weights.
 
     Raises ValueError for a template, parser, model, engine or server that cannot be used.
     """
@@ -237,7 +281,12 @@ def build_judge(entry: Entry, config: JobConfig, make_engine: MakeEngine) -> Jud
             f"{max_len} tokens, the smaller of max_len and the model's own limit"
         )
     tokenizer = load_tokenizer(entry.pretrain)
-    answers = EngineAnswers(make_engine(entry, max_len), tokenizer, entry, max_len)
+    vision = None
+    if template.shows_images:
+        data = config.data
+        vision = Vision.load(entry.pretrain, None, data.min_pixels, data.max_pixels)
+    engine = make_engine(entry, max_len, vision)
+    answers = EngineAnswers(engine, tokenizer, entry, max_len, vision)
     return Judge(entry, template, answers, config.training.seed)
 
 

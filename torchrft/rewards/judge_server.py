@@ -14,10 +14,13 @@ from typing import Any
 from torchrft.config.reward_config import Judge as Entry
 from torchrft.rewards.source import RewardError
 from torchrft.tools.http import FAILURES, JsonServer, ServerError, parse
+from torchrft.tools.images import Image
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 10.0  # seconds before a request is sent again
 _START = 10.0  # seconds in which a server must say what it serves
 _TOO_LONG = re.compile(r"(?i)context[ _]length")  # so say OpenAI, vLLM and SGLang
+
+Content = str | tuple[str | Image, ...]  # what a judge reads: a text, or pieces of it and pictures
 
 
 class ServerAnswers:
@@ -43,7 +46,7 @@ class ServerAnswers:
             self._check(server, where)
 
     def __call__(
-        self, texts: Sequence[str], seeds: Sequence[Sequence[int]]
+        self, texts: Sequence[Content], seeds: Sequence[Sequence[int]]
     ) -> list[list[str] | None]:
         work = [(text, seed) for text, own in zip(texts, seeds, strict=True) for seed in own]
         pool, ended = ThreadPoolExecutor(self.entry.concurrency, "judge"), threading.Event()
@@ -74,12 +77,12 @@ class ServerAnswers:
                 f"{', '.join(map(str, names)) or 'none'}"
             )
 
-    def _answer(self, text: str, seed: int, ended: threading.Event) -> str | None:
+    def _answer(self, text: Content, seed: int, ended: threading.Event) -> str | None:
         """One answer, from whichever server gives it within the time; None if it is too long."""
         deadline, wait = time.monotonic() + self.entry.timeout, _FIRST_WAIT
         body = {
             "model": self.entry.model,
-            "messages": [{"role": "user", "content": text}],
+            "messages": [{"role": "user", "content": _sent(text)}],
             "temperature": self.entry.temperature,
             "max_tokens": self.entry.max_new_tokens,
             "seed": seed,
@@ -115,6 +118,19 @@ class ServerAnswers:
 
     def close(self) -> None:
         """The server is the user's."""
+
+
+def _sent(content: Content) -> str | list[dict[str, Any]]:
+    """A message's content in OpenAI's form."""
+    if isinstance(content, str):
+        return content
+    parts: list[dict[str, Any]] = []
+    for part in content:
+        if isinstance(part, str):
+            parts.append({"type": "text", "text": part})
+        else:
+            parts.append({"type": "image_url", "image_url": {"url": part.data_uri()}})
+    return parts
 
 
 def _text_of(answer: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import sys
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 from torchrft.config.reward_config import Reward
 from torchrft.rewards.source import RewardError, RewardRequest, RewardResult
 from torchrft.tools.http import FAILURES, JsonServer, ServerError, bearer_token, parse
+from torchrft.tools.images import ImageError
 from torchrft.tools.logging import logger
 from torchrft.types import Prompt
 
@@ -24,8 +26,8 @@ _TRANSIENT = (*FAILURES, ServerError)
 
 
 def images_of(prompt: Prompt) -> list[str]:
-    """The prompt's images as they are sent; prompts have none yet."""
-    return []
+    """The prompt's encoded images in base64. Raises ImageError for a file that cannot be read."""
+    return [base64.b64encode(image.read()).decode() for image in prompt.images]
 
 
 class _Server(JsonServer):
@@ -192,16 +194,21 @@ def request_body(
 ) -> dict[str, list[Any]]:
     """What is sent for B samples, lists of length B; `extras` names what the server takes besides.
 
-    Raises RewardError naming the row for a label or metadata that JSON cannot hold.
+    Raises RewardError naming the row for a label or metadata that JSON cannot hold, and for an
+    image that cannot be read.
     """
-    for request in batch:
+    images = {}
+    for prompt in {id(request.prompt): request.prompt for request in batch}.values():
+        where = f"reward source 'remote', prompt row {prompt.row}"
         try:
-            prompt = request.prompt
             json.dumps([prompt.label, dict(prompt.metadata), prompt.messages])
+            images[id(prompt)] = images_of(prompt)
+        except ImageError as error:
+            raise RewardError(f"{where}: {error}") from None
         except (TypeError, ValueError, RecursionError) as error:
             raise RewardError(
-                f"reward source 'remote', prompt row {request.prompt.row}: its label or metadata "
-                f"cannot be sent as JSON ({error}); store it as text or a number"
+                f"{where}: its label or metadata cannot be sent as JSON ({error}); store it as "
+                "text or a number"
             ) from None
     prompts = [request.prompt.text for request in batch]
     texts = [request.prompt.text + request.completion.text for request in batch]
@@ -220,7 +227,7 @@ def request_body(
         "prompts": prompts,
         "responses": [request.completion.text for request in batch],
         "labels": labels,
-        "images": [images_of(request.prompt) for request in batch],
+        "images": [images[id(request.prompt)] for request in batch],
         "metadata": [dict(request.prompt.metadata) for request in batch],
         **{name: values for name, values in more.items() if name in extras},
     }

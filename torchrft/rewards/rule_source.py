@@ -17,7 +17,7 @@ _GETTERS: dict[str, Callable[[RewardRequest], Any]] = {
     "response": lambda request: request.completion.text,
     "label": lambda request: request.prompt.label,
     "token_ids": lambda request: request.completion.token_ids,
-    "images": lambda request: getattr(request.prompt, "images", ()),
+    "images": lambda request: request.prompt.images,
     "metadata": lambda request: request.prompt.metadata,
     "finish_reason": lambda request: request.completion.finish_reason,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from torchrft.rewards.source import RewardError
 from torchrft.tools.http import gunzip
+from torchrft.tools.images import Image, ImageError, from_base64
 from torchrft.tools.logging import logger
 from torchrft.types import Completion, FinishReason, Prompt, Score
 
@@ -51,7 +52,7 @@ class ScoreRequest(BaseModel):
     labels: list[Any] | None = Field(None, validation_alias=AliasChoices("labels", "references"))
     """The prompts' labels, any JSON."""
     images: list[list[str] | None] | None = None
-    """The prompts' images; this version takes none."""
+    """The prompts' images, each an encoded file (PNG, JPEG, ...) in base64."""
     metadata: list[dict[str, Any] | None] | None = None
     """Further columns of the prompts' rows."""
     messages: list[list[dict[str, Any]]] | None = None
@@ -70,8 +71,6 @@ class ScoreRequest(BaseModel):
         lengths = {name: len(value) for name, value in self if value is not None}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"the lists must be equally long, but there are {lengths}")
-        if any(self.images or ()):
-            raise ValueError("images are not scored by this version; leave them out")
         if self.responses is None and self.query is None:
             raise ValueError("responses are missing")
         if self.responses is None:
@@ -81,18 +80,19 @@ class ScoreRequest(BaseModel):
         return self
 
     def samples(self) -> tuple[list[Prompt], list[Completion]]:
-        """What the scorer is asked about."""
+        """What the scorer is asked about. Raises ImageError for what is no image."""
         places = range(len(self.prompts))
         of = partial(_each, len(places))
         prompts = [
-            Prompt(row, text, tuple(ids), label, metadata or {}, tuple(chat))
-            for row, text, ids, label, metadata, chat in zip(
+            Prompt(row, text, tuple(ids), label, metadata or {}, tuple(chat), tuple(images or ()))
+            for row, text, ids, label, metadata, chat, images in zip(
                 self.rows or places,
                 self.prompts,
                 of(self.prompt_token_ids, ()),
                 of(self.labels, None),
                 of(self.metadata, None),
                 of(self.messages, ()),
+                self._pictures(),
                 strict=True,
             )
         ]
@@ -103,6 +103,18 @@ class ScoreRequest(BaseModel):
             Completion(place, 0, tuple(ids), (0.0,) * len(ids), text, reason)
             for place, text, ids, reason in zip(places, texts, *own, strict=True)
         ]
+
+    def _pictures(self) -> Iterator[list[Image]]:
+        known: dict[str, Image] = {}  # the samples of a prompt have the same
+        for place, texts in enumerate(_each(len(self.prompts), self.images, None)):
+            for text in texts or ():
+                if text not in known:
+                    try:
+                        known[text] = from_base64(text)
+                        known[text].open()
+                    except ImageError as error:
+                        raise ImageError(f"images.{place}: {error}") from error
+            yield [known[text] for text in texts or ()]
 
 
 def _each(count: int, values: list[Any] | None, default: Any) -> list[Any]:
@@ -256,6 +268,8 @@ class _Service:
         try:
             with self.seconds.time():
                 scores = self.scorer.score(*body.samples())
+        except ImageError as error:
+            raise HTTPException(422, str(error)) from error
         except RewardError as error:
             raise HTTPException(500, str(error)) from error
         except Exception as error:

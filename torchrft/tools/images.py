@@ -33,6 +33,25 @@ class Image:
     path: str | None = None
     data: bytes | None = field(default=None, repr=False)
 
+    def read(self) -> bytes:
+        """The encoded picture. Raises ImageError if its file cannot be read."""
+        try:
+            return self.data if self.data is not None else Path(str(self.path)).read_bytes()
+        except OSError as error:
+            raise ImageError(f"{self.path} cannot be read ({error.strerror})") from error
+
+    def data_uri(self) -> str:
+        """The encoded picture as a data URI. Raises ImageError if it is none that can be read."""
+        from PIL import Image as Pillow
+
+        data = self.read()
+        try:
+            with Pillow.open(io.BytesIO(data)) as picture:
+                kind = picture.get_format_mimetype() or "image/png"
+        except OSError as error:
+            raise ImageError(f"{self.path or 'an image'} cannot be decoded ({error})") from error
+        return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
     def open(self) -> Picture:
         """The picture in RGB, upright, on white where it is transparent.
 
@@ -41,7 +60,7 @@ class Image:
         from PIL import Image as Pillow
         from PIL import ImageOps
 
-        what = self.path or "an image in the row"
+        what = self.path or "an image"
         try:
             source: Any = self.path if self.data is None else io.BytesIO(self.data)
             with Pillow.open(source) as picture:
@@ -93,14 +112,15 @@ def _from_text(value: str, folder: Path) -> Image:
         kind, _, rest = rest.partition(",")
         if not (kind.startswith("image/") and kind.endswith(";base64")):
             raise ImageError(f"{value:.40}… is no data URI of an image in base64")
-        return _from_base64(rest)
+        return from_base64(rest)
     if _BASE64.fullmatch(value):
-        return _from_base64(value)
+        return from_base64(value)
     path = Path(value.removeprefix("file://")).expanduser()
     return Image(path=str(path if path.is_absolute() else folder / path))
 
 
-def _from_base64(text: str) -> Image:
+def from_base64(text: str) -> Image:
+    """The image in base64 text, line breaks allowed. Raises ImageError for other text."""
     try:
         return Image(data=base64.b64decode("".join(text.split()), validate=True))
     except binascii.Error as error:
