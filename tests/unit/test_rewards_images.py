@@ -3,26 +3,42 @@
 import base64
 import io
 import shutil
+from dataclasses import replace
 
 import pytest
+import tiny
+import tiny_classifiers
 import torch
 from PIL import Image as Pillow
 from reward_servers import app_server
 from test_rewards_judge import Server, build, entry
-from tiny_job import ASSETS
+from tiny_job import ASSETS, tiny_config
 from tiny_vlm import picture
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+    AutoProcessor,
+    AutoTokenizer,
+    Gemma3ImageProcessorPil,
+    Gemma3Processor,
+)
 
 from torchrft.config.reward_config import Reward, RewardFunction
+from torchrft.config.reward_config import RewardModel as Entry
 from torchrft.rewards.judge import JudgeTemplate
 from torchrft.rewards.judge_server import ServerAnswers
+from torchrft.rewards.models import build_scalar_model
 from torchrft.rewards.registry import register
 from torchrft.rewards.remote import RemoteRewards
 from torchrft.rewards.scorer import build_scorer
 from torchrft.rewards.server_app import create_app
 from torchrft.rewards.source import RewardError, RewardRequest
+from torchrft.tools.distributed import World
 from torchrft.tools.images import Image, ImageError
 from torchrft.types import Completion, Prompt
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
 
 OWN = """
 import sys
@@ -204,3 +220,85 @@ def test_a_judge_on_a_server_gets_data_uris(prompts, tmp_path):
     assert sent[2] == "plain"
     with pytest.raises(ImageError, match="an image cannot be decoded"):
         Image(data=b"x").data_uri()
+
+
+# ------------------------------------------------------------------------ reward models
+
+
+@pytest.fixture(scope="module")
+def scalar_folder(tmp_path_factory):
+    """A tiny Gemma 3 with a head of one label, and its processor."""
+    folder = tmp_path_factory.mktemp("scalar")
+    marks = {"boi_token": "<boi>", "eoi_token": "<eoi>", "image_token": "<soft>"}
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "debug_model", extra_special_tokens=marks)
+    tokenizer.chat_template = (ASSETS / "debug_vlm" / "chat_template.jinja").read_text()
+    tokenizer.chat_template = tokenizer.chat_template.replace("<image>", "<boi>")
+    size = {"height": 16, "width": 16}
+    images = Gemma3ImageProcessorPil(size=size)
+    Gemma3Processor(images, tokenizer, tokenizer.chat_template, image_seq_length=4).save_pretrained(
+        folder
+    )
+    text = tiny.config("gemma3_text", vocab_size=len(tokenizer), num_labels=1).to_dict()
+    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    tower |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 4}
+    config = AutoConfig.for_model(
+        "gemma3",
+        text_config=text,
+        vision_config=tower,
+        mm_tokens_per_image=4,
+        num_labels=1,
+        image_token_index=tokenizer.convert_tokens_to_ids("<soft>"),
+        initializer_range=0.3,
+    )
+    torch.manual_seed(5)
+    model = AutoModelForSequenceClassification.from_config(config)
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)  # it is 0
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def build_scalar(folder, world=ALONE, **options):
+    made = Entry(pretrain=folder)
+    return build_scalar_model(made, tiny_config(**options), world, torch.float32, None, None)
+
+
+@torch.no_grad()
+def test_a_vision_reward_model_gives_transformers_scores(prompts, scalar_folder):
+    source = build_scalar(scalar_folder, reward_model_offload="true", reward_pretrain=scalar_folder)
+    assert not source.collective
+    parts = [({"type": "image"},) * len(prompt.images) for prompt in prompts]
+    chats = [({"role": "user", "content": [*own, {"type": "text", "text": "1"}]},) for own in parts]
+    asked = [replace(p, messages=chat) for p, chat in zip(prompts, chats, strict=True)]
+    source.check(asked)
+    scores = [result.score for result in source.score(requests(asked))]
+    processor = AutoProcessor.from_pretrained(scalar_folder)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        scalar_folder, attn_implementation="eager"
+    ).eval()
+    expected = []
+    for request in requests(asked):
+        chat = [*request.prompt.messages, {"role": "assistant", "content": request.completion.text}]
+        text = processor.apply_chat_template(chat, tokenize=False)
+        pictures = [image.open() for image in request.prompt.images] or None
+        inputs = processor(
+            text=[text], images=pictures, return_tensors="pt", add_special_tokens=False
+        )
+        expected.append(model(**inputs).logits.item())
+    assert scores == pytest.approx(expected, abs=1e-5)
+    blank = replace(asked[0], images=(picture(16, 8, 99),))
+    [other] = source.score([RewardRequest(blank, completions([blank])[0])])
+    assert abs(other.score - scores[0]) > 1e-3  # the picture counts
+    source.close()
+
+
+def test_what_a_reward_model_refuses_of_images(prompts, scalar_folder, tmp_path):
+    source = build_scalar(tiny_classifiers.save(tmp_path))
+    with pytest.raises(ValueError, match="prompt row 0 has images, which the reward model sees no"):
+        source.check(prompts)
+    with pytest.raises(RewardError, match="prompt row 2 has images"):
+        source.score(requests(prompts[1:]))
+    with pytest.raises(ValueError, match=r"rm_use_engine = true: the reward model .* sees images"):
+        build_scalar(scalar_folder, rm_use_engine="true")
+    lost = replace(prompts[0], images=(Image(path="lost.png"),))
+    with pytest.raises(RewardError, match=r"prompt row 0: lost\.png does not exist"):
+        build_scalar(scalar_folder).score(requests([lost]))

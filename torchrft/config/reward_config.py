@@ -69,7 +69,8 @@ class Judge(Section):
     model: Text | None = None
     """The server's name of the model; for engine "remote"."""
     template: Text
-    """Jinja text, or file of it, of {{ prompt }}, {{ response }}, {{ label }}, {{ metadata.x }}."""
+    """Jinja text, or file of it, of {{ prompt }}, {{ response }}, {{ label }}, {{ metadata.x }},
+    {{ images }}."""
     parser: Text = "last_number"
     """How an answer becomes a number: "last_number", "verdict", a regular expression with one
     group, or `path/to/file.py:function`."""

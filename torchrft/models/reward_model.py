@@ -155,17 +155,17 @@ class HostWeights:
 
 
 def load_reward_model(
-    source: str, parallel: Parallel, world: World, dtype: torch.dtype
+    source: str, parallel: Parallel, world: World, dtype: torch.dtype, whole: bool = False
 ) -> RewardModel:
     """The model of a folder or hub id, frozen, on this rank's device; its parameters in `dtype`.
 
-    Over several ranks it is fully sharded (FSDP2), whatever tensor and sequence parallelism the
-    policy has: every rank scores samples of its own. Collective. Raises ValueError for a source
-    that is no sequence-classification model of one label, or lacks weights.
+    Over several ranks it is fully sharded (FSDP2) unless it is to be `whole`, whatever tensor and
+    sequence parallelism the policy has: every rank scores samples of its own. Collective. Raises
+    ValueError for a source that is no sequence-classification model of one label, or lacks weights.
     """
     config = reward_config(source)
     build = AutoModelForSequenceClassification.from_config
-    several = world.world_size > 1
+    several = world.world_size > 1 and not whole
     sharded = ShardedWeights.of(source, partial(build, config)) if several else None
     loaded: Any = _load(source, config, dtype) if sharded is None else sharded.model(dtype)
     model = RewardModel(loaded.eval().requires_grad_(False), world.device)

@@ -16,9 +16,9 @@ from torchrft.config.reward_config import Judge as Entry
 from torchrft.models.loader import load_config, load_tokenizer
 from torchrft.models.vision import Vision
 from torchrft.rewards.judge_server import Content, ServerAnswers
-from torchrft.rewards.models import text_or_file
 from torchrft.rewards.registry import as_float
 from torchrft.rewards.source import RewardError, RewardRequest, RewardResult
+from torchrft.rewards.text import text_or_file
 from torchrft.rewards.verdicts import aggregate, parser_of
 from torchrft.tools.images import Image
 from torchrft.tools.seeds import derive_seed

@@ -24,6 +24,8 @@ from torchrft.models.reward_model import (
     reward_config,
 )
 from torchrft.rewards.source import RewardError, RewardRequest, RewardResult
+from torchrft.rewards.text import text_or_file
+from torchrft.rewards.vision_model import VisionModel
 from torchrft.tools import distributed
 from torchrft.tools.distributed import World
 from torchrft.types import Prompt
@@ -81,6 +83,7 @@ class Reader:
                 texts, add_special_tokens=self.template is None, verbose=False
             ).input_ids
         for request, sample in zip(requests, ids, strict=True):
+            self.refuse_images(request.prompt)
             if not 0 < len(sample) <= self.max_len:
                 raise ValueError(
                     f"prompt row {request.prompt.row}: prompt and response have {len(sample)} "
@@ -107,6 +110,8 @@ class Reader:
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raises ValueError for prompts that this model cannot read."""
+        for prompt in prompts:
+            self.refuse_images(prompt)
         if not self.direct and prompts:
             self.text(prompts[0], "")
             if self.template is None and prompts[0].messages:
@@ -115,6 +120,14 @@ class Reader:
                     "policy's and has no chat template, but the prompts are chats: give the model "
                     "a chat_template"
                 )
+
+    def refuse_images(self, prompt: Prompt) -> None:
+        """Raises ValueError for a prompt with images, which this model would not see."""
+        if prompt.images:
+            raise ValueError(
+                f"prompt row {prompt.row} has images, which the reward model sees nothing of: use "
+                "a vision model, or another kind of reward"
+            )
 
 
 class Forward(Protocol):
@@ -209,14 +222,24 @@ def build_scalar_model(
     dtype: torch.dtype,
     policy: PreTrainedTokenizerBase | None,
     pooling: Callable[[str, str, int], Forward],
-) -> ScalarModel:
+) -> ScalarModel | VisionModel:
     """The source of an entry of `[reward] models`, loaded; collective.
 
     `policy` is the policy's tokenizer. `pooling(model, tokenizer, max_len)` starts an engine that
     gives scores, for rm_use_engine. Raises ValueError for a model, tokenizer, template or engine
     that cannot be used.
     """
-    limit = getattr(reward_config(entry.pretrain), "max_position_embeddings", None)
+    name, model_config = entry.name or Path(entry.pretrain).name, reward_config(entry.pretrain)
+    offload = config.reward.reward_model_offload
+    if hasattr(model_config, "vision_config"):
+        if config.reward.rm_use_engine:
+            raise ValueError(
+                f'rm_use_engine = true: the reward model "{entry.pretrain}" sees images, which '
+                "transformers runs; leave rm_use_engine out"
+            )
+        seeing = load_reward_model(entry.pretrain, config.parallel, world, dtype, whole=True)
+        return VisionModel(name, entry, seeing, offload)
+    limit = getattr(model_config, "max_position_embeddings", None)
     reader = Reader(entry, policy, limit)
     if reader.direct and config.data.max_len > reader.max_len:
         raise ValueError(
@@ -230,23 +253,5 @@ def build_scalar_model(
         forward = pooling(entry.pretrain, reader.source, longest)
     else:
         model = load_reward_model(entry.pretrain, config.parallel, world, dtype)
-        size, offload = config.rollout.micro_rollout_batch_size, config.reward.reward_model_offload
-        forward = Batches(model, size, offload)
-    return ScalarModel(entry.name or Path(entry.pretrain).name, reader, forward)
-
-
-def text_or_file(value: str, option: str) -> str:
-    """The text of the file `value`, or `value` itself if it is a template.
-
-    Raises ValueError for one that is neither.
-    """
-    path = Path(value)
-    if "{{" in value or "{%" in value:
-        return value
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f'{option} = "{value}" is no text file that can be read, and no template, which would '
-            "have {{ ... }} in it"
-        ) from error
+        forward = Batches(model, config.rollout.micro_rollout_batch_size, offload)
+    return ScalarModel(name, reader, forward)

@@ -1,0 +1,93 @@
+"""Scalar reward models that look at the prompt's images, through their own processor."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from transformers import AutoProcessor
+
+from torchrft.config.reward_config import RewardModel as Entry
+from torchrft.models.reward_model import HostWeights, RewardModel
+from torchrft.rewards.source import RewardError, RewardRequest, RewardResult
+from torchrft.rewards.text import text_or_file
+from torchrft.types import Prompt
+
+
+class VisionModel:
+    """A reward model with an image tower as a source, whole on this rank; one sample at a time.
+
+    It reads the chat template (`chat_template`, or its processor's) over the prompt's messages and
+    the response, or without one the prompt's text followed by the response's.
+
+    Raises ValueError for a processor or template that does not load.
+    """
+
+    collective = False
+
+    def __init__(self, name: str, entry: Entry, model: RewardModel, offload: bool) -> None:
+        self.name, self.model, self.lock = name, model, threading.Lock()
+        source = entry.tokenizer or entry.pretrain
+        try:
+            self.processor: Any = AutoProcessor.from_pretrained(source)
+        except (OSError, ValueError, ImportError) as error:
+            raise ValueError(
+                f'the reward model "{entry.pretrain}" sees images, but "{source}" holds no '
+                f"processor that transformers can read: {error}"
+            ) from error
+        given = entry.chat_template
+        own = self.processor.chat_template or self.processor.tokenizer.chat_template
+        self.template = own if given is None else text_or_file(given, "chat_template")
+        self.host = HostWeights(model) if offload else None
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raises ValueError for prompts that this model cannot read."""
+        for prompt in prompts[:1]:
+            self.read(prompt, "")
+
+    def read(self, prompt: Prompt, response: str) -> dict[str, Any]:
+        """The model's inputs, with a batch of one. Raises ValueError, naming the prompt's row."""
+        response = response.replace(self.processor.image_token, "")  # no place for a picture
+        text = prompt.text + response
+        try:
+            if self.template is not None:
+                said = [{"type": "text", "text": response}]
+                chat = prompt.messages or ({"role": "user", "content": prompt.text},)
+                text = self.processor.apply_chat_template(
+                    [*chat, {"role": "assistant", "content": said}],
+                    chat_template=self.template,
+                    tokenize=False,
+                )
+            pictures = [image.open() for image in prompt.images]
+            return dict(
+                self.processor(
+                    text=[text],
+                    images=pictures or None,
+                    return_tensors="pt",
+                    # A template writes its special tokens itself.
+                    add_special_tokens=self.template is None,
+                )
+            )
+        except (ValueError, TemplateError) as error:
+            raise ValueError(f"prompt row {prompt.row}: {error}") from error
+
+    @torch.no_grad()
+    def score(self, requests: Sequence[RewardRequest]) -> list[RewardResult]:
+        """See RewardSource."""
+        results = []
+        with self.lock, self.host.on_device() if self.host else nullcontext():
+            for request in requests:
+                try:
+                    inputs = self.read(request.prompt, request.completion.text)
+                except ValueError as error:
+                    raise RewardError(f"reward source {self.name!r}, {error}") from error
+                given = {name: value.to(self.model.device) for name, value in inputs.items()}
+                results.append(RewardResult(self.model.model(**given).logits.item()))
+        return results
+
+    def close(self) -> None:
+        del self.model
