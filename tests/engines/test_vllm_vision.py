@@ -1,15 +1,22 @@
 """The vLLM engine on prompts with images, beside transformers and the native engine."""
 
 import importlib.util
+import shutil
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import tiny_vlm
 import torch
-from tiny_job import ASSETS
+from tiny_job import ASSETS, tiny_config
+from transformers import AutoModelForImageTextToText
 
 from torchrft.config.job_config import Rollout
+from torchrft.config.reward_config import Judge
+from torchrft.model_builder import judge_engine
 from torchrft.models.loader import load_config, load_model, load_tokenizer
 from torchrft.models.vision import Vision
+from torchrft.rewards.judge import build_judge
 from torchrft.rollout import build_engine
 from torchrft.rollout.canary import Canary, WeightSyncError
 from torchrft.rollout.native.engine import NativeEngine
@@ -112,3 +119,28 @@ def test_a_processor_of_another_place_is_refused(tmp_path):
     vision.source = "elsewhere"
     with pytest.raises(ValueError, match='processor = "elsewhere": vLLM takes the processor from'):
         make(source, vision)
+
+
+def test_a_judge_in_vllm_sees_what_a_native_one_sees(tmp_path):
+    config = load_config(str(ASSETS / "debug_vlm"))
+    shutil.copytree(ASSETS / "debug_vlm", tmp_path, dirs_exist_ok=True)
+    config.text_config.initializer_range = config.vision_config.initializer_range = 0.3
+    torch.manual_seed(3)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path)
+    shutil.copy(ASSETS / "debug_vlm" / "config.json", tmp_path)  # one of a common attention
+    job = tiny_config()
+    engine = partial(judge_engine, config=job, dtype=torch.float32, device=torch.device("cpu"))
+    answers = {}
+    for kind in ("native", "vllm"):
+        options = {"pretrain": str(tmp_path), "engine": kind, "max_len": 96, "max_new_tokens": 8}
+        template = "{{ response }}{{ images }}?"
+        judge = build_judge(Judge.model_validate({"template": template} | options), job, engine)
+        prompts = [Prompt(0, "", (), images=own) for own in (PICTURES[:1], PICTURES[1:], [])]
+        contents = [
+            judge.template.render(replace(prompt, images=tuple(prompt.images)), "12")
+            for prompt in prompts
+        ]
+        answers[kind] = judge.answers(contents, [[1], [2], [3]])
+        judge.close()
+    assert answers["vllm"] == answers["native"]
+    assert len({tuple(own) for own in answers["native"]}) == 3

@@ -138,14 +138,14 @@ def test_missing_keys(saved):
 
 def test_other_shapes(saved):
     edit(saved[0], "config.json", intermediate_size=40)
-    with pytest.raises(ValueError, match=r'the weights in pretrain = ".*saved" do not load'):
+    with pytest.raises(ValueError, match=r'the weights of pretrain = ".*saved" do not load'):
         load_model(saved[0])
 
 
 def test_damaged_file(saved):
     path = Path(saved[0], "model.safetensors")
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r'the weights in pretrain = ".*saved" do not load'):
+    with pytest.raises(ValueError, match=r'the weights of pretrain = ".*saved" do not load'):
         load_model(saved[0])
 
 

@@ -142,7 +142,7 @@ def test_folders_that_are_no_reward_models(tmp_path):
     weights = load_file(Path(headless, "model.safetensors"))
     del weights["score.weight"]
     save_file(weights, Path(headless, "model.safetensors"), {"format": "pt"})
-    with pytest.raises(ValueError, match=r"lack weights: score.weight"):
+    with pytest.raises(ValueError, match=r"lacks weights of the model: score.weight"):
         load(headless)
     Path(headless, "model.safetensors").write_bytes(b"broken")
     with pytest.raises(ValueError, match=r"headless\" do not load"):

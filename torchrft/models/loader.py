@@ -85,25 +85,32 @@ def load_model(
             model = auto_class(config).from_config(config, dtype=dtype)
     else:
         try:
-            loaded: Any = auto_class(config).from_pretrained(
-                source,
-                config=config,
-                dtype=dtype,
-                attn_implementation=_attention_of(config),
-                output_loading_info=True,
-            )
+            options = {"dtype": dtype, "attn_implementation": _attention_of(config)}
+            model = read_weights(auto_class(config), source, "pretrain =", config, **options)
         except OSError as error:
             raise ValueError(
                 _not_found(source, "weights") + '; [model] init = "random" makes fresh ones'
             ) from error
-        except (SafetensorError, RuntimeError) as error:  # a damaged file, other shapes
-            raise ValueError(
-                f'the weights in pretrain = "{source}" do not load: {error}'
-            ) from error
-        model, info = loaded
-        if info["missing_keys"]:
-            missing = ", ".join(sorted(info["missing_keys"])[:3])
-            raise ValueError(f'pretrain = "{source}" lacks weights of the model: {missing}, …')
+    return model
+
+
+def read_weights(
+    auto: Any, source: str, what: str, config: PreTrainedConfig, **options: Any
+) -> PreTrainedModel:
+    """The model that an Auto class reads from `source`, which is a `what`, for errors.
+
+    Raises OSError where there are no weights, ValueError for a damaged file, other shapes and
+    missing weights.
+    """
+    try:
+        model, info = auto.from_pretrained(
+            source, config=config, output_loading_info=True, **options
+        )
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f'the weights of {what} "{source}" do not load: {error}') from error
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise ValueError(f'{what} "{source}" lacks weights of the model: {missing}, …')
     return model
 
 

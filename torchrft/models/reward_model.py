@@ -9,7 +9,6 @@ from os.path import commonprefix
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import (
@@ -22,6 +21,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from torchrft.config.job_config import Parallel
 from torchrft.models import attention
+from torchrft.models.loader import read_weights
 from torchrft.models.sharded import ShardedWeights
 from torchrft.parallel import ParallelDims, parallelize
 from torchrft.tools.distributed import World
@@ -167,7 +167,14 @@ def load_reward_model(
     build = AutoModelForSequenceClassification.from_config
     several = world.world_size > 1 and not whole
     sharded = ShardedWeights.of(source, partial(build, config)) if several else None
-    loaded: Any = _load(source, config, dtype) if sharded is None else sharded.model(dtype)
+    if sharded is not None:
+        loaded: Any = sharded.model(dtype)
+    else:
+        auto = AutoModelForSequenceClassification
+        try:
+            loaded = read_weights(auto, source, "the reward model", config, dtype=dtype)
+        except OSError as error:
+            raise ValueError(f'the reward model "{source}" has no weights: {error}') from error
     model = RewardModel(loaded.eval().requires_grad_(False), world.device)
     if sharded is None:
         model.to(world.device)
@@ -205,24 +212,6 @@ def reward_config(source: str) -> PreTrainedConfig:
             f'the reward model "{source}" has an encoder and a decoder, which is not supported'
         )
     return config
-
-
-def _load(source: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            source, config=config, dtype=dtype, output_loading_info=True
-        )
-    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
-        raise ValueError(
-            f'the weights of the reward model "{source}" do not load: {error}'
-        ) from error
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise ValueError(
-            f'the files of the reward model "{source}" lack weights: {missing}; without its own '
-            "head a model gives random scores"
-        )
-    return model
 
 
 def scored_part(sample: Sequence[int], pad: int | None) -> list[int]:

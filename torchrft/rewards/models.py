@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from torchrft.config.job_config import JobConfig
@@ -24,7 +23,7 @@ from torchrft.models.reward_model import (
     reward_config,
 )
 from torchrft.rewards.source import RewardError, RewardRequest, RewardResult
-from torchrft.rewards.text import text_or_file
+from torchrft.rewards.text import chat_text, text_or_file
 from torchrft.rewards.vision_model import VisionModel
 from torchrft.tools import distributed
 from torchrft.tools.distributed import World
@@ -96,17 +95,7 @@ class Reader:
         if self.template is None:
             # The tokenizer puts this one there itself.
             return prompt.text.removeprefix(self.tokenizer.bos_token or "") + response
-        messages = prompt.messages or ({"role": "user", "content": prompt.text},)
-        try:
-            return self.tokenizer.apply_chat_template(
-                [*messages, {"role": "assistant", "content": response}],
-                chat_template=self.template,
-                tokenize=False,
-            )
-        except TemplateError as error:
-            raise ValueError(
-                f"prompt row {prompt.row}: the chat template refuses it: {error}"
-            ) from error
+        return chat_text(self.tokenizer, self.template, prompt, response)
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raises ValueError for prompts that this model cannot read."""

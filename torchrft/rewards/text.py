@@ -1,6 +1,30 @@
-"""Texts that a configuration holds or names."""
+"""Texts that a configuration holds or names, and the text of a sample."""
 
 from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+
+from torchrft.types import Prompt
+
+
+def chat_text(teller: Any, template: str, prompt: Prompt, response: Any) -> str:
+    """The prompt's messages (its text, where it has none) with the response, in a chat template.
+
+    Raises ValueError, naming the prompt's row, where the template refuses them.
+    """
+    messages = prompt.messages or ({"role": "user", "content": prompt.text},)
+    try:
+        text: str = teller.apply_chat_template(
+            [*messages, {"role": "assistant", "content": response}],
+            chat_template=template,
+            tokenize=False,
+        )
+        return text
+    except TemplateError as error:
+        raise ValueError(
+            f"prompt row {prompt.row}: the chat template refuses it: {error}"
+        ) from error
 
 
 def text_or_file(value: str, option: str) -> str:

@@ -8,13 +8,12 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from transformers import AutoProcessor
 
 from torchrft.config.reward_config import RewardModel as Entry
 from torchrft.models.reward_model import HostWeights, RewardModel
 from torchrft.rewards.source import RewardError, RewardRequest, RewardResult
-from torchrft.rewards.text import text_or_file
+from torchrft.rewards.text import chat_text, text_or_file
 from torchrft.types import Prompt
 
 
@@ -53,15 +52,10 @@ class VisionModel:
         """The model's inputs, with a batch of one. Raises ValueError, naming the prompt's row."""
         response = response.replace(self.processor.image_token, "")  # no place for a picture
         text = prompt.text + response
+        if self.template is not None:
+            said = [{"type": "text", "text": response}]
+            text = chat_text(self.processor, self.template, prompt, said)
         try:
-            if self.template is not None:
-                said = [{"type": "text", "text": response}]
-                chat = prompt.messages or ({"role": "user", "content": prompt.text},)
-                text = self.processor.apply_chat_template(
-                    [*chat, {"role": "assistant", "content": said}],
-                    chat_template=self.template,
-                    tokenize=False,
-                )
             pictures = [image.open() for image in prompt.images]
             return dict(
                 self.processor(
@@ -72,7 +66,7 @@ class VisionModel:
                     add_special_tokens=self.template is None,
                 )
             )
-        except (ValueError, TemplateError) as error:
+        except ValueError as error:
             raise ValueError(f"prompt row {prompt.row}: {error}") from error
 
     @torch.no_grad()
