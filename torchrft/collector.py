@@ -1,7 +1,5 @@
 """From prompts to scored samples: generation, rewards, and which samples a step learns from."""
 
-from __future__ import annotations
-
 import dataclasses
 import statistics
 from collections.abc import Iterator, Sequence

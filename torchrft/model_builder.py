@@ -72,10 +72,14 @@ class ModelBuilder:
             loaded = loaded.to(device)
         else:
             loaded = sharded.model(dtype)
+        if images_column(self.config.data) is not None and not sees_images(loaded.config):
+            raise ValueError(
+                f'"{source}" sees no images, but the prompts have some; use a vision-language model'
+            )
         # No dropout: log-probs must be those of the policy that sampled.
         if self.config.model.freeze_vision:
             if not sees_images(loaded.config):
-                raise ValueError(f'freeze_vision: pretrain = "{source}" has no image tower')
+                raise ValueError(f'freeze_vision: "{source}" has no image tower')
             freeze_vision(loaded)
         model = wrap(loaded.eval())
         if sharded is None:

@@ -1,7 +1,5 @@
 """The job's rewards: functions, models, judges and servers in one scorer."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

@@ -1,7 +1,5 @@
 """The training loop. `train_step` is the whole algorithm, in the order data flows."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

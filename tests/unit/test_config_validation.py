@@ -4,7 +4,7 @@ from importlib import metadata
 
 import pytest
 
-from torchrft.config.availability import AVAILABLE_VALUES, missing, unavailable
+from torchrft.config.availability import missing, unavailable
 from torchrft.config.fields import FIELDS, is_set
 from torchrft.config.job_config import JobConfig
 from torchrft.config.manager import ConfigError, load
@@ -125,6 +125,16 @@ ERRORS = [
         {"fsdp": True, "zero_stage": 2},
         1,
         "[parallel] zero_stage = 2 and fsdp = true exclude each other; leave one out",
+    ),
+    (
+        {"images_key": "i", "min_pixels": 100, "max_pixels": 10},
+        1,
+        "[data] min_pixels = 100 is above max_pixels = 10; lower it or raise the other",
+    ),
+    (
+        {"mixed_mm_data": True, "tp_size": 2},
+        2,
+        "[parallel] tp_size = 2 does not split models that see images; use fsdp, zero_stage = 3",
     ),
     (
         {"compile": True, "tp_size": 2},
@@ -379,21 +389,14 @@ def test_world_sizes():
     assert smallest_world_size(make(dp_shard=4)) == 4
 
 
-def test_tables_of_what_is_not_available_name_real_fields_and_their_defaults():
-    assert set(AVAILABLE_VALUES) <= set(FIELDS)
-    for name, values in AVAILABLE_VALUES.items():
-        assert FIELDS[name].info.default in values or name == "engine_type"
-
-
 def test_unavailable_names_the_remedy(monkeypatch):
     monkeypatch.setattr(metadata, "version", lambda name: "9.9")
     assert unavailable(make(engine_type="native")) == []
     assert unavailable(make(engine_type="vllm", server_urls=["http://a:1"])) == []
-    assert unavailable(make(engine_type="sglang", reward_pretrain="rm")) == [
+    assert unavailable(make(engine_type="sglang")) == [
         '[rollout] engine_type = "sglang" needs sglang 0.5 to below 0.6, but 9.9 is installed: pip '
         "install sglang, on a machine with a GPU (docs/rollout_engines.md), or use engine_type = "
         '"native"',
-        '[reward] reward_pretrain = "rm" is not available yet in this version; leave it out',
     ]
 
 
@@ -402,7 +405,7 @@ def test_images_come_from_the_native_engine_or_from_vllm_in_the_trainers_process
     assert unavailable(make(engine_type="native", images_key="i")) == []
     assert unavailable(make(engine_type="vllm", images_key="i")) == []
     (text,) = unavailable(make(engine_type="vllm", images_key="i", server_urls=["http://a:1"]))
-    assert text.startswith('[data] images_key = "i" (or mixed_mm_data): images are not generated')
+    assert text.startswith('[data] images_key = "i" (or mixed_mm_data): images are not read')
     assert "on servers" in text
     monkeypatch.setattr(metadata, "version", lambda name: "0.5.1")
     (text,) = unavailable(make(engine_type="sglang", mixed_mm_data=True))

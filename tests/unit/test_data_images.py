@@ -295,3 +295,20 @@ def test_processor_is_detected_or_named(tmp_path):
     text_only = str(Path(MODEL).with_name("debug_model"))
     with pytest.raises(ValueError, match="is a qwen2 model, which sees no images"):
         Vision.load(text_only)
+
+
+def test_sixteen_bits_second_pictures_and_odd_texts(tmp_path):
+    """12% gray stays so; a phone's MPO gives its first picture; no path is an ImageError."""
+    deep = Pillow.new("I;16", (4, 4), 0x2000)
+    deep.save(tmp_path / "deep.png")
+    assert image_of("deep.png", tmp_path).open().getpixel((0, 0)) == (31, 31, 31)
+    red, blue = (Pillow.new("RGB", (8, 8), color) for color in ("red", "blue"))
+    red.save(tmp_path / "two.mpo", format="MPO", save_all=True, append_images=[blue])
+    assert image_of("two.mpo", tmp_path).open().getpixel((0, 0))[0] > 200
+    Pillow.new("F", (4, 4), 0.5).save(tmp_path / "float.tiff")
+    with pytest.raises(ImageError, match="floating-point pixels"):
+        image_of("float.tiff", tmp_path).open()
+    with pytest.raises(ImageError, match="not valid base64"):
+        image_of("data:image/png;base64,é", tmp_path)
+    with pytest.raises(ImageError, match="does not exist"):
+        image_of("~nosuchuser/x.png", tmp_path).open()

@@ -428,3 +428,52 @@ def test_closing_closes_all_sources():
     one, two = Fixed("one"), Fixed("two")
     Scorer([Weighted(one), Weighted(two)]).close()
     assert one.asked == two.asked == ["closed"]
+
+
+def test_a_part_called_like_another_source_does_not_enter_the_sum():
+    register("p")(lambda: RewardResult(1.0, parts={"b": 9.0}))
+    entries = [
+        RewardFunction(name="exact_match", alias="p/b"),
+        RewardFunction(name="p"),
+    ]
+    (score,) = build_scorer(Reward(functions=entries)).score([prompt()], [completion("wrong")])
+    assert score.value == 1.0
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.array(1.0), "rewards are expected in a list"),
+        (RewardResult(1.0, parts=[("a", 1.0)]), "parts must be a dictionary"),
+        (RewardResult(1.0, metrics=None), "metrics must be a dictionary"),
+    ],
+    ids=str,
+)
+def test_odd_results_are_bugs_with_a_sentence(value, message):
+    is_batch = isinstance(value, np.ndarray)
+    register("f")((lambda responses: value) if is_batch else (lambda: value))
+    with pytest.raises(RewardError, match=message):
+        scorer("f").score([prompt()], [completion()])
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("code", {"seconds": 0.0}), ("numeric", {"tolerance": -1.0})]
+)
+def test_options_that_would_reward_nothing_are_refused(name, options):
+    with pytest.raises(ValueError, match="use "):
+        build_scorer(Reward(functions=[RewardFunction(name=name, options=options)]))
+
+
+def test_choices_may_be_small_letters():
+    entry = RewardFunction(name="multiple_choice", options={"choices": "abcd"})
+    (score,) = build_scorer(Reward(functions=[entry])).score(
+        [prompt(label="c")], [completion("(C)")]
+    )
+    assert score.value == 1.0
+
+
+def test_a_file_that_exits_at_its_import_is_named(tmp_path):
+    path = tmp_path / "r.py"
+    path.write_text("import sys\ndef f(response): return 1.0\nsys.exit(0)")
+    with pytest.raises(ValueError, match="failed to load: SystemExit: 0"):
+        scorer(f"{path}:f")

@@ -91,10 +91,15 @@ def test_a_row_without_what_the_template_shows(source, text):
         ("last_number", "I give 7 of 10: 7.5.", 7.5),
         ("last_number", "from 1-5, a -2", -2.0),
         ("last_number", "none", None),
+        ("last_number", "Score: .5", 0.5),
+        ("last_number", "1,200", 1200.0),
+        ("last_number", "−3e-1", -0.3),
+        ("verdict", "Verdict: 0.75", 0.75),
+        ("verdict", "verdict = **-1**", -1.0),
         ("last_number", "9" * 400, None),
         ("verdict", "Verdict: no. Hm, wait.\n**Verdict**: Yes", 1.0),
         ("verdict", "verdict = incorrect", 0.0),
-        ("verdict", "Verdict: 0.5", 0.0),
+        ("verdict", "Verdict: 0.5", 0.5),
         ("verdict", "Verdict: maybe", None),
         ("verdict", "it is correct", None),
         (r"\[\[(.*?)\]\]", "[[no]] then [[ Correct ]]", 1.0),
@@ -352,11 +357,13 @@ def test_faults_that_stay(server, monkeypatch):
     for content in (
         b"<html>",
         b'{"choices": []}',
-        b'{"choices": [{"message": {"content": null}}]}',
+        b'{"choices": [{"message": {"content": 3}}]}',
     ):
         server.faults = [(200, content)]
         with pytest.raises(RewardError, match="the answer is no chat completion"):
             answers(["a"], [[1]])
+    server.faults = [(200, b'{"choices": [{"message": {"content": null}}]}')]
+    assert answers(["a"], [[1]]) == [[""]]  # reasoning took all tokens: no verdict
     # A wait that the time does not allow is not begun.
     monkeypatch.setattr("torchrft.rewards.judge_server._FIRST_WAIT", 100.0)
     server.faults = [(500, b"down")]

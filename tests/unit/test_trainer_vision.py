@@ -141,7 +141,7 @@ def test_a_text_model_cannot_take_images(tmp_path):
     with pytest.raises(ValueError, match="is a qwen2 model, which sees no images"):
         run(tmp_path, **options)
     options = {"freeze_vision": "true"}
-    with pytest.raises(ValueError, match=r"freeze_vision: pretrain = .* has no image tower"):
+    with pytest.raises(ValueError, match=r"freeze_vision: .* has no image tower"):
         run(tmp_path, **options)
 
 

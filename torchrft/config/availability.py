@@ -1,18 +1,13 @@
 """What this version cannot run yet, and what a real run needs beyond a valid config.
 
-Both stop a real run; a dry run only notes them. When a feature lands, delete its line (or add its
-value to the line) here and name the test that proves it in tests/unit/test_config_fields.py.
+Both stop a real run; a dry run only notes them.
 """
 
 import re
 from importlib import metadata
 
-from torchrft.config.fields import is_set, label, show, value_of
+from torchrft.config.fields import is_set, label
 from torchrft.config.job_config import JobConfig
-
-# The values of a field that work today; every other value is refused.
-AVAILABLE_VALUES: dict[str, tuple[object, ...]] = {}
-
 
 # Distributions of which an engine needs one, the versions it was tried with (from, below), and how
 # to install it.
@@ -54,18 +49,9 @@ def unavailable(config: JobConfig) -> list[str]:
         where = "on servers" if rollout.server_urls else f'by engine_type = "{rollout.engine_type}"'
         if rollout.server_urls or rollout.engine_type == "sglang":
             found.append(
-                f"{label(config, 'images_key')} (or mixed_mm_data): images are not generated from "
+                f"{label(config, 'images_key')} (or mixed_mm_data): images are not read "
                 f'{where}; use engine_type = "native", or "vllm" without server_urls'
             )
-    for name, values in AVAILABLE_VALUES.items():
-        if value_of(config, name) in values:
-            continue
-        usable = [f"use {show(value)}" for value in values if value not in (None, [])]
-        remedy = " or ".join(usable) or "leave it out"
-        default = "" if is_set(config, name) else " (the default)"
-        found.append(
-            f"{label(config, name)}{default} is not available yet in this version; {remedy}"
-        )
     return found
 
 

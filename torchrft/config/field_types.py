@@ -1,7 +1,5 @@
 """What sections and fields are made of: bounds, and the shorthands that TOML and flags may use."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field

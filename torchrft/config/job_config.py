@@ -5,8 +5,6 @@ mean the same. The text under a field is its documentation: `--help`, the JSON s
 docs/configuration.md are made from it. Rules that join several fields are in validation.py.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field

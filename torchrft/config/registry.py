@@ -97,7 +97,7 @@ def _load_file(path: Path, what: str) -> ModuleType:
     sys.modules[module_name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[module_name]
         raise ValueError(
             f"{what}: {path} failed to load: {type(error).__name__}: {error}"

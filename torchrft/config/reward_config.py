@@ -1,7 +1,5 @@
 """The `[reward]` section: where rewards come from, how they add up and how they are shaped."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal

@@ -193,6 +193,13 @@ def _exclusions(config: JobConfig, world_size: int) -> Iterator[Finding]:
             "and async_level = 1 exclude each other: the servers generate while the trainer "
             "computes; leave one out",
         )
+    data = config.data
+    if data.min_pixels and data.max_pixels and data.min_pixels > data.max_pixels:
+        text = f"is above max_pixels = {data.max_pixels}; lower it or raise the other"
+        yield Finding("min_pixels", text)
+    if parallel.tp_size > 1 and (data.images_key is not None or data.mixed_mm_data):
+        text = "does not split models that see images; use fsdp, zero_stage = 3 or sp_size instead"
+        yield Finding("tp_size", text)
     training = config.training
     if training.compile and parallel.tp_size > 1 and not training.gradient_checkpointing:
         yield Finding(

@@ -1,7 +1,5 @@
 """From scored samples to the tensors of the loss."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Rows with images: where the pictures come from, and where they stand in the messages."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ samples that are in it: with n samples per prompt the prompt is computed once, n
 last token of a sample is a label only and never goes through the model.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Heads other than the language model's."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Models and tokenizers from a Hugging Face folder or hub id."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -7,8 +7,6 @@ Both functions compute, for row i with logits z = temperature^-1 * (hidden_i @ w
 in float32, differentiable in `hidden` and `weight`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The policy: a transformers causal LM whose forward returns token log-probs instead of logits."""
 
-from __future__ import annotations
-
 from types import MethodType
 from typing import Any, Protocol
 

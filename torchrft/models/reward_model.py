@@ -1,7 +1,5 @@
 """Scalar reward models: transformers' sequence classification with one label."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial

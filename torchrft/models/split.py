@@ -1,7 +1,5 @@
 """Heads on hidden states that several ranks hold: each computes a part, all get the whole."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh

@@ -1,7 +1,5 @@
 """Generative judges: a model reads the sample in a template, and its answers become the reward."""
 
-from __future__ import annotations
-
 import hashlib
 import secrets
 import threading
@@ -110,7 +108,7 @@ class JudgeTemplate:
         }
         try:
             return template.render(values)
-        except TemplateError as error:
+        except Exception as error:  # expressions in a template raise what they like
             empty = sorted(name for name in self.shown if values[name] in (None, ""))
             what = f"{', '.join(empty)} is empty" if empty else str(error)
             raise ValueError(

@@ -1,7 +1,5 @@
 """A judge on a server that speaks OpenAI's chat protocol, as vLLM, SGLang and others do."""
 
-from __future__ import annotations
-
 import os
 import re
 import threading
@@ -135,6 +133,8 @@ def _sent(content: Content) -> str | list[dict[str, Any]]:
 
 def _text_of(answer: Any) -> str:
     text = answer["choices"][0]["message"]["content"]
+    if text is None:  # reasoning took all tokens: an answer without a verdict
+        return ""
     if not isinstance(text, str):
         raise ValueError(f"its content is {text!r:.80}")
     return text

@@ -1,7 +1,5 @@
 """Scalar reward models as a source of rewards: what they read, in which batches, and when."""
 
-from __future__ import annotations
-
 import math
 import threading
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Reward functions by name, and what a function may ask for."""
 
-from __future__ import annotations
-
 import asyncio
 import inspect
 import math
@@ -83,7 +81,8 @@ class Rule:
             values = self._guarded(lambda: self._call(rows))
         else:
             values = self._one_by_one(rows)
-        if not isinstance(values, Sequence | np.ndarray) or len(values) != len(rows):
+        is_list = isinstance(values, Sequence) or (isinstance(values, np.ndarray) and values.ndim)
+        if not is_list or len(values) != len(rows):
             raise RuleFault(0, f"{len(rows)} rewards are expected in a list, got {values!r:.80}")
         return [_as_result(value, index) for index, value in enumerate(values)]
 
@@ -213,6 +212,10 @@ def _as_result(value: Any, index: int) -> RewardResult:
     if type(value) is float and math.isfinite(value):
         return RewardResult(value)
     result = value if isinstance(value, RewardResult) else RewardResult(value)
+    for name in ("parts", "metrics"):
+        if not isinstance(getattr(result, name), Mapping):
+            given = f"{name} = {getattr(result, name)!r:.80}"
+            raise RuleFault(index, f"a RewardResult's {name} must be a dictionary, got {given}")
     numbers = {"score": result.score, **result.parts, **result.metrics}
     for number in numbers.values():
         if not math.isfinite(as_float(number)):

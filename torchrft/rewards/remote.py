@@ -1,7 +1,5 @@
 """Rewards from HTTP servers: see docs/rewards_remote.md for the protocol and what is retried."""
 
-from __future__ import annotations
-
 import base64
 import json
 import sys

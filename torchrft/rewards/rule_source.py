@@ -1,7 +1,5 @@
 """Rewards by functions: in worker processes, or here where nothing can go wrong."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from typing import Any

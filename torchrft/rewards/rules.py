@@ -1,7 +1,5 @@
 """Rule rewards that come with torchrft. They judge the response alone, never the prompt."""
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -72,7 +70,12 @@ def _value(number: str) -> Decimal | None:
         return None
 
 
-@_built_in("numeric")
+def _tolerates(tolerance: float = 0.0) -> None:
+    if tolerance < 0:
+        raise ValueError(f"option tolerance = {tolerance}: use 0 or more")
+
+
+@_built_in("numeric", check=_tolerates)
 def numeric(response: str, label: Any, *, tolerance: float = 0.0) -> float:
     """1 if the last number in the response is the label, up to `tolerance` times the label.
 
@@ -169,6 +172,7 @@ def multiple_choice(response: str, label: Any, *, choices: str = "ABCDE") -> flo
     >>> multiple_choice("Not (A), so the answer is (C).", 2)
     1.0
     """
+    choices = choices.upper()
     is_number = isinstance(label, int) and 0 <= label < len(choices)
     gold = choices[label] if is_number else _text(label).strip("()").upper()
     if gold not in tuple(choices):
@@ -279,7 +283,12 @@ def gsm8k(response: str, label: Any) -> float:
     return _is_equal(gold, _answer(response.rpartition("####")[2]))
 
 
-@_built_in("code", bounded=False)
+def _takes_time(seconds: float = 5.0, partial: bool = False) -> None:
+    if seconds <= 0:
+        raise ValueError(f"option seconds = {seconds}: use more than 0")
+
+
+@_built_in("code", bounded=False, check=_takes_time)
 def code(response: str, label: Any, *, seconds: float = 5.0, partial: bool = False) -> float:
     """1 if the response's last code block passes all tests of the label, run in a sandbox.
 

@@ -3,8 +3,6 @@
 docs/rewards.md says what is guaranteed.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import secrets

@@ -1,7 +1,5 @@
 """Scores completions: asks every source that counts for them and adds up by weight."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -172,7 +170,9 @@ class Scorer:
                 metrics |= {f"{name}/{metric}": value for metric, value in result.metrics.items()}
             if result.error is not None:
                 metrics[f"{name}/errors"] = 1.0
-        return Score(self._mix(parts, {}), parts, metrics)
+        # Of the scores alone: a source's part may be called like another source.
+        scores = {name: float(result.score) for name, result in results.items()}
+        return Score(self._mix(scores, {}), parts, metrics)
 
     def _mix(self, parts: Mapping[str, float], normalized: Mapping[str, float]) -> float:
         gate = self.config.gate

@@ -1,7 +1,5 @@
 """What happens to rewards between the sources and the estimator, in the order it happens."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any

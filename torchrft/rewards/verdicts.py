@@ -1,8 +1,5 @@
 """From a judge's answers to a number."""
 
-from __future__ import annotations
-
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,8 +12,12 @@ Parser = Callable[[str], float | None]  # None: there is no verdict in the answe
 
 PARSERS: Registry[Parser] = Registry("parser of a judge")
 
-_NUMBER = re.compile(r"(?:(?<!\w)-)?\d+(?:\.\d+)?")
-_VERDICT = re.compile(r"(?i)\bverdict\b\W*(\w+)")
+# 3, -0.5, .5, 1,200 or 1e-3; the minus of 5-7 is no sign.
+_NUMBER = re.compile(
+    r"(?:(?<!\w)[-−])?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d\b)?"
+)
+_LARGEST = 1e18  # beyond it, squares of rewards are no float32: nothing that a judge means
+_VERDICT = re.compile(rf"(?i)\bverdict\b[^\w.−-]*({_NUMBER.pattern}|\w+)")
 _WORDS = dict.fromkeys(("yes", "true", "correct", "pass"), 1.0) | dict.fromkeys(
     ("no", "false", "incorrect", "fail"), 0.0
 )
@@ -59,6 +60,8 @@ def verdict(answer: str) -> float | None:
 
     >>> verdict("It holds. Verdict: yes"), verdict("**Verdict**: *incorrect*"), verdict("yes")
     (1.0, 0.0, None)
+    >>> verdict("Verdict: 0.75"), verdict("verdict = **-1**"), last_number("−.5")
+    (0.75, -1.0, -0.5)
     """
     return _last(_VERDICT, answer)
 
@@ -79,11 +82,11 @@ def _last(pattern: re.Pattern[str], answer: str) -> float | None:
     found: list[Any] = pattern.findall(answer)
     if not found:
         return None
-    text = found[-1].strip().lower()
+    text = found[-1].strip().lower().replace(",", "").replace("−", "-")
     if text in _WORDS:
         return _WORDS[text]
     try:
         number = float(text)
     except ValueError:
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) < _LARGEST else None

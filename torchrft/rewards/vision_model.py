@@ -1,7 +1,5 @@
 """Scalar reward models that look at the prompt's images, through their own processor."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Sequence
 from contextlib import nullcontext

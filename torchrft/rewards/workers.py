@@ -4,8 +4,6 @@ A worker imports no torch, so that it starts in a fraction of a second; it share
 trainer but a socket, and ends with it.
 """
 
-from __future__ import annotations
-
 import fcntl
 import os
 import resource
@@ -234,6 +232,9 @@ def serve(fd: int, lifeline: int, current: int) -> None:
             connection.send(("fault", (fault.index, fault.text)))
         except MemoryError:
             connection.send(("full", f"it took more than {memory / 2**30:g} GiB"))
+        except Exception as error:  # what a function returned cannot even be looked at: a bug
+            place = 0 if together else int.from_bytes(os.pread(current, 4, 0), "little")
+            connection.send(("fault", (place, f"{type(error).__name__}: {error!r:.200}")))
 
 
 def _results(

@@ -1,7 +1,5 @@
 """HTTP to one vLLM server: retries with back-off, and a deadline."""
 
-from __future__ import annotations
-
 import os
 import time
 from typing import Any

@@ -1,7 +1,5 @@
 """Scalar reward models in vLLM, as pooling models in the trainer's own process."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

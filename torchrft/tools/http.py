@@ -1,7 +1,5 @@
 """JSON over HTTP to one server, one exchange at a time, each within its deadline."""
 
-from __future__ import annotations
-
 import contextlib
 import gzip
 import http.client

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import io
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -64,12 +64,18 @@ class Image:
         try:
             source: Any = self.path if self.data is None else io.BytesIO(self.data)
             with Pillow.open(source) as picture:
-                if getattr(picture, "n_frames", 1) > 1:
+                # Phones put a second picture behind the first (MPO), which is the one meant.
+                if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":
                     raise ImageError(f"{what} is animated: save the frame that is meant")
                 if picture.width * picture.height > MAX_PIXELS:
                     size = f"{picture.width} x {picture.height}"
                     raise ImageError(f"{what} has {size} pixels, more than {MAX_PIXELS}")
                 upright = ImageOps.exif_transpose(picture)
+                if upright.mode == "F":
+                    raise ImageError(f"{what} holds floating-point pixels: save it with 8 bits")
+                if upright.mode.startswith("I"):  # 16 bits, which RGB would clip to white
+                    upright = upright.convert("I").point(lambda value: value * (1 / 257))
+                    upright = upright.convert("L")
                 if "A" in upright.getbands() or "transparency" in upright.info:
                     upright = upright.convert("RGBA")
                     white = Pillow.new("RGBA", upright.size, "white")
@@ -115,7 +121,7 @@ def _from_text(value: str, folder: Path) -> Image:
         return from_base64(rest)
     if _BASE64.fullmatch(value):
         return from_base64(value)
-    path = Path(value.removeprefix("file://")).expanduser()
+    path = Path(os.path.expanduser(value.removeprefix("file://")))  # ~unknown stays
     return Image(path=str(path if path.is_absolute() else folder / path))
 
 
@@ -123,5 +129,5 @@ def from_base64(text: str) -> Image:
     """The image in base64 text, line breaks allowed. Raises ImageError for other text."""
     try:
         return Image(data=base64.b64decode("".join(text.split()), validate=True))
-    except binascii.Error as error:
+    except ValueError as error:  # binascii.Error, and text that is not ASCII
         raise ImageError(f"{text:.40}… is not valid base64 ({error})") from error

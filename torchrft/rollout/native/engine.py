@@ -1,7 +1,5 @@
 """torchrft's own rollout engine: continuous batching in plain PyTorch, on any device."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any

@@ -5,8 +5,6 @@ sequences have ended, takes their tokens, lets waiting ones in and, when few are
 a graph for fewer slots. What a slot does between its end and that look is not recorded.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

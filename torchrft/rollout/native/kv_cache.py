@@ -1,7 +1,5 @@
 """Keys and values of the sequences being decoded: one slot per sequence, active slots in front."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import torch

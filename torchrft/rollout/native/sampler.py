@@ -4,8 +4,6 @@ Random numbers are a function of (seed of the sequence, position in its response
 tokens do not depend on what else is in the batch or on the order of generation.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch
