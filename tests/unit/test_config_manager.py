@@ -390,8 +390,10 @@ def test_the_jobs_that_come_with_torchrft_are_valid(name):
     assert loaded.warnings == ()
     rewards = {
         "debug_model": ["exact_match"],
+        "debug_vlm": ["exact_match"],
         "gsm8k": ["gsm8k", "format"],
         "judge": ["grader"],
+        "qwen2_5_vl_geo3k": ["train_configs/tagged_answer.py:tagged_answer"],
         "reward_model": ["skywork"],
     }
     assert loaded.config.reward.names(loaded.config.model.pretrain) == rewards[name]
