@@ -61,7 +61,7 @@ def test_a_judge_in_vllm_answers_as_transformers_does(tmp_path):
     def build(**options):
         given = {"pretrain": str(tmp_path), "engine": "vllm", "max_len": 64, "max_new_tokens": 6}
         entry = Entry.model_validate({"template": "{{ response }}", **given, **options})
-        engine = judge_engine(entry, 64, config, torch.float32, CPU)
+        engine = judge_engine(entry, 64, None, config, torch.float32, CPU)
         return build_judge(entry, config, lambda *_: engine)
 
     tokenizer, texts, expected = load_tokenizer(str(tmp_path)), ["2+2=5", "1"], []

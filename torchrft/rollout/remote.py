@@ -29,8 +29,14 @@ from torchrft.tools.logging import logger
 from torchrft.types import Completion, Prompt, SamplingParams
 
 _GENERATE = "/inference/v1/generate"  # vLLM's "tokens in, tokens out"
+_CHANGING = "changing"  # the tag of a server between two others
+
 MadeBy = Callable[[str], int | None]
 """The policy version of a tag, or None for a tag of anything else."""
+
+
+class _Rescaled(Exception):
+    """Another rank changed the server's temperature while it made a completion."""
 
 
 class RemoteVllmEngine:
@@ -205,7 +211,7 @@ class RemoteVllmEngine:
         If that fails it stays paused, so that nothing is made by whatever it holds.
         """
         server.ask("/pause?mode=wait", {})
-        server.ask("/update_weight_version", {"new_version": "changing"})
+        server.ask("/update_weight_version", {"new_version": _CHANGING})
         if files is not None:
             _load(server, files)
         scale = {"method": "torchrft_temperature", "args": [repr(temperature)]}
@@ -311,6 +317,8 @@ class RemoteVllmEngine:
                 choices = server.ask(_GENERATE, body)["choices"]
                 made = [self._completion(place, c, sampling, made_by) for c in choices]
                 return sorted(made, key=lambda c: c.sample_index)
+            except _Rescaled:  # all ranks rescale, to the same: soon it stays
+                continue
             except (ConnectionError, ServerError) as error:
                 self._drop(server, error)
             finally:
@@ -320,11 +328,13 @@ class RemoteVllmEngine:
     def _completion(
         self, place: int, choice: dict[str, Any], sampling: SamplingParams, made_by: MadeBy
     ) -> Completion:
-        """Raises ConnectionError for one that must not be used."""
+        """Raises ConnectionError for one that must not be used, _Rescaled for one to ask anew."""
         index, reason = choice["index"], choice["finish_reason"]
         if reason not in ("stop", "length"):
             raise ConnectionError(f"it ended a request with {reason!r}")
         tags = [span["version"] for span in choice["weight_versions"] or ()]
+        if len(tags) > 1 and {*tags[:-1]} == {_CHANGING} and made_by(tags[-1]) is not None:
+            raise _Rescaled
         version = made_by(tags[0]) if len(tags) == 1 else None
         if version is None:
             raise ConnectionError(f"it does not hold this run's weights, but {tags}")
