@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -32,6 +34,9 @@ def _rank_main(
         dist.barrier()
     finally:
         dist.destroy_process_group()
+    # Gloo's threads may still be at it: an orderly end then aborts now and then.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def run_ranks(

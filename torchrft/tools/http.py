@@ -60,6 +60,7 @@ class JsonServer:
         if token:
             self._headers["Authorization"] = b"Bearer " + token.encode()
         self._open: set[socket.socket] = set()
+        self._is_cut = False
         self._unzips = False  # whether it has said that it takes compressed requests (RFC 7694)
 
     def under(self, path: str) -> str:
@@ -71,7 +72,9 @@ class JsonServer:
         return urljoin(self._folder or "/", name)
 
     def cut(self) -> None:
-        """Ends the exchanges under way in other threads; they raise one of FAILURES."""
+        """Ends the exchanges under way in other threads, and any that begin; they raise one of
+        FAILURES."""
+        self._is_cut = True
         for connected in list(self._open):
             _cut(connected)
 
@@ -99,6 +102,8 @@ class JsonServer:
             watch.daemon = True
             watch.start()
             self._open.add(connected)
+            if self._is_cut:  # while it connected
+                raise ConnectionAbortedError("the exchange was ended")
             connection.request("GET" if data is None else "POST", path, data, headers)
             response = connection.getresponse()
             content = response.read(limit + 1)
