@@ -3,12 +3,13 @@
 import sys
 
 from torchrft.config.manager import read
+from torchrft.rewards.verify import reward_faults
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the job; returns 0, 2 for a job that cannot start, 1 for one that cannot go on, or
     128 + signal if one ended it."""
-    config = read(sys.argv[1:] if argv is None else argv)
+    config = read(sys.argv[1:] if argv is None else argv, reward_faults)
 
     # Only now, so that help and config errors come at once.
     from torchrft.rewards.source import RewardError

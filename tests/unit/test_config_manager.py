@@ -155,10 +155,10 @@ def test_reward_functions_by_name_or_table(tmp_path):
     assert config_of("--functions", "exact_match").reward.functions == [one]
     flag = '["exact_match", {name = "a.py:f", weight = 0.5}]'
     assert config_of("--functions", flag).reward.functions == [one, two]
-    toml = write(tmp_path / "a.toml", f'[reward]\nfunctions = {flag}\nremote_rm_url = "u"\n')
+    toml = write(tmp_path / "a.toml", f'[reward]\nfunctions = {flag}\nremote_rm_url = "http://u"\n')
     reward = config_of("--config_file", toml).reward
     assert reward.functions == [one, two]
-    assert reward.remote_rm_url == ["u"]
+    assert reward.remote_rm_url == ["http://u"]
 
 
 def test_text_that_looks_like_a_number_stays_text():

@@ -245,6 +245,7 @@ def test_passes(fields, world_size):
 # For each field that needs another one: a value, what meets the need.
 FUNCTION = {"functions": ["exact_match"]}
 SERVER = {"remote_rm_url": ["http://a:1"]}
+JUDGE = {"pretrain": "p", "template": "{{ response }}"}
 NEED_CASES = {
     "processor": ("p", {"mixed_mm_data": True}, {}),
     "min_pixels": (100, {"images_key": "image"}, {}),
@@ -298,6 +299,7 @@ NEED_CASES = {
     "reward_memory": (5.0, FUNCTION, {}),
     "error_reward": (-1.0, FUNCTION, {"reward_pretrain": "r"}),
     "reward_model_offload": (True, {"reward_pretrain": "r"}, FUNCTION),
+    "rm_use_engine": (True, {"reward_pretrain": "r"}, {"judges": [JUDGE]}),
     "remote_rm_weight": (2.0, SERVER, FUNCTION),
     "remote_rm_normalize": (True, SERVER, FUNCTION),
     "remote_rm_protocol": ("predecessor", SERVER, FUNCTION),
@@ -356,6 +358,67 @@ def test_options_without_effect(need):
 def test_names_of_rewards(options, text):
     (error,) = found(**options).errors
     assert error.startswith(text)
+
+
+@pytest.mark.parametrize(
+    ("options", "texts"),
+    [
+        (
+            {"judges": [{**JUDGE, "model": "m", "timeout": 5.0, "aggregate": "mean"}]},
+            [
+                "judge 'judge': model has no effect with engine = \"native\" and votes = 1",
+                "judge 'judge': timeout has no effect with",
+                "judge 'judge': aggregate has no effect with",
+            ],
+        ),
+        (
+            {"judges": [{**JUDGE, "engine": "remote", "server_url": "http://a:1", "model": "m"}]},
+            ["judge 'judge': pretrain has no effect with engine = \"remote\""],
+        ),
+        (
+            {"judges": [{"template": "t", "engine": "remote", "model": "m"}]},
+            ["judge 'judge': engine = \"remote\" needs server_url and model"],
+        ),
+        (
+            {"judges": [{"template": "t", "engine": "vllm", "votes": 3}]},
+            [
+                "judge 'judge': engine = \"vllm\" needs pretrain",
+                "judge 'judge': votes = 3 at temperature = 0 would all be equal",
+            ],
+        ),
+        (
+            {"judges": [{"template": "t", "engine": "remote", "server_url": "b:1", "model": "m"}]},
+            ['holds "b:1"; write each as http://host:port'],
+        ),
+        ({"remote_rm_url": ["a:1"]}, ['holds "a:1"; write each as http://host:port']),
+        (
+            {"server_urls": ["ftp://a"], "engine_type": "vllm"},
+            ['holds "ftp://a"; write each as http://host:port'],
+        ),
+        (
+            {"functions": [{"name": "length", "weight": 0.0}], "reward_pretrain": []},
+            ["every weight is 0, so that every reward is"],
+        ),
+        (
+            {**SERVER, **FUNCTION, "source_key": "k", "recipes": {"a": [], "b": ["remote"]}},
+            ["recipes.a is empty", 'no recipe names "exact_match", which then never counts'],
+        ),
+        (
+            {"functions": [{"name": "f.py:g", "alias": "overlong"}], "overlong_buffer_len": 2},
+            ['"overlong" is the overlong penalty'],
+        ),
+    ],
+)
+def test_rewards_that_cannot_be_meant(options, texts):
+    errors = found(**options).errors
+    assert len(errors) == len(texts)
+    for error, text in zip(errors, texts, strict=True):
+        assert text in error
+
+
+def test_a_gate_may_reward_where_every_weight_is_0():
+    functions = [{"name": "format", "weight": 0.0}]
+    assert found(functions=functions, gate=["format"], gate_reward=-1.0) == Findings([], [])
 
 
 def test_ranges_judge_only_what_was_set():

@@ -5,12 +5,16 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import tiny_job
 
+from torchrft.config.manager import check_only
 from torchrft.config.reward_config import Reward, RewardFunction
 from torchrft.metrics.rollout_stats import rollout_metrics
 from torchrft.rewards import RewardError, RewardResult, build_scorer, register
 from torchrft.rewards.registry import REWARDS
 from torchrft.rewards.scorer import Scorer, Weighted
+from torchrft.rewards.source import SampleError
+from torchrft.rewards.verify import reward_faults
 from torchrft.types import Completion, Prompt, Sample, Score
 
 
@@ -477,3 +481,87 @@ def test_a_file_that_exits_at_its_import_is_named(tmp_path):
     path.write_text("import sys\ndef f(response): return 1.0\nsys.exit(0)")
     with pytest.raises(ValueError, match="failed to load: SystemExit: 0"):
         scorer(f"{path}:f")
+
+
+# ------------------------------------------------------------------------- before and around
+
+
+def test_a_function_that_changes_what_it_gets_changes_nothing_for_others():
+    @register("takes")
+    def takes(label, metadata):
+        metadata["seen"] = True
+        return label.pop() + 10 * len(metadata)
+
+    @register("takes_all")
+    def takes_all(labels):
+        return [label.pop() for label in labels]
+
+    row = prompt(label=[1, 2, 3], level=5)
+    scores = scorer("takes", "takes_all").score([row], [completion("a"), completion("b")])
+    assert [score.parts for score in scores] == [{"takes": 23.0, "takes_all": 3.0}] * 2
+    assert (row.label, row.metadata) == ([1, 2, 3], {"level": 5})
+
+
+@pytest.mark.parametrize("value", [3.5e38, -1e300])
+def test_rewards_beyond_float32_name_source_and_row(value):
+    register("large")(lambda: value)
+    register("half")(lambda: value / 2)
+    with pytest.raises(RewardError, match=r"'large', prompt row 4: .* float32 ends at 3\.4e38"):
+        scorer("large").score([prompt(4)], [completion()])
+    if value == 3.5e38:  # each part fits, the sum does not
+        with pytest.raises(RewardError, match="the weighted sum of rewards, prompt row 4: a rewar"):
+            scorer(half=2.0).score([prompt(4)], [completion()])
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "good", "bad", "text"),
+    [
+        ("exact_match", {}, 0, None, "the row has no label"),
+        ("numeric", {"tolerance": 0.1}, "1/2", "half", "the label 'half' is no number"),
+        ("multiple_choice", {"choices": "AB"}, "b", "C", "the label 'C' is none of the choices AB"),
+        ("math", {}, "1", None, "the row has no label"),
+        ("gsm8k", {}, "#### 1", None, "the row has no label"),
+        ("code", {"seconds": 1.0}, ["assert 1"], [], r"the label \[\] is no test"),
+    ],
+)
+def test_labels_are_looked_at_before_the_run(rule, options, good, bad, text):
+    entry = {"name": rule, "options": options}
+    recipes = {"source_key": "kind", "recipes": {"a": [rule], "b": ["length"]}}
+    other = {"name": "length", "options": {"target": 1, "limit": 2}}
+    made = build_scorer(
+        Reward(functions=[RewardFunction(**entry), RewardFunction(**other)], **recipes)
+    )
+    made.check([prompt(1, good, kind="a"), prompt(2, bad, kind="b")])  # where it does not count
+    with pytest.raises(ValueError, match=f"reward function '{rule}', prompt row 3: {text}"):
+        made.check([prompt(1, good, kind="a"), prompt(3, bad, kind="a")])
+    with pytest.raises(ValueError, match="prompt row 5: kind = 'c' has no recipe"):
+        made.check([prompt(5, good, kind="c")])
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+def test_a_fault_of_the_data_is_told_from_a_bug(isolated):
+    rule, label = ("code", 3) if isolated else ("exact_match", None)
+    made = scorer(rule)
+    with pytest.raises(SampleError, match=f"'{rule}', prompt row 0: .*label"):
+        made.score([prompt(label=label)], [completion()])
+    made.close()
+    register("bug")(lambda response: 1 / 0)
+    with pytest.raises(RewardError) as caught:
+        scorer("bug").score([prompt()], [completion()])
+    assert not isinstance(caught.value, SampleError)
+
+
+def test_what_only_loading_shows_is_told_by_a_dry_run(tmp_path, capsys):
+    (tmp_path / "own.py").write_text("def f(response, *, base: int): return 0")
+    functions = f'["exact_mach", {{ name = "{tmp_path}/own.py:f", options = {{ bas = 1 }} }}]'
+    judges = (
+        '[{ pretrain = "p", template = "{{ respones }}" }, '
+        '{ name = "k", pretrain = "p", template = "{{ response }}", parser = "(" }]'
+    )
+    flags = ["--functions", functions, "--judges", judges, "--dry_run"]
+    assert check_only(tiny_job.argv(functions=None)[:-2] + flags, reward_faults) == 2
+    first, second, third, fourth = capsys.readouterr().err.splitlines()
+    assert first.startswith('error: [reward] unknown reward function "exact_mach"')
+    assert "has no option 'bas'; valid: base" in second
+    assert "judge 'judge': its template shows 'respones'" in third
+    assert "parser = '(' is no regular expression" in fourth

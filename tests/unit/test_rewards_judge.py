@@ -13,6 +13,7 @@ import tiny_classifiers
 import tiny_job
 import torch
 from helpers import run_ranks
+from reward_servers import Reply, Scripted
 from tiny_job import records, rollout, tiny_config
 
 from torchrft.config.reward_config import Judge as Entry
@@ -332,6 +333,23 @@ def test_a_server_is_asked_once_for_each_vote(server, monkeypatch):
         "model": "m", "messages": messages, "temperature": 0.5, "max_tokens": 9, "seed": 9
     }  # fmt: skip
     assert answers([], []) == []
+
+
+def test_a_judge_that_fails_does_not_wait_for_other_answers():
+    def answer(body):
+        said = body["messages"][0]["content"]
+        return Reply({"error": "no"}, 403) if said == "b" else Reply(hang=60)
+
+    health = Reply({"data": [{"id": "m"}]})
+    with Scripted(answer, health=health) as slow:
+        answers = ServerAnswers(remote(slow.url))
+        with pytest.raises(RewardError, match="refuses: HTTP 403: no"):
+            answers(["a", "b", "c"], [[1], [1], [1]])
+        for thread in threading.enumerate():
+            if thread.name.startswith("judge"):
+                thread.join(30)
+                assert not thread.is_alive()
+        assert not slow.released.is_set()
 
 
 def test_passing_faults_are_tried_again(server):

@@ -357,7 +357,7 @@ def test_ranks_share_one_model_and_score_their_own(tmp_path):
         assert [len(part) for part in two] == [5, 0, 11, 6]
         assert 0.4 < share < 0.6
         assert after == share  # sharded again after each layer
-        assert failure.startswith("RewardError: reward source 'rm', prompt row 3")
+        assert failure.startswith("SampleError: reward source 'rm', prompt row 3")
         assert other.startswith("RankError: rank 0 failed in phase 'reward': RewardError")
 
 

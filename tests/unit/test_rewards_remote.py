@@ -496,6 +496,32 @@ def test_an_answer_that_trickles_in_is_cut_off(start):
         assert time.monotonic() - began < 5
 
 
+@pytest.mark.parametrize("zipped", [False, True])
+def test_an_answer_without_a_length_that_breaks_off_is_asked_for_again(zipped):
+    """HTTP/1.0: the end of the connection is the end of the answer, or of the server."""
+    whole = json.dumps({"rewards": [0.5], "extra_logs": {}}).encode()
+    whole, head = (gzip.compress(whole), b"Content-Encoding: gzip\r\n") if zipped else (whole, b"")
+    said = []
+
+    def answer(connection: socket.socket):
+        said.append(whole if len(said) > 2 else whole[:-3])  # the first asks for the health
+        connection.sendall(b"HTTP/1.0 200 OK\r\n" + head + b"\r\n" + said[-1])
+
+    with raw_server(answer) as url:
+        assert scores(client(url).score(requests(1))) == [0.5]
+    assert len(said) > 3
+
+
+def test_a_client_works_again_after_a_request_that_failed():
+    """A reward server that asks another one goes on."""
+    replies = [Reply({"error": "no"}, 400), Reply({"rewards": [2]})]
+    with Scripted(replies) as server:
+        source = client(server.url)
+        with pytest.raises(RewardError, match="refuses prompt rows 10: HTTP 400: no"):
+            source.score(requests(1))
+        assert scores(source.score(requests(1))) == [2.0]
+
+
 # ------------------------------------------------------------ training
 
 RULE = '''

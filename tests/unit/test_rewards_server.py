@@ -28,7 +28,7 @@ from torchrft.rewards import server_app
 from torchrft.rewards.remote import RemoteRewards
 from torchrft.rewards.server import main
 from torchrft.rewards.server_app import create_app
-from torchrft.rewards.source import RewardError, RewardRequest
+from torchrft.rewards.source import RewardError, RewardRequest, SampleError
 from torchrft.tools import distributed
 from torchrft.types import Completion, Prompt
 
@@ -219,6 +219,8 @@ def test_failures_of_a_source_are_500_with_its_sentence():
     def rule(prompt, completion):
         if prompt.label == "none":
             raise RewardError("reward function 'x', prompt row 7: no label")
+        if prompt.label == "bad":
+            raise SampleError("reward function 'x', prompt row 7: a bad label")
         raise KeyError("oops")
 
     with app_server(create_app(StubScorer(rule))) as url:
@@ -227,7 +229,11 @@ def test_failures_of_a_source_are_500_with_its_sentence():
             500,
             {"error": "reward function 'x', prompt row 7: no label"},
         )
+        # Asking again would not mend the data, and a client does not.
+        status, _, answer = ask(url, body={**body, "labels": ["bad"]})
+        assert (status, answer["error"]) == (422, "reward function 'x', prompt row 7: a bad label")
         assert ask(url, body=body)[::2] == (500, {"error": "KeyError: 'oops'"})
+        assert ask(url, "/health", Content_Encoding="gzip")[0] == 200
         assert ask(url, "/health")[0] == 200
 
 
@@ -528,6 +534,12 @@ def test_a_reward_model_and_a_judge_are_served(tmp_path, has_policy, monkeypatch
             results = client.score(asked)
             plain = {"prompts": [a for a, _ in texts], "responses": [b for _, b in texts]}
             answer = ask(url, body=plain)[2]
+            given = [[0, 1], [10**6], [2]]
+            ids_of_none = {"prompt_token_ids": [[1]] * 3, "token_ids": given}
+            status, _, refusal = ask(url, body={**plain, **ids_of_none})
+            assert status == (422 if has_policy else 200)
+            if has_policy:
+                assert "prompt row 1: its token ids go from 1 to 1000000, and" in refusal["error"]
     logs = [result.metrics for result in results]
     end = (1,) if has_policy else ()  # the sampled end token is in the ids only
     by_ids = tiny_classifiers.reference(folder, [[*p, *r, *end] for p, r in ids])

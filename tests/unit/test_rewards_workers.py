@@ -298,3 +298,30 @@ def test_a_killed_worker_takes_along_what_it_has_forked(own, tmp_path):
     (score,) = scored(own, "inherits", str(note), timeout=2.0)
     assert score.metrics == {"own/errors": 1.0}
     wait_until(lambda: all(is_gone(int(pid)) for pid in note.read_text().split()))
+
+
+@pytest.mark.parametrize("junk", ["b'\\0\\0\\0\\4junk'", "b'\\0\\0\\0\\5\\x80\\4K\\1.'"])
+def test_what_a_function_writes_to_its_workers_socket_costs_its_sample(own, tmp_path, junk):
+    path = tmp_path / "writes.py"
+    path.write_text(f"""
+import os, stat, time
+def writes(response):
+    if response == "junk":
+        for fd in range(3, 64):
+            try:
+                if stat.S_ISSOCK(os.fstat(fd).st_mode):
+                    os.write(fd, {junk})
+            except OSError:
+                pass
+        time.sleep(60)
+    return float(len(response))
+""")
+    entry = RewardFunction(name=f"{path}:writes")
+    made = build_scorer(Reward(functions=[entry], error_reward=-1.0, reward_workers=1))
+    texts = ["a", "junk", "bb"]
+    prompt = Prompt(0, "p", (1,))
+    scores = made.score(
+        [prompt], [Completion(0, i, (1,), (0.0,), t, "stop") for i, t in enumerate(texts)]
+    )
+    made.close()
+    assert [score.value for score in scores] == [1.0, -1.0, 2.0]

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,10 @@ class _Draft:
     is_partial: bool = False  # the TOML could not be read, so nothing can be said to be missing
 
 
-def read(argv: list[str]) -> JobConfig:
+Verify = Callable[[JobConfig], list[str]]  # faults that only the parts themselves can find
+
+
+def read(argv: list[str], verify: Verify = lambda config: []) -> JobConfig:
     """The front door of the entry point: a config for a real run, or SystemExit.
 
     Exits with 0 after --help and --dry_run and with 2 after faults, one line each on stderr. In a
@@ -74,7 +77,7 @@ def read(argv: list[str]) -> JobConfig:
         if speaks:
             print(help_text())
         raise SystemExit(0)
-    loaded = _load_or_exit(argv, speaks)
+    loaded = _load_or_exit(argv, speaks, verify)
     if loaded.dry_run:
         if speaks:
             print(dry_run_text(loaded))
@@ -85,23 +88,26 @@ def read(argv: list[str]) -> JobConfig:
     return loaded.config
 
 
-def check_only(argv: list[str]) -> int:
+def check_only(argv: list[str], verify: Verify = lambda config: []) -> int:
     """Whether the job may start: 0, or 2 after printing faults; 10 after --help or --dry_run.
 
     For run_train.sh, which asks before it starts any process. Warnings are left to the job.
     """
     try:
         if command_line.wants_help(argv) or command_line.parse(argv).dry_run:
-            read(argv)  # which ends in SystemExit
-        _load_or_exit(argv, speaks=True)
+            read(argv, verify)  # which ends in SystemExit
+        _load_or_exit(argv, True, verify)
     except SystemExit as done:
         return int(done.code or 0) or 10
     return 0
 
 
-def _load_or_exit(argv: list[str], speaks: bool) -> LoadedConfig:
+def _load_or_exit(argv: list[str], speaks: bool, verify: Verify) -> LoadedConfig:
     try:
-        return load(argv)
+        loaded = load(argv)
+        if faults := verify(loaded.config):
+            raise ConfigError(faults)
+        return loaded
     except ConfigError as error:
         for fault in error.faults if speaks else []:
             print(f"error: {fault}", file=sys.stderr)

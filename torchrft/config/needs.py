@@ -138,6 +138,11 @@ NEEDS: tuple[Need, ...] = (
     *_on("functions", "reward_timeout", "reward_workers", "reward_memory"),
     *_need("functions, judges or remote_rm_url", _judges, "error_reward"),
     *_need(_OUTSIDE, _models_here, "reward_model_offload"),
+    *_need(
+        "models or reward_pretrain beside the judges",
+        lambda c: c.reward.scalar_models(c.model.pretrain),
+        "rm_use_engine",
+    ),
     *_on("remote_rm_url", *(f"remote_rm_{name}" for name in _REMOTE.split())),
     *_on("recipes", "source_key"),
     *_on("source_key", "recipes"),

@@ -93,6 +93,31 @@ class Judge(Section):
     normalize: bool = False
     """Put the z-score by this source's running mean and deviation into the sum."""
 
+    def faults(self) -> list[str]:
+        """What its fields lack, and which of them have no effect."""
+        faults, served = [], self.engine == "remote"
+        if served and not (self.server_url and self.model):
+            faults.append('engine = "remote" needs server_url and model')
+        if not served and self.pretrain is None:
+            faults.append(f'engine = "{self.engine}" needs pretrain, the judge\'s model')
+        if self.votes > 1 and self.temperature == 0:
+            faults.append(
+                f"votes = {self.votes} at temperature = 0 would all be equal; set temperature > 0 "
+                "or votes = 1"
+            )
+        idle = ["pretrain", "max_len"] if served else list(_OF_SERVERS)
+        idle += ["aggregate"] if self.votes == 1 else []
+        faults += [
+            f'{name} has no effect with engine = "{self.engine}" and votes = {self.votes}; leave '
+            f"{name} out"
+            for name in idle
+            if getattr(self, name) != type(self).model_fields[name].default
+        ]
+        return [f"judge {self.name!r}: {fault}" for fault in faults]
+
+
+_OF_SERVERS = ("server_url", "model", "timeout", "concurrency", "token_env")
+
 
 class Reward(Section):
     """Where rewards come from and how they are processed."""
@@ -175,6 +200,33 @@ class Reward(Section):
         models = [entry.name or Path(entry.pretrain).name for entry in self.scalar_models(policy)]
         remote = ["remote"] if self.remote_rm_url else []
         return [*functions, *models, *(judge.name for judge in self.judges), *remote]
+
+    def faults(self, policy: str) -> list[str]:
+        """What is wrong with the rewards, taken together."""
+        names = self.names(policy)
+        faults = self.name_faults(names)
+        for judge in self.judges:
+            faults += judge.faults()
+        weights = [entry.weight for entry in self.functions]
+        weights += [entry.weight for entry in self.scalar_models(policy)]
+        weights += [entry.weight for entry in self.judges]
+        weights += [self.remote_rm_weight] if self.remote_rm_url else []
+        if weights and not any(weights) and not (self.gate and self.gate_reward):
+            faults.append("[reward] every weight is 0, so that every reward is: raise one")
+        faults += [
+            f"[reward] recipes.{key} is empty, so that its rows' rewards are 0: name their rewards"
+            for key, recipe in self.recipes.items()
+            if not recipe
+        ]
+        used = {name for recipe in self.recipes.values() for name in recipe}
+        faults += [
+            f'[reward] no recipe names "{name}", which then never counts: name it, or take it out'
+            for name in names
+            if self.recipes and name not in used
+        ]
+        if self.overlong_buffer_len and "overlong" in names:
+            faults.append('[reward] "overlong" is the overlong penalty; call the source otherwise')
+        return faults
 
     def name_faults(self, names: Sequence[str]) -> list[str]:
         """What is wrong with the rewards' `names`, or with those that recipes and gate use."""

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torchrft.config.fields import FIELDS, is_set, label, show, value_of
 from torchrft.config.job_config import JobConfig
 from torchrft.config.needs import NEEDS, is_chosen, kl_adapts, policy_loss
+from torchrft.tools.http import JsonServer
 
 
 class Finding(NamedTuple):
@@ -166,8 +167,22 @@ def _lengths(config: JobConfig, world_size: int) -> Iterator[Finding]:
 
 
 def _rewards(config: JobConfig, world_size: int) -> Iterator[Finding]:
-    for fault in config.reward.name_faults(config.reward.names(config.model.pretrain)):
+    for fault in config.reward.faults(config.model.pretrain):
         yield Finding("reward", fault.removeprefix("[reward] "))
+
+
+def _urls(config: JobConfig, world_size: int) -> Iterator[Finding]:
+    options = {
+        "server_urls": config.rollout.server_urls,
+        "remote_rm_url": config.reward.remote_rm_url,
+    }
+    options["judges"] = [url for judge in config.reward.judges for url in judge.server_url]
+    for option, urls in options.items():
+        for url in urls:
+            try:
+                JsonServer(url, option)
+            except ValueError as error:
+                yield Finding(option, str(error).removeprefix(option).strip())
 
 
 def _needs(config: JobConfig, world_size: int) -> Iterator[Finding]:
@@ -331,6 +346,7 @@ RULES: tuple[Callable[[JobConfig, int], Iterator[Finding]], ...] = (
     _batches,
     _lengths,
     _rewards,
+    _urls,
     _needs,
     _exclusions,
     _algorithm,

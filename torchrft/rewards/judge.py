@@ -1,29 +1,24 @@
 """Generative judges: a model reads the sample in a template, and its answers become the reward."""
 
 import hashlib
-import secrets
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
-from jinja2 import Environment, StrictUndefined, Template, TemplateError, meta
 from transformers import PreTrainedTokenizerBase
 
 from torchrft.config.job_config import JobConfig
 from torchrft.config.reward_config import Judge as Entry
 from torchrft.models.loader import load_config, load_tokenizer
 from torchrft.models.vision import Vision
-from torchrft.rewards.judge_server import Content, ServerAnswers
+from torchrft.rewards.judge_server import ServerAnswers
+from torchrft.rewards.judge_template import Content, JudgeTemplate
 from torchrft.rewards.registry import as_float
-from torchrft.rewards.source import RewardError, RewardRequest, RewardResult
-from torchrft.rewards.text import text_or_file
+from torchrft.rewards.source import RewardError, RewardRequest, RewardResult, SampleError
 from torchrft.rewards.verdicts import aggregate, parser_of
 from torchrft.tools.images import Image
 from torchrft.tools.seeds import derive_seed
 from torchrft.types import Completion, Prompt, SamplingParams
-
-VARIABLES = ("prompt", "response", "label", "metadata", "messages", "images")
-"""What a judge's template may show."""
 
 
 class Engine(Protocol):
@@ -45,75 +40,6 @@ class Answers(Protocol):
 
 
 MakeEngine = Callable[[Entry, int, Vision | None], Engine]
-
-
-class JudgeTemplate:
-    """A judge's prompt, with the sample in it; `{{ images }}` stands where the pictures go.
-
-    Raises ValueError for one that is no template, shows something else than `VARIABLES`, or not the
-    response.
-    """
-
-    def __init__(self, source: str, name: str) -> None:
-        self.name = name
-        text = text_or_file(source, f"judge {name!r}: template")
-        self.mark = f"<{secrets.token_hex(16)}>"  # of the pictures: no response can hold it
-        environment = Environment(undefined=StrictUndefined, finalize=_not_none)
-        strict = Environment(undefined=StrictUndefined, finalize=_not_empty)
-        try:
-            self.shown = meta.find_undeclared_variables(environment.parse(text))
-            self.template, self.strict = environment.from_string(text), strict.from_string(text)
-        except TemplateError as error:
-            raise ValueError(f"judge {name!r}: its template does not parse: {error}") from error
-        unknown = sorted(self.shown - set(VARIABLES))
-        if unknown or "response" not in self.shown:
-            what = f"shows {unknown[0]!r}" if unknown else "does not show the response"
-            raise ValueError(
-                f"judge {name!r}: its template {what}; it can show {', '.join(VARIABLES)}, as in "
-                "{{ response }}"
-            )
-
-    @property
-    def shows_images(self) -> bool:
-        return "images" in self.shown
-
-    def render(self, prompt: Prompt, response: str) -> Content:
-        """Raises ValueError for what the template shows and the row does not have."""
-        first, *rest = self._render(self.template, prompt, response).split(self.mark)
-        if not prompt.images:
-            return "".join([first, *rest])
-        parts: list[str | Image] = [first]
-        for text in rest:
-            parts += [*prompt.images, text]
-        return tuple(part for part in parts if part) if rest else first
-
-    def check(self, prompts: Sequence[Prompt]) -> None:
-        """Raises ValueError for the first row that leaves a variable of the template empty."""
-        for prompt in prompts:
-            self._render(self.strict, prompt, "response")
-        if self.shows_images and prompts and not any(prompt.images for prompt in prompts):
-            raise ValueError(
-                f"judge {self.name!r}: its template shows images, but no prompt has any; set "
-                "images_key, or leave {{ images }} out"
-            )
-
-    def _render(self, template: Template, prompt: Prompt, response: str) -> str:
-        values: dict[str, Any] = {
-            "prompt": prompt.text,
-            "response": response,
-            "label": prompt.label,
-            "metadata": prompt.metadata,
-            "messages": prompt.messages,
-            "images": self.mark,
-        }
-        try:
-            return template.render(values)
-        except Exception as error:  # expressions in a template raise what they like
-            empty = sorted(name for name in self.shown if values[name] in (None, ""))
-            what = f"{', '.join(empty)} is empty" if empty else str(error)
-            raise ValueError(
-                f"judge {self.name!r}, prompt row {prompt.row}: {what}, but its template shows it"
-            ) from error
 
 
 class EngineAnswers:
@@ -205,7 +131,10 @@ class Judge:
     def score(self, requests: Sequence[RewardRequest]) -> list[RewardResult]:
         try:
             texts = [self.template.render(r.prompt, r.completion.text) for r in requests]
-            unique = list(dict.fromkeys(texts))
+        except ValueError as error:
+            raise SampleError(f"reward source {self.name!r}: {error}") from error
+        unique = list(dict.fromkeys(texts))
+        try:
             answers = self.answers(unique, [self._seeds(text) for text in unique])
         except ValueError as error:
             raise RewardError(f"reward source {self.name!r}: {error}") from error
@@ -262,15 +191,11 @@ def build_judge(entry: Entry, config: JobConfig, make_engine: MakeEngine) -> Jud
     template = JudgeTemplate(entry.template, entry.name)
     where = f"judge {entry.name!r}"
     parser_of(entry.parser)
-    if entry.votes > 1 and entry.temperature == 0:
-        raise ValueError(
-            f"{where}: votes = {entry.votes} at temperature = 0 would all be equal; set "
-            "temperature > 0 or votes = 1"
-        )
+    for fault in entry.faults():
+        raise ValueError(fault)
     if entry.engine == "remote":
         return Judge(entry, template, ServerAnswers(entry), config.training.seed)
-    if entry.pretrain is None:
-        raise ValueError(f'{where}: engine = "{entry.engine}" needs pretrain, the judge\'s model')
+    assert entry.pretrain is not None
     limit = getattr(load_config(entry.pretrain), "max_position_embeddings", entry.max_len)
     max_len = min(entry.max_len, limit)
     if entry.max_new_tokens >= max_len:
@@ -286,15 +211,3 @@ def build_judge(entry: Entry, config: JobConfig, make_engine: MakeEngine) -> Jud
     engine = make_engine(entry, max_len, vision)
     answers = EngineAnswers(engine, tokenizer, entry, max_len, vision)
     return Judge(entry, template, answers, config.training.seed)
-
-
-def _not_none(value: Any) -> Any:
-    if value is None:
-        raise TemplateError("a value is None")
-    return value
-
-
-def _not_empty(value: Any) -> Any:
-    if value is None or value == "":
-        raise TemplateError("a value is empty")
-    return value

@@ -5,20 +5,18 @@ import re
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import islice
 from typing import Any
 
 from torchrft.config.reward_config import Judge as Entry
+from torchrft.rewards.judge_template import Content
 from torchrft.rewards.source import RewardError
 from torchrft.tools.http import FAILURES, JsonServer, ServerError, parse
-from torchrft.tools.images import Image
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 10.0  # seconds before a request is sent again
 _START = 10.0  # seconds in which a server must say what it serves
 _TOO_LONG = re.compile(r"(?i)context[ _]length")  # so say OpenAI, vLLM and SGLang
-
-Content = str | tuple[str | Image, ...]  # what a judge reads: a text, or pieces of it and pictures
 
 
 class ServerAnswers:
@@ -32,8 +30,6 @@ class ServerAnswers:
 
     def __init__(self, entry: Entry) -> None:
         where = f"judge {entry.name!r}"
-        if not entry.server_url or entry.model is None:
-            raise ValueError(f'{where}: engine = "remote" needs server_url and model')
         token = None if entry.token_env is None else os.environ.get(entry.token_env)
         if entry.token_env is not None and not token:
             raise ValueError(f'{where}: the environment has no token_env = "{entry.token_env}"')
@@ -46,14 +42,23 @@ class ServerAnswers:
     def __call__(
         self, texts: Sequence[Content], seeds: Sequence[Sequence[int]]
     ) -> list[list[str] | None]:
+        for server in self.servers:
+            server.is_cut = False  # a reward server goes on after a request that failed
         work = [(text, seed) for text, own in zip(texts, seeds, strict=True) for seed in own]
         pool, ended = ThreadPoolExecutor(self.entry.concurrency, "judge"), threading.Event()
         try:
-            given = iter([pool.submit(self._answer, *pair, ended) for pair in work])
-            answers = [[future.result() for future in islice(given, len(own))] for own in seeds]
-        finally:  # what fails ends the others
+            asked = [pool.submit(self._answer, *pair, ended) for pair in work]
+            for first in as_completed(asked):
+                first.result()
+        except BaseException:  # what fails ends the others
             ended.set()
+            for server in self.servers:
+                server.cut()
+            raise
+        finally:
             pool.shutdown(wait=False, cancel_futures=True)
+        given = iter(asked)
+        answers = [[future.result() for future in islice(given, len(own))] for own in seeds]
         return [None if None in own else [a for a in own if a is not None] for own in answers]
 
     def _check(self, server: JsonServer, where: str) -> None:

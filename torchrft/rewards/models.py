@@ -20,7 +20,7 @@ from torchrft.models.reward_model import (
     load_reward_model,
     reward_config,
 )
-from torchrft.rewards.source import RewardError, RewardRequest, RewardResult
+from torchrft.rewards.source import RewardRequest, RewardResult, SampleError
 from torchrft.rewards.text import chat_text, text_or_file
 from torchrft.rewards.vision_model import VisionModel
 from torchrft.tools import distributed
@@ -44,8 +44,13 @@ class Reader:
     """
 
     def __init__(
-        self, entry: Entry, policy: PreTrainedTokenizerBase | None, max_len: int | None = None
+        self,
+        entry: Entry,
+        policy: PreTrainedTokenizerBase | None,
+        max_len: int | None = None,
+        vocab_size: float = math.inf,
     ) -> None:
+        self.vocab_size = vocab_size
         self.source = entry.tokenizer or entry.pretrain
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(self.source)
@@ -85,6 +90,12 @@ class Reader:
                 raise ValueError(
                     f"prompt row {request.prompt.row}: prompt and response have {len(sample)} "
                     f"tokens, and the model reads 1 to {self.max_len}"
+                )
+            low, high = min(sample), max(sample)
+            if not 0 <= low <= high < self.vocab_size:
+                raise ValueError(
+                    f"prompt row {request.prompt.row}: its token ids go from {low} to {high}, and "
+                    f"the model knows {self.vocab_size}"
                 )
         return ids
 
@@ -186,7 +197,7 @@ class ScalarModel:
             try:
                 samples = self.reader(requests)
             except ValueError as error:
-                raise RewardError(f"reward source {self.name!r}, {error}") from error
+                raise SampleError(f"reward source {self.name!r}, {error}") from error
             pairs = zip((request.prompt for request in requests), samples, strict=True)
             for _, group in groupby(pairs, key=lambda pair: (pair[0].text, pair[0].token_ids)):
                 groups.append([ids for _, ids in group])
@@ -227,7 +238,7 @@ def build_scalar_model(
         seeing = load_reward_model(entry.pretrain, config.parallel, world, dtype, whole=True)
         return VisionModel(name, entry, seeing, offload)
     limit = getattr(model_config, "max_position_embeddings", None)
-    reader = Reader(entry, policy, limit)
+    reader = Reader(entry, policy, limit, model_config.get_text_config().vocab_size)
     if reader.direct and config.data.max_len > reader.max_len:
         raise ValueError(
             f'the reward model "{entry.pretrain}" reads at most {reader.max_len} tokens, but '

@@ -37,11 +37,11 @@ class LabelError(ValueError):
 
 
 class RuleFault(Exception):
-    """A bug in a function, on sample `index` of those it was given."""
+    """A bug in a function, on sample `index` of those it was given; or a fault `of_data`."""
 
-    def __init__(self, index: int, text: str) -> None:
-        super().__init__(index, text)
-        self.index, self.text = index, text
+    def __init__(self, index: int, text: str, of_data: bool = False) -> None:
+        super().__init__(index, text, of_data)
+        self.index, self.text, self.of_data = index, text, of_data
 
 
 def register(name: str) -> Callable[[F], F]:
@@ -62,6 +62,7 @@ class Rule:
     no verdict on an answer; else it is a bug.
     """
 
+    name: str
     function: RewardCallable
     parameters: Mapping[str, str]
     options: Mapping[str, Any]
@@ -128,7 +129,7 @@ class Rule:
         if isinstance(error, RuleFault | MemoryError):
             raise error
         if isinstance(error, LabelError):
-            raise RuleFault(index, str(error)) from error
+            raise RuleFault(index, str(error), of_data=True) from error
         text = f"{type(error).__name__}: {error}"
         if self.tolerant:
             return RewardResult(0.0, error=f"{text:.200}")
@@ -161,6 +162,7 @@ def make_rule(name: str, options: Mapping[str, Any]) -> Rule:
         )
     _check_options(function, name, options, [p for p in known.values() if p not in filled])
     return Rule(
+        name=name,
         function=function,
         parameters={p.name: BATCH_ARGUMENTS.get(p.name, p.name) for p in filled},
         options=dict(options),

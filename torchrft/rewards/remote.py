@@ -95,6 +95,8 @@ class RemoteRewards:
     def score(self, requests: Sequence[RewardRequest]) -> list[RewardResult]:
         """See RewardSource; the servers' `extra_logs` become metrics."""
         size = self.config.remote_rm_batch_size
+        for server in self.servers:
+            server.is_cut = False  # a reward server goes on after a request that failed
         batches = [requests[start : start + size] for start in range(0, len(requests), size)]
         deadline, ended = time.monotonic() + self.config.remote_rm_deadline, threading.Event()
         pool = ThreadPoolExecutor(self.config.remote_rm_concurrency, "remote-reward")

@@ -1,22 +1,29 @@
 """Rewards by functions: in worker processes, or here where nothing can go wrong."""
 
+from __future__ import annotations
+
+import copy
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torchrft.config.reward_config import Reward, RewardFunction
-from torchrft.rewards.registry import Rule, RuleFault, make_rule
-from torchrft.rewards.rules import BUILT_IN
-from torchrft.rewards.source import RewardError, RewardRequest, RewardResult
+from torchrft.rewards.registry import LabelError, Rule, RuleFault, make_rule
+from torchrft.rewards.rules import BUILT_IN, BuiltIn
+from torchrft.rewards.source import RewardError, RewardRequest, RewardResult, SampleError
 from torchrft.rewards.workers import GRACE, Task, WorkerPool
+
+if TYPE_CHECKING:
+    from torchrft.types import Prompt
 
 _GETTERS: dict[str, Callable[[RewardRequest], Any]] = {
     "prompt": lambda request: request.prompt.text,
     "response": lambda request: request.completion.text,
-    "label": lambda request: request.prompt.label,
+    # A function may change what it is given; nobody else must see that.
+    "label": lambda request: copy.deepcopy(request.prompt.label),
     "token_ids": lambda request: request.completion.token_ids,
     "images": lambda request: request.prompt.images,
-    "metadata": lambda request: request.prompt.metadata,
+    "metadata": lambda request: copy.deepcopy(request.prompt.metadata),
     "finish_reason": lambda request: request.completion.finish_reason,
 }
 
@@ -47,10 +54,24 @@ class RuleSource:
             together = rule.is_batch or rule.is_async
             return self.pool.run(self.task, rows, together, seconds)
         except RuleFault as fault:
-            row = requests[fault.index].prompt.row
-            raise RewardError(
+            row, kind = (
+                requests[fault.index].prompt.row,
+                SampleError if fault.of_data else RewardError,
+            )
+            raise kind(
                 f"reward function {self.name!r}, prompt row {row}: {fault.text}"
             ) from fault.__cause__
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raises ValueError for the first row whose label a rule of torchrft's can never judge."""
+        built_in = BUILT_IN.get(self.rule.name, BuiltIn())
+        for prompt in prompts:
+            try:
+                built_in.label(prompt.label, **self.rule.options)
+            except LabelError as error:
+                raise ValueError(
+                    f"reward function {self.name!r}, prompt row {prompt.row}: {error}"
+                ) from error
 
     def close(self) -> None:
         if self.pool is not None:
@@ -63,7 +84,7 @@ def rule_sources(reward: Reward) -> list[RuleSource]:
     Raises ValueError, before anything has been generated, for a name that is unknown, a file that
     does not load, a parameter that nobody can fill, and options that do not fit.
     """
-    rules = [_checked(entry) for entry in reward.functions]
+    rules = [checked_rule(entry) for entry in reward.functions]
     isolated = [entry for entry in reward.functions if _is_isolated(entry)]
     timeout, pool = reward.reward_timeout, None
     if isolated:
@@ -80,7 +101,8 @@ def rule_sources(reward: Reward) -> list[RuleSource]:
     return sources
 
 
-def _checked(entry: RewardFunction) -> Rule:
+def checked_rule(entry: RewardFunction) -> Rule:
+    """The function of an entry; ValueError for one that cannot be used, as in `rule_sources`."""
     rule = make_rule(entry.name, entry.options)
     built_in = BUILT_IN.get(entry.name)
     if built_in is not None:

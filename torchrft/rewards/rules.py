@@ -16,11 +16,13 @@ from torchrft.rewards.sandbox import run_tests
 class BuiltIn:
     """`bounded` rules take time linear in the response and need no process of their own.
 
-    `check` gets the options when a job starts, and raises ValueError for those that cannot be used.
+    When a job starts, `check` gets the options and raises ValueError for those that cannot be used,
+    and `label` gets every row's label with them and raises LabelError for what it can never judge.
     """
 
     bounded: bool = True
     check: Callable[..., object] = lambda **options: None
+    label: Callable[..., object] = lambda label, **options: None
 
 
 BUILT_IN: dict[str, BuiltIn] = {}
@@ -31,13 +33,13 @@ def _built_in(name: str, **traits: Any) -> Callable[[Any], Any]:
     return register(name)
 
 
-def _text(label: Any) -> str:
+def _text(label: Any, **options: Any) -> str:
     if label is None:
         raise LabelError("the row has no label")
     return str(label).strip()
 
 
-@_built_in("exact_match")
+@_built_in("exact_match", label=_text)
 def exact_match(response: str, label: Any) -> float:
     """1 if the response is the label, white space around either aside, else 0.
 
@@ -75,7 +77,15 @@ def _tolerates(tolerance: float = 0.0) -> None:
         raise ValueError(f"option tolerance = {tolerance}: use 0 or more")
 
 
-@_built_in("numeric", check=_tolerates)
+def _number(label: Any, **options: Any) -> Decimal:
+    wanted = _numbers(_text(label))
+    gold = _value(wanted[-1]) if wanted else None
+    if gold is None:
+        raise LabelError(f"the label {label!r:.80} is no number")
+    return gold
+
+
+@_built_in("numeric", check=_tolerates, label=_number)
 def numeric(response: str, label: Any, *, tolerance: float = 0.0) -> float:
     """1 if the last number in the response is the label, up to `tolerance` times the label.
 
@@ -84,11 +94,7 @@ def numeric(response: str, label: Any, *, tolerance: float = 0.0) -> float:
     >>> numeric("so it is 1,200.0 in all", 1200)
     1.0
     """
-    wanted = _numbers(_text(label))
-    gold = _value(wanted[-1]) if wanted else None
-    if gold is None:
-        raise LabelError(f"the label {label!r:.80} is no number")
-    found = _numbers(response)
+    gold, found = _number(label), _numbers(response)
     value = _value(found[-1]) if found else None
     if value is None:
         return 0.0
@@ -162,7 +168,16 @@ _CHOICES = (
 )
 
 
-@_built_in("multiple_choice")
+def _letter(label: Any, choices: str = "ABCDE") -> str:
+    choices = choices.upper()
+    is_number = isinstance(label, int) and 0 <= label < len(choices)
+    gold = choices[label] if is_number else _text(label).strip("()").upper()
+    if gold not in tuple(choices):
+        raise LabelError(f"the label {label!r:.80} is none of the choices {choices}")
+    return gold
+
+
+@_built_in("multiple_choice", label=_letter)
 def multiple_choice(response: str, label: Any, *, choices: str = "ABCDE") -> float:
     """1 if the response chooses the label, a letter of `choices` or its number from 0.
 
@@ -172,11 +187,7 @@ def multiple_choice(response: str, label: Any, *, choices: str = "ABCDE") -> flo
     >>> multiple_choice("Not (A), so the answer is (C).", 2)
     1.0
     """
-    choices = choices.upper()
-    is_number = isinstance(label, int) and 0 <= label < len(choices)
-    gold = choices[label] if is_number else _text(label).strip("()").upper()
-    if gold not in tuple(choices):
-        raise LabelError(f"the label {label!r:.80} is none of the choices {choices}")
+    gold, choices = _letter(label, choices), choices.upper()
     for pattern in _CHOICES:
         found = [letter for letter in re.findall(pattern, response) if letter in choices]
         if found:
@@ -263,7 +274,7 @@ def _answer(response: str) -> str:
     return response[-_TAIL:]
 
 
-@_built_in("math", bounded=False, check=_needs_math_verify)
+@_built_in("math", bounded=False, check=_needs_math_verify, label=_text)
 def math(response: str, label: Any) -> float:
     """1 if the response's answer equals the label as mathematics, by `math-verify`.
 
@@ -273,7 +284,7 @@ def math(response: str, label: Any) -> float:
     return _is_equal(_text(label), _answer(response))
 
 
-@_built_in("gsm8k", bounded=False, check=_needs_math_verify)
+@_built_in("gsm8k", bounded=False, check=_needs_math_verify, label=_text)
 def gsm8k(response: str, label: Any) -> float:
     """`math` for GSM8K: of the label and of the response counts what follows the last "####".
 
@@ -288,16 +299,21 @@ def _takes_time(seconds: float = 5.0, partial: bool = False) -> None:
         raise ValueError(f"option seconds = {seconds}: use more than 0")
 
 
-@_built_in("code", bounded=False, check=_takes_time)
+def _tests(label: Any, **options: Any) -> list[str]:
+    tests = [label] if isinstance(label, str) else label
+    if not isinstance(tests, list) or not tests or not all(isinstance(t, str) for t in tests):
+        raise LabelError(f"the label {label!r:.80} is no test, nor a list of tests")
+    return tests
+
+
+@_built_in("code", bounded=False, check=_takes_time, label=_tests)
 def code(response: str, label: Any, *, seconds: float = 5.0, partial: bool = False) -> float:
     """1 if the response's last code block passes all tests of the label, run in a sandbox.
 
     The label is Python source with assertions, or a list of such, each a test. With `partial` the
     reward is the share of tests passed. `seconds` bounds all of them together.
     """
-    tests = [label] if isinstance(label, str) else label
-    if not isinstance(tests, list) or not tests or not all(isinstance(t, str) for t in tests):
-        raise LabelError(f"the label {label!r:.80} is no test, nor a list of tests")
+    tests = _tests(label)
     blocks = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)```", response, re.DOTALL)
     passed = run_tests(blocks[-1] if blocks else response, tests, seconds)
     return passed / len(tests) if partial else float(passed == len(tests))

@@ -1,6 +1,5 @@
 """Scores completions: asks every source that counts for them and adds up by weight."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +14,8 @@ from torchrft.rewards.source import RewardError, RewardRequest, RewardResult, Re
 from torchrft.tools import distributed
 from torchrft.tools.logging import logger
 from torchrft.types import Completion, Prompt, Score
+
+_LARGEST = float(torch.finfo(torch.float32).max)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,10 @@ class Scorer:
         answers = [self._ask(source, requests, counted) for source in together]
         for source, answer in zip(together, answers, strict=True):
             self._take(source.name, *answer, found)
-        return [self._score(results) for results in found]
+        scores = [self._score(results) for results in found]
+        for score, request in zip(scores, requests, strict=True):
+            _check(score.value, "the weighted sum of rewards", request)
+        return scores
 
     def normalized(self, scores: Sequence[Score]) -> list[Score]:
         """Scores of all ranks, anew with the z-scores of the sources that are normalized.
@@ -87,9 +91,15 @@ class Scorer:
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raises ValueError for prompts that a source can never judge, naming the row."""
-        for source in self.sources.values():
+        try:
+            counted = [self._counted(prompt) for prompt in prompts]
+        except RewardError as error:
+            raise ValueError(str(error)) from error
+        for name, source in self.sources.items():
             if hasattr(source, "check"):
-                source.check(prompts)
+                source.check(
+                    [p for p, names in zip(prompts, counted, strict=True) if name in names]
+                )
 
     def close(self) -> None:
         """Ends what the sources have started."""
@@ -148,11 +158,7 @@ class Scorer:
                 errors.append(f"prompt row {request.prompt.row}: {result.error}")
                 result = replace(result, score=self.config.error_reward)
             for number in (result.score, *result.parts.values(), *result.metrics.values()):
-                if not math.isfinite(number if type(number) is float else as_float(number)):
-                    raise RewardError(
-                        f"reward {name!r}, prompt row {request.prompt.row}: a reward must be a "
-                        f"finite number, got {number!r:.80}"
-                    )
+                _check(number, f"reward {name!r}", request)
             found[place][name] = result
         if errors:
             logger.warning(
@@ -182,6 +188,14 @@ class Scorer:
             weight * normalized.get(name, parts[name])
             for name, weight in self.weights.items()
             if name in parts
+        )
+
+
+def _check(number: Any, what: str, request: RewardRequest) -> None:
+    if not abs(number if type(number) is float else as_float(number)) <= _LARGEST:
+        raise RewardError(
+            f"{what}, prompt row {request.prompt.row}: a reward must be a finite number, got "
+            f"{number!r:.80}; float32 ends at 3.4e38"
         )
 
 

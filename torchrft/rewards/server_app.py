@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from torchrft.rewards.source import RewardError
+from torchrft.rewards.source import RewardError, SampleError
 from torchrft.tools.http import gunzip
 from torchrft.tools.images import Image, ImageError, from_base64
 from torchrft.tools.logging import logger
@@ -184,12 +184,12 @@ class Gate:
             fault = 401, "this server needs its bearer token"
         elif body is None:
             fault = 413, f"a request may have {self.limit} bytes; send fewer samples in one"
-        elif encoding == b"gzip":
+        elif encoding == b"gzip" and body:
             try:
                 body = gunzip(body, self.limit)
             except ValueError as error:
                 fault = 413 if "more than" in str(error) else 400, f"the body is {error}"
-        elif encoding != b"identity":
+        elif encoding not in (b"identity", b"gzip"):
             fault = 415, f"Content-Encoding must be gzip, not {encoding.decode('latin-1')}"
         if fault is not None:
             extra = {"WWW-Authenticate": "Bearer"} if fault[0] == 401 else None
@@ -268,7 +268,7 @@ class _Service:
         try:
             with self.seconds.time():
                 scores = self.scorer.score(*body.samples())
-        except ImageError as error:
+        except (ImageError, SampleError) as error:
             raise HTTPException(422, str(error)) from error
         except RewardError as error:
             raise HTTPException(500, str(error)) from error

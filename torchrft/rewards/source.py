@@ -14,6 +14,10 @@ class RewardError(RuntimeError):
     """A reward that cannot be had or used; the message names the source and the prompt's row."""
 
 
+class SampleError(RewardError):
+    """A sample that a source can never judge: a fault of the data."""
+
+
 @dataclass(frozen=True, slots=True)
 class RewardRequest:
     """One completion to be judged."""

@@ -1,11 +1,14 @@
 """Texts that a configuration holds or names, and the text of a sample."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from torchrft.types import Prompt
+if TYPE_CHECKING:
+    from torchrft.types import Prompt
 
 
 def chat_text(teller: Any, template: str, prompt: Prompt, response: Any) -> str:

@@ -10,7 +10,7 @@ from transformers import AutoProcessor
 
 from torchrft.config.reward_config import RewardModel as Entry
 from torchrft.models.reward_model import HostWeights, RewardModel
-from torchrft.rewards.source import RewardError, RewardRequest, RewardResult
+from torchrft.rewards.source import RewardRequest, RewardResult, SampleError
 from torchrft.rewards.text import chat_text, text_or_file
 from torchrft.types import Prompt
 
@@ -76,7 +76,7 @@ class VisionModel:
                 try:
                     inputs = self.read(request.prompt, request.completion.text)
                 except ValueError as error:
-                    raise RewardError(f"reward source {self.name!r}, {error}") from error
+                    raise SampleError(f"reward source {self.name!r}, {error}") from error
                 given = {name: value.to(self.model.device) for name, value in inputs.items()}
                 results.append(RewardResult(self.model.model(**given).logits.item()))
         return results

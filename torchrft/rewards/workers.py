@@ -160,10 +160,12 @@ class WorkerPool:
         for connection, worker in busy.items():
             if connection in answered:
                 try:
-                    answer = connection.recv()
+                    kind, value = connection.recv()
                 except (EOFError, OSError):
-                    answer = "died", None
-                self._hear(worker, run, *answer)
+                    kind, value = "died", None
+                except Exception as error:  # a function has written to the worker's socket
+                    kind, value = "died", f"its answer cannot be read: {error!r:.200}"
+                self._hear(worker, run, kind, value)
             elif worker.deadline <= time.monotonic():
                 seconds = run.seconds if worker.job else _START_SECONDS
                 self._replace(worker, run, f"it took more than {seconds:g} s")
@@ -176,7 +178,8 @@ class WorkerPool:
             self._replace(worker, run, value)
         elif kind == "fault":
             worker.job = None
-            raise RuleFault(job.places[value[0]], value[1])
+            index, text, of_data = value
+            raise RuleFault(job.places[index], text, of_data)
         else:
             first, job.done = job.done, job.done + len(value)
             run.results.update(zip(job.places[first : job.done], value, strict=True))
@@ -229,12 +232,12 @@ def serve(fd: int, lifeline: int, current: int) -> None:
             for results in _results(rules[number], together, rows, timeout, current):
                 connection.send(("results", results))
         except RuleFault as fault:
-            connection.send(("fault", (fault.index, fault.text)))
+            connection.send(("fault", (fault.index, fault.text, fault.of_data)))
         except MemoryError:
             connection.send(("full", f"it took more than {memory / 2**30:g} GiB"))
         except Exception as error:  # what a function returned cannot even be looked at: a bug
             place = 0 if together else int.from_bytes(os.pread(current, 4, 0), "little")
-            connection.send(("fault", (place, f"{type(error).__name__}: {error!r:.200}")))
+            connection.send(("fault", (place, f"{type(error).__name__}: {error!r:.200}", False)))
 
 
 def _results(
@@ -251,7 +254,7 @@ def _results(
         try:
             found += rule([row], timeout)
         except RuleFault as fault:
-            raise RuleFault(index, fault.text) from fault
+            raise RuleFault(index, fault.text, fault.of_data) from fault
         if time.monotonic() - sent > _FLUSH:
             yield found
             found, sent = [], time.monotonic()

@@ -60,7 +60,7 @@ class JsonServer:
         if token:
             self._headers["Authorization"] = b"Bearer " + token.encode()
         self._open: set[socket.socket] = set()
-        self._is_cut = False
+        self.is_cut = False
         self._unzips = False  # whether it has said that it takes compressed requests (RFC 7694)
 
     def under(self, path: str) -> str:
@@ -72,9 +72,9 @@ class JsonServer:
         return urljoin(self._folder or "/", name)
 
     def cut(self) -> None:
-        """Ends the exchanges under way in other threads, and any that begin; they raise one of
-        FAILURES."""
-        self._is_cut = True
+        """Ends the exchanges under way in other threads, and any that begin while `is_cut`; they
+        raise one of FAILURES."""
+        self.is_cut = True
         for connected in list(self._open):
             _cut(connected)
 
@@ -102,12 +102,13 @@ class JsonServer:
             watch.daemon = True
             watch.start()
             self._open.add(connected)
-            if self._is_cut:  # while it connected
+            if self.is_cut:  # while it connected
                 raise ConnectionAbortedError("the exchange was ended")
             connection.request("GET" if data is None else "POST", path, data, headers)
             response = connection.getresponse()
             content = response.read(limit + 1)
-            if len(content) <= limit and response.length:
+            broken = data is not None and _breaks_off(response, content)
+            if len(content) <= limit and (response.length or broken):
                 raise http.client.IncompleteRead(content, response.length)
             if time.monotonic() >= deadline:  # cut off, which may look like a short answer
                 raise TimeoutError
@@ -165,6 +166,18 @@ def parse(content: bytes) -> Any:
 def _cut(connected: socket.socket) -> None:
     with contextlib.suppress(OSError):
         connected.shutdown(socket.SHUT_RDWR)
+
+
+def _breaks_off(response: http.client.HTTPResponse, content: bytes) -> bool:
+    """Whether an answer without a length, which ends where the server closes, is no whole JSON."""
+    headers = response.headers
+    if response.status >= 300 or "Content-Length" in headers or "Transfer-Encoding" in headers:
+        return False
+    try:
+        parse(gunzip(content, _LARGEST) if headers.get("Content-Encoding") == "gzip" else content)
+    except ValueError:
+        return True
+    return False
 
 
 def _seconds(retry_after: str) -> float:

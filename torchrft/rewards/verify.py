@@ -1,0 +1,33 @@
+"""What of the rewards only loading can show: functions, their options, judges' templates."""
+
+from collections.abc import Callable
+from functools import partial
+
+from torchrft.config.job_config import JobConfig
+from torchrft.config.reward_config import Judge
+from torchrft.rewards.judge_template import JudgeTemplate
+from torchrft.rewards.rule_source import checked_rule
+from torchrft.rewards.verdicts import parser_of
+
+
+def reward_faults(config: JobConfig) -> list[str]:
+    """A sentence for each function, template and parser that cannot be used; starts nothing.
+
+    Files of the user's own functions are imported.
+    """
+    checks: list[Callable[[], object]] = [
+        *(partial(checked_rule, entry) for entry in config.reward.functions),
+        *(partial(_check_judge, judge) for judge in config.reward.judges),
+    ]
+    faults = []
+    for check in checks:
+        try:
+            check()
+        except ValueError as error:
+            faults.append(f"[reward] {error}")
+    return faults
+
+
+def _check_judge(judge: Judge) -> None:
+    JudgeTemplate(judge.template, judge.name)
+    parser_of(judge.parser)
