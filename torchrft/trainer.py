@@ -82,8 +82,8 @@ class Trainer:
             held_out = load_prompts(source, data, self.tokenizer, "eval_data", self.vision)
             self.eval_prompts = list(held_out[world.rank :: world.world_size])
         self.evaluates = source is not None
-        for each in (prompts, self.eval_prompts):
-            self.scorer.check(each)
+        self.scorer.check(prompts)
+        self.scorer.check(self.eval_prompts, "eval_data")
         self.schedule_steps = self.prompts.total_steps(config.training.num_episodes)
         self.last_step = min(self.schedule_steps, config.training.max_steps or self.schedule_steps)
 

@@ -388,7 +388,7 @@ def test_names_of_rewards(options, text):
         ),
         (
             {"judges": [{"template": "t", "engine": "remote", "server_url": "b:1", "model": "m"}]},
-            ['holds "b:1"; write each as http://host:port'],
+            ["[reward] judge 'judge': server_url holds \"b:1\"; write each as http://host:port"],
         ),
         ({"remote_rm_url": ["a:1"]}, ['holds "a:1"; write each as http://host:port']),
         (
@@ -400,8 +400,23 @@ def test_names_of_rewards(options, text):
             ["every weight is 0, so that every reward is"],
         ),
         (
+            {
+                "functions": ["length", {"name": "exact_match", "weight": 0.0}],
+                "source_key": "k",
+                "recipes": {"a": ["exact_match"], "b": ["length"]},
+            },
+            ["every weight of recipes.a is 0, so that every reward is"],
+        ),
+        (
+            {"judges": [{**JUDGE, "max_new_tokens": 5000}]},
+            ["judge 'judge': max_new_tokens must be below max_len = 4096"],
+        ),
+        (
             {**SERVER, **FUNCTION, "source_key": "k", "recipes": {"a": [], "b": ["remote"]}},
-            ["recipes.a is empty", 'no recipe names "exact_match", which then never counts'],
+            [
+                "every weight of recipes.a is 0",
+                'no recipe names "exact_match", which then never counts',
+            ],
         ),
         (
             {"functions": [{"name": "f.py:g", "alias": "overlong"}], "overlong_buffer_len": 2},
@@ -419,6 +434,7 @@ def test_rewards_that_cannot_be_meant(options, texts):
 def test_a_gate_may_reward_where_every_weight_is_0():
     functions = [{"name": "format", "weight": 0.0}]
     assert found(functions=functions, gate=["format"], gate_reward=-1.0) == Findings([], [])
+    assert found(functions=functions, overlong_buffer_len=2) == Findings([], [])
 
 
 def test_ranges_judge_only_what_was_set():

@@ -1,6 +1,7 @@
 """Reward functions: what they are given, what they may return, how they add up."""
 
 import math
+import tomllib
 from fractions import Fraction
 
 import numpy as np
@@ -520,8 +521,10 @@ def test_rewards_beyond_float32_name_source_and_row(value):
         ("numeric", {"tolerance": 0.1}, "1/2", "half", "the label 'half' is no number"),
         ("multiple_choice", {"choices": "AB"}, "b", "C", "the label 'C' is none of the choices AB"),
         ("math", {}, "1", None, "the row has no label"),
-        ("gsm8k", {}, "#### 1", None, "the row has no label"),
+        ("math", {}, "$x$", "$ $", r"the label '\$ \$' holds no answer"),
+        ("gsm8k", {}, "#### 1", "sum: ####", "the label 'sum: ####' holds no answer"),
         ("code", {"seconds": 1.0}, ["assert 1"], [], r"the label \[\] is no test"),
+        ("code", {}, "assert 1", " ", "the label ' ' is no test"),
     ],
 )
 def test_labels_are_looked_at_before_the_run(rule, options, good, bad, text):
@@ -532,8 +535,10 @@ def test_labels_are_looked_at_before_the_run(rule, options, good, bad, text):
         Reward(functions=[RewardFunction(**entry), RewardFunction(**other)], **recipes)
     )
     made.check([prompt(1, good, kind="a"), prompt(2, bad, kind="b")])  # where it does not count
-    with pytest.raises(ValueError, match=f"reward function '{rule}', prompt row 3: {text}"):
-        made.check([prompt(1, good, kind="a"), prompt(3, bad, kind="a")])
+    with pytest.raises(
+        ValueError, match=f"eval_data: reward function '{rule}', prompt row 3: {text}"
+    ):
+        made.check([prompt(1, good, kind="a"), prompt(3, bad, kind="a")], "eval_data")
     with pytest.raises(ValueError, match="prompt row 5: kind = 'c' has no recipe"):
         made.check([prompt(5, good, kind="c")])
 
@@ -558,10 +563,45 @@ def test_what_only_loading_shows_is_told_by_a_dry_run(tmp_path, capsys):
         '[{ pretrain = "p", template = "{{ respones }}" }, '
         '{ name = "k", pretrain = "p", template = "{{ response }}", parser = "(" }]'
     )
-    flags = ["--functions", functions, "--judges", judges, "--dry_run"]
+    models = '[{ pretrain = "m", chat_template = "none.jinja" }]'
+    flags = ["--functions", functions, "--judges", judges, "--models", models, "--dry_run"]
     assert check_only(tiny_job.argv(functions=None)[:-2] + flags, reward_faults) == 2
-    first, second, third, fourth = capsys.readouterr().err.splitlines()
+    first, second, third, fourth, fifth = capsys.readouterr().err.splitlines()
     assert first.startswith('error: [reward] unknown reward function "exact_mach"')
     assert "has no option 'bas'; valid: base" in second
     assert "judge 'judge': its template shows 'respones'" in third
     assert "parser = '(' is no regular expression" in fourth
+    assert 'models "m": chat_template = "none.jinja" is no text file that can be read' in fifth
+
+
+def test_a_file_that_prints_does_not_spoil_the_toml_of_a_dry_run(tmp_path, capsys):
+    (tmp_path / "own.py").write_text("print('hello')\ndef f(response): return 0")
+    flags = ["--functions", f"{tmp_path}/own.py:f", "--dry_run"]
+    assert check_only(tiny_job.argv(functions=None)[:-2] + flags, reward_faults) == 10
+    said = capsys.readouterr()
+    assert said.err == "hello\n"
+    assert tomllib.loads(said.out)["reward"]["functions"][0]["name"] == f"{tmp_path}/own.py:f"
+
+
+ANNOTATED = """
+from __future__ import annotations
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    from nowhere import Response
+class Own: pass
+def f(response: Response, *, base: int = 2, own: Own = None, other: Other = None):
+    return base
+"""
+
+
+def test_only_the_types_of_given_options_need_to_be_there(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(ANNOTATED)
+    entry = RewardFunction(name=f"{path}:f", options={"base": 3}, isolate=False)
+    assert build_scorer(Reward(functions=[entry])).score([prompt()], [completion()])[0].value == 3
+    for option, told in (("own", "Own"), ("other", "'Other'")):
+        entry = RewardFunction(name=f"{path}:f", options={option: 3})
+        with pytest.raises(
+            ValueError, match=f"option {option} has the type .*{told}.*, which noth"
+        ):
+            build_scorer(Reward(functions=[entry]))

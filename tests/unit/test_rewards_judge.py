@@ -57,6 +57,7 @@ def test_a_template_shows_the_sample(tmp_path):
         ("{{ prompt }}", "does not show the response"),
         ("{{ response }}{{ answer }}", "shows 'answer'; it can show prompt, response, label"),
         ("{{ response", "its template does not parse: unexpected end of template"),
+        ("{{ response }}{% include 'a' %}", "does not parse: it cannot include other templates"),
     ],
 )
 def test_bad_templates(source, text):

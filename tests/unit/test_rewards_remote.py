@@ -512,6 +512,20 @@ def test_an_answer_without_a_length_that_breaks_off_is_asked_for_again(zipped):
     assert len(said) > 3
 
 
+def test_an_answer_without_a_length_that_is_no_json_is_not_asked_for_again():
+    told = []
+
+    def answer(connection: socket.socket):
+        told.append(1)
+        connection.sendall(b"HTTP/1.0 200 OK\r\n\r\n<html>login</html>")
+
+    with raw_server(answer) as url:
+        source = client(url)
+        with pytest.raises(RewardError, match=r"the answer is no JSON .*: <html>login</html>"):
+            source.score(requests(1))
+    assert len(told) == 2  # the health, and the score
+
+
 def test_a_client_works_again_after_a_request_that_failed():
     """A reward server that asks another one goes on."""
     replies = [Reply({"error": "no"}, 400), Reply({"rewards": [2]})]

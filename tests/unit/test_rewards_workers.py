@@ -325,3 +325,25 @@ def writes(response):
     )
     made.close()
     assert [score.value for score in scores] == [1.0, -1.0, 2.0]
+
+
+def test_a_child_that_a_function_forked_does_not_answer_for_its_worker(tmp_path):
+    path = tmp_path / "forks.py"
+    path.write_text("""
+import os, time
+def forks():
+    if os.fork() == 0:
+        return 1.0
+    time.sleep(0.2)
+    return 0.25
+def number(response):
+    return float(response)
+""")
+    entries = [RewardFunction(name=f"{path}:{name}") for name in ("forks", "number")]
+    made = build_scorer(Reward(functions=entries, reward_workers=1))
+    prompt = Prompt(0, "p", (1,))
+    given = [Completion(0, i, (1,), (0.0,), f"{100 + i}", "stop") for i in range(4)]
+    for _ in range(2):
+        values = [tuple(score.parts.values()) for score in made.score([prompt], given)]
+        assert values == [(0.25, 100.0 + i) for i in range(4)]
+    made.close()

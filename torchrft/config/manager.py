@@ -1,5 +1,6 @@
 """From a command line to a `JobConfig`: TOML, then flags, then every rule; all faults at once."""
 
+import contextlib
 import difflib
 import math
 import os
@@ -105,7 +106,9 @@ def check_only(argv: list[str], verify: Verify = lambda config: []) -> int:
 def _load_or_exit(argv: list[str], speaks: bool, verify: Verify) -> LoadedConfig:
     try:
         loaded = load(argv)
-        if faults := verify(loaded.config):
+        with contextlib.redirect_stdout(sys.stderr):  # a file of the user's may print
+            faults = verify(loaded.config)
+        if faults:
             raise ConfigError(faults)
         return loaded
     except ConfigError as error:

@@ -105,6 +105,8 @@ class Judge(Section):
                 f"votes = {self.votes} at temperature = 0 would all be equal; set temperature > 0 "
                 "or votes = 1"
             )
+        if not served and self.max_new_tokens >= self.max_len:
+            faults.append(f"max_new_tokens must be below max_len = {self.max_len}; lower it")
         idle = ["pretrain", "max_len"] if served else list(_OF_SERVERS)
         idle += ["aggregate"] if self.votes == 1 else []
         faults += [
@@ -211,12 +213,13 @@ class Reward(Section):
         weights += [entry.weight for entry in self.scalar_models(policy)]
         weights += [entry.weight for entry in self.judges]
         weights += [self.remote_rm_weight] if self.remote_rm_url else []
-        if weights and not any(weights) and not (self.gate and self.gate_reward):
-            faults.append("[reward] every weight is 0, so that every reward is: raise one")
+        by_name = dict(zip(names, weights, strict=True))
+        elsewhere = self.overlong_buffer_len or (self.gate and self.gate_reward)
+        recipes = {f"of recipes.{key} ": recipe for key, recipe in self.recipes.items()}
         faults += [
-            f"[reward] recipes.{key} is empty, so that its rows' rewards are 0: name their rewards"
-            for key, recipe in self.recipes.items()
-            if not recipe
+            f"[reward] every weight {where}is 0, so that every reward is: raise one"
+            for where, recipe in (recipes or {"": names} if names else {}).items()
+            if not elsewhere and not any(by_name.get(name, 1.0) for name in recipe)
         ]
         used = {name for recipe in self.recipes.values() for name in recipe}
         faults += [

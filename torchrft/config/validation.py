@@ -172,17 +172,15 @@ def _rewards(config: JobConfig, world_size: int) -> Iterator[Finding]:
 
 
 def _urls(config: JobConfig, world_size: int) -> Iterator[Finding]:
-    options = {
-        "server_urls": config.rollout.server_urls,
-        "remote_rm_url": config.reward.remote_rm_url,
-    }
-    options["judges"] = [url for judge in config.reward.judges for url in judge.server_url]
+    reward, options = config.reward, {"server_urls": config.rollout.server_urls}
+    options["remote_rm_url"] = reward.remote_rm_url
+    options |= {f"judge {judge.name!r}: server_url": judge.server_url for judge in reward.judges}
     for option, urls in options.items():
         for url in urls:
             try:
                 JsonServer(url, option)
             except ValueError as error:
-                yield Finding(option, str(error).removeprefix(option).strip())
+                yield Finding("reward" if " " in option else FIELDS[option].section, str(error))
 
 
 def _needs(config: JobConfig, world_size: int) -> Iterator[Finding]:

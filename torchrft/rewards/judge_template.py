@@ -34,7 +34,10 @@ class JudgeTemplate:
         environment = Environment(undefined=StrictUndefined, finalize=_not_none)
         strict = Environment(undefined=StrictUndefined, finalize=_not_empty)
         try:
-            self.shown = meta.find_undeclared_variables(environment.parse(text))
+            parsed = environment.parse(text)
+            self.shown = meta.find_undeclared_variables(parsed)
+            if [*meta.find_referenced_templates(parsed)]:
+                raise TemplateError("it cannot include other templates")
             self.template, self.strict = environment.from_string(text), strict.from_string(text)
         except TemplateError as error:
             raise ValueError(f"judge {name!r}: its template does not parse: {error}") from error

@@ -4,14 +4,13 @@ import asyncio
 import inspect
 import math
 import traceback
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, TypeVar
 
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
+from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
 from torchrft.config.registry import Registry
 from torchrft.rewards.source import RewardResult
@@ -193,17 +192,25 @@ def _check_options(
     parameters: Sequence[inspect.Parameter],
 ) -> None:
     what, known = f"reward function {name!r}", {p.name: p for p in parameters}
-    holder = function if inspect.isroutine(function) else type(function).__call__
-    hints = typing.get_type_hints(holder)
+    holder: Any = function if inspect.isroutine(function) else type(function).__call__
     for option, value in options.items():
         if option not in known:
             valid = ", ".join(known) or "it takes none"
             raise ValueError(f"{what} has no option {option!r}; valid: {valid}")
+        kind = known[option].annotation
         try:
-            TypeAdapter(hints.get(option, Any)).validate_python(value, strict=True)
+            if isinstance(kind, str):  # of this option alone: others' need not be there
+                kind = eval(kind, inspect.unwrap(holder).__globals__)
+            kind = Any if kind is inspect.Parameter.empty else kind
+            TypeAdapter(kind).validate_python(value, strict=True)
         except ValidationError as error:
             wrong = error.errors()[0]["msg"].lower()
             raise ValueError(f"{what}: option {option} = {value!r}: {wrong}") from error
+        except (NameError, PydanticUserError) as error:
+            raise ValueError(
+                f"{what}: option {option} has the type {kind!r:.80}, which nothing in TOML is; use "
+                "bool, int, float, str or a list"
+            ) from error
     for option, parameter in known.items():
         if parameter.default is parameter.empty and option not in options:
             raise ValueError(f"{what} needs its option {option!r}: options = {{ {option} = ... }}")

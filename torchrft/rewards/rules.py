@@ -177,7 +177,12 @@ def _letter(label: Any, choices: str = "ABCDE") -> str:
     return gold
 
 
-@_built_in("multiple_choice", label=_letter)
+def _are_letters(choices: str = "ABCDE") -> None:
+    if not re.fullmatch("[A-Za-z]{2,}", choices) or len({*choices.upper()}) < len(choices):
+        raise ValueError(f"option choices = {choices!r}: use two or more different letters")
+
+
+@_built_in("multiple_choice", check=_are_letters, label=_letter)
 def multiple_choice(response: str, label: Any, *, choices: str = "ABCDE") -> float:
     """1 if the response chooses the label, a letter of `choices` or its number from 0.
 
@@ -274,7 +279,12 @@ def _answer(response: str) -> str:
     return response[-_TAIL:]
 
 
-@_built_in("math", bounded=False, check=_needs_math_verify, label=_text)
+def _answered(label: Any, **options: Any) -> None:
+    if not re.sub(r"\s|\$|\\boxed\{\s*\}", "", _text(label).rpartition("####")[2]):
+        raise LabelError(f"the label {label!r:.80} holds no answer")
+
+
+@_built_in("math", bounded=False, check=_needs_math_verify, label=_answered)
 def math(response: str, label: Any) -> float:
     """1 if the response's answer equals the label as mathematics, by `math-verify`.
 
@@ -284,7 +294,7 @@ def math(response: str, label: Any) -> float:
     return _is_equal(_text(label), _answer(response))
 
 
-@_built_in("gsm8k", bounded=False, check=_needs_math_verify, label=_text)
+@_built_in("gsm8k", bounded=False, check=_needs_math_verify, label=_answered)
 def gsm8k(response: str, label: Any) -> float:
     """`math` for GSM8K: of the label and of the response counts what follows the last "####".
 
@@ -301,7 +311,11 @@ def _takes_time(seconds: float = 5.0, partial: bool = False) -> None:
 
 def _tests(label: Any, **options: Any) -> list[str]:
     tests = [label] if isinstance(label, str) else label
-    if not isinstance(tests, list) or not tests or not all(isinstance(t, str) for t in tests):
+    if (
+        not isinstance(tests, list)
+        or not tests
+        or not all(isinstance(test, str) and test.strip() for test in tests)
+    ):
         raise LabelError(f"the label {label!r:.80} is no test, nor a list of tests")
     return tests
 

@@ -89,17 +89,16 @@ class Scorer:
                 zs[place][name] = float(z)
         return [replace(s, value=self._mix(s.parts, z)) for s, z in zip(scores, zs, strict=True)]
 
-    def check(self, prompts: Sequence[Prompt]) -> None:
-        """Raises ValueError for prompts that a source can never judge, naming the row."""
+    def check(self, prompts: Sequence[Prompt], option: str = "prompt_data") -> None:
+        """Raises ValueError for prompts that a source can never judge, naming `option` and row."""
         try:
             counted = [self._counted(prompt) for prompt in prompts]
-        except RewardError as error:
-            raise ValueError(str(error)) from error
-        for name, source in self.sources.items():
-            if hasattr(source, "check"):
-                source.check(
-                    [p for p, names in zip(prompts, counted, strict=True) if name in names]
-                )
+            for name, source in self.sources.items():
+                if hasattr(source, "check"):
+                    pairs = zip(prompts, counted, strict=True)
+                    source.check([prompt for prompt, names in pairs if name in names])
+        except (RewardError, ValueError) as error:
+            raise ValueError(f"{option}: {error}") from error
 
     def close(self) -> None:
         """Ends what the sources have started."""

@@ -210,19 +210,25 @@ def serve(fd: int, lifeline: int, current: int) -> None:
     # SIGIO ends this process and what it started, whatever they are doing.
     fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpid())
     fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
-    connection = Connection(fd)
+    connection, own = Connection(fd), os.getpid()
+
+    def send(*message: Any) -> None:
+        if os.getpid() != own:  # a child that a function forked has come back from it
+            os._exit(0)
+        connection.send(message)
+
     try:
         tasks, memory = connection.recv()
         rules = [replace(make_rule(t.name, t.options), tolerant=t.tolerant) for t in tasks]
         for task in tasks:  # also imports what a rule needs, before its deadlines count
             BUILT_IN.get(task.name, BuiltIn()).check(**task.options)
     except Exception as error:
-        connection.send(("broken", f"{type(error).__name__}: {error}"))
+        send("broken", f"{type(error).__name__}: {error}")
         return
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + memory
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    connection.send(("ready", None))
+    send("ready", None)
     while True:
         try:
             number, together, rows, timeout = connection.recv()
@@ -230,14 +236,14 @@ def serve(fd: int, lifeline: int, current: int) -> None:
             return
         try:
             for results in _results(rules[number], together, rows, timeout, current):
-                connection.send(("results", results))
+                send("results", results)
         except RuleFault as fault:
-            connection.send(("fault", (fault.index, fault.text, fault.of_data)))
+            send("fault", (fault.index, fault.text, fault.of_data))
         except MemoryError:
-            connection.send(("full", f"it took more than {memory / 2**30:g} GiB"))
+            send("full", f"it took more than {memory / 2**30:g} GiB")
         except Exception as error:  # what a function returned cannot even be looked at: a bug
             place = 0 if together else int.from_bytes(os.pread(current, 4, 0), "little")
-            connection.send(("fault", (place, f"{type(error).__name__}: {error!r:.200}", False)))
+            send("fault", (place, f"{type(error).__name__}: {error!r:.200}", False))
 
 
 def _results(

@@ -107,9 +107,10 @@ class JsonServer:
             connection.request("GET" if data is None else "POST", path, data, headers)
             response = connection.getresponse()
             content = response.read(limit + 1)
-            broken = data is not None and _breaks_off(response, content)
-            if len(content) <= limit and (response.length or broken):
+            if len(content) <= limit and response.length:
                 raise http.client.IncompleteRead(content, response.length)
+            if data is not None and _breaks_off(response, content):
+                raise ConnectionError(f"an answer without a length ended early: {content[:80]!r}")
             if time.monotonic() >= deadline:  # cut off, which may look like a short answer
                 raise TimeoutError
         except FAILURES as error:
@@ -174,9 +175,11 @@ def _breaks_off(response: http.client.HTTPResponse, content: bytes) -> bool:
     if response.status >= 300 or "Content-Length" in headers or "Transfer-Encoding" in headers:
         return False
     try:
-        parse(gunzip(content, _LARGEST) if headers.get("Content-Encoding") == "gzip" else content)
+        if headers.get("Content-Encoding") == "gzip":
+            content = gunzip(content, _LARGEST)
+        parse(content)
     except ValueError:
-        return True
+        return content.lstrip()[:1] in (b"", b"{", b"[", b"\x1f")  # else it never was JSON
     return False
 
 
