@@ -358,7 +358,7 @@ def test_ranks_share_one_model_and_score_their_own(tmp_path):
         assert 0.4 < share < 0.6
         assert after == share  # sharded again after each layer
         assert failure.startswith("SampleError: reward source 'rm', prompt row 3")
-        assert other.startswith("RankError: rank 0 failed in phase 'reward': RewardError")
+        assert other.startswith("RankError: rank 0 failed in phase 'reward': SampleError")
 
 
 def test_weights_in_other_files_than_safetensors_are_loaded_whole(tmp_path):
