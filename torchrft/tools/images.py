@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # imported where used: jobs without images do without it
     from PIL.Image import Image as Picture
 
 MAX_PIXELS = 89_478_485  # above it Pillow itself warns of a decompression bomb
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
 
 
@@ -111,18 +112,20 @@ def image_of(value: Any, folder: Path) -> Image:
 
 
 def _from_text(value: str, folder: Path) -> Image:
-    scheme, colon, rest = value.partition(":")
-    if scheme in ("http", "https") and colon:
+    scheme, mark, rest = value.partition("://")
+    is_file = scheme.lower() == "file"
+    if mark and _SCHEME.fullmatch(scheme) and not is_file:
         raise ImageError(f"{value:.80} is a web address: download the images and name their files")
-    if scheme == "data" and colon:
-        kind, _, rest = rest.partition(",")
+    if value[:5].lower() == "data:":
+        kind, _, data = value[5:].partition(",")
         if not (kind.startswith("image/") and kind.endswith(";base64")):
             raise ImageError(f"{value:.40}… is no data URI of an image in base64")
-        return from_base64(rest)
-    if _BASE64.fullmatch(value):
+        return from_base64(data)
+    # Joined, an absolute path stays as it is; so does ~unknown.
+    path = str(folder / (rest if mark and is_file else os.path.expanduser(value)))
+    if _BASE64.fullmatch(value) and not os.path.isfile(path):  # which long paths may look like
         return from_base64(value)
-    path = Path(os.path.expanduser(value.removeprefix("file://")))  # ~unknown stays
-    return Image(path=str(path if path.is_absolute() else folder / path))
+    return Image(path=path)
 
 
 def from_base64(text: str) -> Image:
