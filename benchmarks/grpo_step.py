@@ -98,7 +98,8 @@ def steps_of(words: list[str], save_path: Path, count: int) -> list[dict[str, fl
             sys.exit(job.returncode or 1)
         time.sleep(0.5)
         most = max(most, gpu_memory_gib())
-        for line in log.read_text().splitlines()[len(steps) :] if log.exists() else ():
+        whole = log.read_text().rpartition("\n")[0] if log.exists() else ""
+        for line in whole.splitlines()[len(steps) :]:
             steps.append({**json.loads(line), "memory/gpu_gib": most})
             most = 0.0
     ranks = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True)

@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--micro", type=int, default=8192, help="tokens of a micro-batch")
     options, options.more = parser.parse_known_args()
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         folder = Path(name)
         steps = steps_of(command(options, folder), folder / "run", options.steps + 1)
     found = medians(steps[1:])
@@ -148,7 +148,7 @@ def main() -> None:
     shape = "tiny" if options.tiny else "Qwen2.5-VL-3B"
     print(
         f"{machine('torch', 'transformers')}; {shape}, {options.gpus} ranks, {options.engine}, "
-        f"engine_tp_size {options.tp}, {' '.join(options.more)}"
+        f"engine_tp_size {options.tp} {' '.join(options.more)}"
     )
     print(table(["", "median"], [[key, f"{value:,.4g}"] for key, value in found.items()]))
 

@@ -196,10 +196,10 @@ def test_parts_need_a_job_with_images(tmp_path, tokenizer):
         load_prompts(path, Data(apply_chat_template=True), tokenizer)
 
 
-def animated():
+def animated(kind):
     frames = [Pillow.new("RGB", (8, 8), color) for color in COLORS]
     buffer = io.BytesIO()
-    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
+    frames[0].save(buffer, kind, save_all=True, append_images=frames[1:])
     return buffer.getvalue()
 
 
@@ -207,8 +207,10 @@ BOMB = encoded(0, (10_000, 10_000), mode="1")
 UNUSABLE = [
     ("missing.png", "missing.png does not exist"),
     (base64.b64encode(encoded()[:60] + bytes(60)).decode(), "cannot be decoded"),
-    (base64.b64encode(b"this is a text and no picture at all, " * 3).decode(), "cannot be decoded"),
-    (base64.b64encode(animated()).decode(), "is animated"),
+    (base64.b64encode(b"this is a text and no picture at all, " * 3).decode(),
+     "an image cannot be decoded (no format of pictures)"),
+    (base64.b64encode(animated("GIF")).decode(), "is animated or has pages"),
+    (base64.b64encode(animated("TIFF")).decode(), "is animated or has pages"),
     (base64.b64encode(BOMB).decode(), "10000 x 10000 pixels, more than 89478485"),
     ("https://example.org/a.png", "is a web address"),
     ("HTTP://example.org/a.png", "is a web address"),
@@ -217,7 +219,7 @@ UNUSABLE = [
     ("data:text/plain,hello", "is no data URI of an image"),
     ("A" * 65, "is not valid base64"),
     (7, "7 is no path"),
-]
+]  # fmt: skip
 
 
 def test_unusable_images_are_dropped_and_counted(tmp_path, tokenizer, vision, caplog):
@@ -228,7 +230,7 @@ def test_unusable_images_are_dropped_and_counted(tmp_path, tokenizer, vision, ca
     prompts = load_prompts(path, data(), tokenizer, vision=vision)
     assert [prompt.row for prompt in prompts] == [0]
     assert prompts.dropped == len(UNUSABLE)
-    assert f"dropped 12 of 13 prompts of {path}, whose images cannot be used" in caplog.text
+    assert f"dropped 13 of 14 prompts of {path}, whose images cannot be used" in caplog.text
     assert f"{path}, line 2: {tmp_path}/missing.png does not exist; " in caplog.text
     for row, (_, reason) in zip(bad, UNUSABLE, strict=True):
         with pytest.raises(ValueError, match="no prompt's images can be used") as caught:

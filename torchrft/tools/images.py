@@ -59,7 +59,7 @@ class Image:
         Raises ImageError if it is missing, damaged, animated or too large to be decoded.
         """
         from PIL import Image as Pillow
-        from PIL import ImageOps
+        from PIL import ImageOps, UnidentifiedImageError
 
         what = self.path or "an image"
         try:
@@ -67,7 +67,7 @@ class Image:
             with Pillow.open(source) as picture:
                 # Phones put a second picture behind the first (MPO), which is the one meant.
                 if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":
-                    raise ImageError(f"{what} is animated: save the frame that is meant")
+                    raise ImageError(f"{what} is animated or has pages: save the one that is meant")
                 if picture.width * picture.height > MAX_PIXELS:
                     size = f"{picture.width} x {picture.height}"
                     raise ImageError(f"{what} has {size} pixels, more than {MAX_PIXELS}")
@@ -86,6 +86,8 @@ class Image:
             raise
         except FileNotFoundError as error:
             raise ImageError(f"{what} does not exist") from error
+        except UnidentifiedImageError as error:
+            raise ImageError(f"{what} cannot be decoded (no format of pictures)") from error
         except Exception as error:  # decoders raise what they like on damaged files
             raise ImageError(f"{what} cannot be decoded ({error})") from error
 
