@@ -13,6 +13,8 @@ import argparse
 import json
 import os
 import random
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +27,10 @@ from engines import OPTIONS, folder_of
 
 PROMPT = 128
 PHASES = ("rollout", "reward", "logprob", "update", "weight_sync", "step")
+METRICS = (
+    *("throughput/tokens_per_second", "memory/peak_gib", "memory/gpu_gib"),
+    *("mismatch/logprob_abs_mean", "response_length/mean", "grad_norm"),
+)
 
 
 def prompt_file(folder: str, count: int) -> str:
@@ -81,6 +87,43 @@ def command(options: argparse.Namespace, folder: str, model: str) -> list[str]:
     return [sys.executable, *run, "-m", "torchrft.train", *words, *options.more]
 
 
+def steps_of(words: list[str], save_path: Path, count: int) -> list[dict[str, float]]:
+    """The first `count` steps' metrics of a job, which is then ended: a checkpoint of such a model
+    takes longer than all steps. With the GPUs' memory in use, where nvidia-smi tells it."""
+    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}"}
+    job = subprocess.Popen(words, env=environment)
+    log, steps, most = save_path / "logs/metrics.jsonl", list[dict[str, float]](), 0.0
+    while len(steps) < count:
+        if job.poll() is not None:
+            sys.exit(job.returncode or 1)
+        time.sleep(0.5)
+        most = max(most, gpu_memory_gib())
+        whole = log.read_text().rpartition("\n")[0] if log.exists() else ""
+        for line in whole.splitlines()[len(steps) :]:
+            steps.append({**json.loads(line), "memory/gpu_gib": most})
+            most = 0.0
+    ranks = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True)
+    for process in (job.pid, *map(int, ranks.stdout.split())):
+        os.kill(process, signal.SIGKILL)
+    job.wait()
+    return steps[:count]
+
+
+def gpu_memory_gib() -> float:
+    """What is in use on the fullest GPU, by whatever process; 0 without one."""
+    if not shutil.which("nvidia-smi"):
+        return 0.0
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    output = subprocess.run(query, capture_output=True, text=True).stdout.split()
+    return max((float(used) / 1024 for used in output if used.isdigit()), default=0.0)
+
+
+def medians(steps: list[dict[str, float]]) -> dict[str, float]:
+    """By phase, and of what else the table shows."""
+    found = {f"{name} s": median(step[f"time/{name}"] for step in steps) for name in PHASES}
+    return found | {key: median(step[key] for step in steps) for key in METRICS}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--engine", default="native", choices=list(OPTIONS))
@@ -94,26 +137,8 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="vLLM starts without graphs")
     options, options.more = parser.parse_known_args()
     folder = tempfile.mkdtemp()
-    environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{os.environ.get('PYTHONPATH', '')}"}
     words = command(options, folder, folder_of(options.model))
-    job = subprocess.Popen(words, env=environment)
-    log = Path(folder, "run/logs/metrics.jsonl")
-    while not log.exists() or log.read_text().count("\n") < options.steps:
-        if job.poll() is not None:
-            sys.exit(job.returncode or 1)
-        time.sleep(0.5)
-    # Ended here, since a checkpoint of this size takes longer than all steps.
-    subprocess.run(["pkill", "-9", "-f", f"{folder}/run"])
-    steps = [json.loads(line) for line in log.read_text().splitlines()][1:]
-    found = {f"{name} s": median(step[f"time/{name}"] for step in steps) for name in PHASES}
-    for key in (
-        "throughput/tokens_per_second",
-        "memory/peak_gib",
-        "mismatch/logprob_abs_mean",
-        "response_length/mean",
-        "grad_norm",
-    ):
-        found[key] = median(step[key] for step in steps)
+    found = medians(steps_of(words, Path(folder, "run"), options.steps)[1:])
     print(
         f"{machine('torch', 'transformers')}; {options.model}, {options.gpus} GPUs, "
         f"{options.engine}, engine_tp_size {options.engine_tp_size}, {' '.join(options.more)}"

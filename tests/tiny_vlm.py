@@ -31,6 +31,14 @@ SAMPLED = 61  # stands for a sampled image token in transformers' own forward
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava")
 PATCH = 4  # pixels; Qwen merges 2 x 2 patches into a token
 
+# The guide's vision-language command, but for its model, engine_tp_size and engine_mem_util.
+GUIDE = """
+    --max_len 4096 --num_episodes 10 --actor_learning_rate 1e-6 --train_batch_size 64
+    --micro_train_batch_size 1 --rollout_batch_size 32 --micro_rollout_batch_size 1
+    --advantage_estimator group_norm --n_samples_per_prompt 4 --fsdp --fsdp_cpu_offload
+    --gradient_checkpointing --mixed_mm_data --packing_samples
+"""
+
 _TEXT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,

@@ -15,6 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     from torchrft.rewards.source import RewardError
     from torchrft.rollout.canary import WeightSyncError
     from torchrft.tools import distributed
+    from torchrft.tools.images import ImageError
     from torchrft.tools.logging import setup_logging
     from torchrft.trainer import Trainer
 
@@ -31,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         except (
             RewardError,
             WeightSyncError,
+            ImageError,
             distributed.RankError,
             TimeoutError,
             ConnectionError,

@@ -13,14 +13,14 @@ from tiny_job import ROOT, records, rollout
 VLLM = {"engine_type": "vllm", "max_steps": 4, "save_steps": 1, "max_num_seqs": 16}
 
 
-def train(save_path, ngpu=1, **options):
-    """The default job by ./run_train.sh, which must succeed."""
+def train(save_path, ngpu=1, *words, config="train_configs/debug_model.toml", **options):
+    """The default job or that of `config` by ./run_train.sh, which must succeed."""
     flags = [w for n, v in {"save_path": save_path, **options}.items() for w in (f"--{n}", str(v))]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # this environment's torchrun
     result = subprocess.run(
-        ["./run_train.sh", *flags],
+        ["./run_train.sh", *words, *flags],
         cwd=ROOT,
-        env={**os.environ, "NGPU": str(ngpu), "OMP_NUM_THREADS": "1", "PATH": path},
+        env={**os.environ, "NGPU": str(ngpu), "CONFIG_FILE": str(config), "PATH": path},
         capture_output=True,
         text=True,
         timeout=500,

@@ -21,6 +21,7 @@ from torchrft.rollout import build_engine
 from torchrft.rollout.canary import Canary, WeightSyncError
 from torchrft.rollout.native.engine import NativeEngine
 from torchrft.rollout.weight_sync import named_full_tensors
+from torchrft.tools.images import Image, ImageError
 from torchrft.types import Prompt, SamplingParams
 
 if importlib.util.find_spec("torchvision") is None:
@@ -89,6 +90,13 @@ def test_updates(family, tmp_path):
             assert mine.logprobs == pytest.approx(other.logprobs, abs=2e-4)
         different |= {found[0].token_ids, found[3].token_ids}
     assert len(different) > 5  # pictures and weights decide
+    path = tmp_path / "p.png"
+    path.write_bytes(PICTURES[0].data)
+    prompt = replace(asked[0], row=9, images=(Image(path=str(path)),))
+    assert engine.generate([prompt], GREEDY)[0].token_ids == found[0].token_ids
+    path.unlink()
+    with pytest.raises(ImageError, match=r"prompt row 9: .*p\.png does not exist"):
+        engine.generate([prompt], GREEDY)
 
 
 def test_the_canary_watches_the_tower(tmp_path, monkeypatch):

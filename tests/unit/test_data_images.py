@@ -65,19 +65,25 @@ def test_every_way_to_name_a_picture(tmp_path, tokenizer, vision, monkeypatch):
     """Paths are relative to the file, wherever the job runs."""
     folder = tmp_path / "data"
     png = base64.b64encode(encoded()).decode()
+    long = f"pictures/{'1' * 60}"  # a name that might be base64
     rows = [
         {"prompt": "a", "images": "pictures/1.png"},
         {"prompt": "a", "images": str(folder / "pictures" / "1.png")},
         {"prompt": "a", "images": png},
         {"prompt": "a", "images": [f"data:image/png;base64,{png}"]},
         {"prompt": "a", "images": {"bytes": None, "path": "pictures/1.png"}},
+        {"prompt": "a", "images": f"file://{folder}/pictures/1.png"},
+        {"prompt": "a", "images": f"FILE://{folder}/pictures/1.png"},
+        {"prompt": "a", "images": [f"DATA:image/png;base64,{png}"]},
+        {"prompt": "a", "images": long},
     ]
     path = write(folder, *rows)
     (folder / "pictures").mkdir()
-    (folder / "pictures" / "1.png").write_bytes(encoded())
+    for name in ("pictures/1.png", long):
+        (folder / name).write_bytes(encoded())
     monkeypatch.chdir(tmp_path)
     prompts = load_prompts(path, data(), tokenizer, vision=vision)
-    assert [colors(prompt) for prompt in prompts] == [[COLORS[0]]] * 5
+    assert [colors(prompt) for prompt in prompts] == [[COLORS[0]]] * len(rows)
     assert prompts.dropped == 0
     for prompt in prompts:  # the text has one placeholder, the ids one for each feature
         assert prompt.text == "<|user|><image>a\n<|assistant|>"
@@ -175,16 +181,25 @@ def test_malformed_rows_name_file_and_line(tmp_path, tokenizer, vision, row, opt
     assert f"{path}, line 1" in str(caught.value)
 
 
+def test_a_place_for_a_video_is_refused(tmp_path, tokenizer, vision, monkeypatch):
+    """The model's own; with another model <video> is a text."""
+    path = write(tmp_path, {"prompt": "a", "images": PNG}, {"prompt": "<video>", "images": PNG})
+    assert len(load_prompts(path, data(), tokenizer, vision=vision)) == 2
+    monkeypatch.setattr(vision.processor, "video_token", "<video>", raising=False)
+    with pytest.raises(ValueError, match=r"line 2: 'prompt' has a place for a video \(<video>\)"):
+        load_prompts(path, data(), tokenizer, vision=vision)
+
+
 def test_parts_need_a_job_with_images(tmp_path, tokenizer):
     path = write(tmp_path, {"prompt": [{**USER, "content": part("a", {})}]})
     with pytest.raises(ValueError, match="content of several parts needs images_key or mixed"):
         load_prompts(path, Data(apply_chat_template=True), tokenizer)
 
 
-def animated():
+def animated(kind):
     frames = [Pillow.new("RGB", (8, 8), color) for color in COLORS]
     buffer = io.BytesIO()
-    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
+    frames[0].save(buffer, kind, save_all=True, append_images=frames[1:])
     return buffer.getvalue()
 
 
@@ -192,14 +207,19 @@ BOMB = encoded(0, (10_000, 10_000), mode="1")
 UNUSABLE = [
     ("missing.png", "missing.png does not exist"),
     (base64.b64encode(encoded()[:60] + bytes(60)).decode(), "cannot be decoded"),
-    (base64.b64encode(b"this is a text and no picture at all, " * 3).decode(), "cannot be decoded"),
-    (base64.b64encode(animated()).decode(), "is animated"),
+    (base64.b64encode(b"this is a text and no picture at all, " * 3).decode(),
+     "an image cannot be decoded (no format of pictures)"),
+    (base64.b64encode(animated("GIF")).decode(), "is animated or has pages"),
+    (base64.b64encode(animated("TIFF")).decode(), "is animated or has pages"),
     (base64.b64encode(BOMB).decode(), "10000 x 10000 pixels, more than 89478485"),
     ("https://example.org/a.png", "is a web address"),
+    ("HTTP://example.org/a.png", "is a web address"),
+    ("ftp://example.org/a.png", "is a web address"),
+    ("s3://pictures/a.png", "is a web address"),
     ("data:text/plain,hello", "is no data URI of an image"),
     ("A" * 65, "is not valid base64"),
     (7, "7 is no path"),
-]
+]  # fmt: skip
 
 
 def test_unusable_images_are_dropped_and_counted(tmp_path, tokenizer, vision, caplog):
@@ -210,7 +230,7 @@ def test_unusable_images_are_dropped_and_counted(tmp_path, tokenizer, vision, ca
     prompts = load_prompts(path, data(), tokenizer, vision=vision)
     assert [prompt.row for prompt in prompts] == [0]
     assert prompts.dropped == len(UNUSABLE)
-    assert f"dropped 9 of 10 prompts of {path}, whose images cannot be used" in caplog.text
+    assert f"dropped 13 of 14 prompts of {path}, whose images cannot be used" in caplog.text
     assert f"{path}, line 2: {tmp_path}/missing.png does not exist; " in caplog.text
     for row, (_, reason) in zip(bad, UNUSABLE, strict=True):
         with pytest.raises(ValueError, match="no prompt's images can be used") as caught:

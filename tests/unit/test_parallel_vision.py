@@ -6,6 +6,7 @@ import pytest
 import tiny_vlm
 import torch
 from helpers import run_ranks
+from test_models_vision import gradients
 from tiny_policy import full_weights, make_update, with_advantages
 
 from torchrft import parallel
@@ -23,6 +24,7 @@ LAYOUTS = {
     "dp2 sp2": {"sp_size": 2},
     "padded sp4": {"sp_size": 4} | PADDED | CHECKPOINTING,
     "zero1": {"zero_stage": 1},
+    "zero2": {"zero_stage": 2},
     "zero3": {"zero_stage": 3} | CHECKPOINTING,
     "fsdp": {"fsdp": True, "fsdp_cpu_offload": True},
 }
@@ -31,17 +33,41 @@ OPTIONS = {"init_kl_coef": 0.1, "train_batch_size": 16, "fused_linear_logprob": 
 
 
 def two_steps(rank, world_size, family, options):
-    """Losses, gradient norms and the weights at the end, of two rollouts of 16 samples."""
+    """Losses and gradient norms of two rollouts of 16 samples, and the weights at the end; of the
+    first, which has no KL term, log-probs by sample and the gradients before clipping."""
     options = OPTIONS | PACKED | options
     update, found = make_update(1, world_size=world_size, vlm=family, **options), []
-    ranks = update.stepper.ranks
-    for seed in range(2):
-        samples = tiny_vlm.samples(tiny_vlm.vision(family), seed, (4, 4, 4, 4))
-        batch = with_advantages(samples)
+    ranks, first = update.stepper.ranks, ({}, {})
+    for seed, coef in enumerate((0.0, 0.1)):
+        update.kl_coef = coef
+        batch = with_advantages(samples_of(family, seed))
         mine = [row for row in range(16) if int(batch.group[row]) % ranks.size == ranks.rank]
-        metrics = update.run(update.with_logprobs(batch.select(mine)))
+        batch, start = batch.select(mine), full_weights(update)
+        logprobs = update.logprobs(update.policy, batch)
+        metrics = update.run(update.with_logprobs(batch))
         found.append({name: metrics[name] for name in ("policy/loss", "grad_norm", "policy/kl")})
-    return found, full_weights(update)
+        after = full_weights(update)
+        if seed == 0:
+            scale = max(1.0, metrics["grad_norm"])  # what it was divided by
+            gradients = {name: (start[name] - weight) * scale for name, weight in after.items()}
+            first = dict(zip(mine, logprobs, strict=True)), gradients
+    return found, after, first
+
+
+def samples_of(family, seed=0):
+    return tiny_vlm.samples(tiny_vlm.vision(family), seed, (4, 4, 4, 4))
+
+
+def transformers_step(family):
+    """The same by transformers' own padded forward of all samples."""
+    model, samples = tiny_vlm.model(family), samples_of(family)
+    logprobs = tiny_vlm.reference(model, tiny_vlm.vision(family), samples)
+    batch = with_advantages(samples)
+    weighed = [
+        (row[: len(own)] * own).sum() for row, own in zip(batch.advantages, logprobs, strict=True)
+    ]
+    (-torch.stack(weighed).sum() / batch.mask.sum()).backward()
+    return [own.detach() for own in logprobs], gradients(dict(model.named_parameters()))
 
 
 def all_layouts(rank, names):
@@ -60,23 +86,41 @@ def all_layouts(rank, names):
     ],
 )
 def test_every_layout_takes_the_same_steps(names):
+    """Those of one rank; and the first has transformers' own log-probs and gradients."""
     ranks = run_ranks(all_layouts, 4, names, timeout=400)
     for family in names:
-        alone = two_steps(0, 1, family, {})
+        alone, plain = two_steps(0, 1, family, {}), transformers_step(family)
         start = full_weights(make_update(vlm=family))
         tower = [key for key in start if "visual" in key or "vision_tower" in key]
         assert any((alone[1][key] - start[key]).abs().max() > 1e-3 for key in tower)
         for layout, found in (item for rank in ranks for item in rank[family].items()):
-            for step, (mine, theirs) in enumerate(zip(found[0], alone[0], strict=True)):
-                for name, value in mine.items():
-                    what = (layout, step, name)
-                    assert value == pytest.approx(theirs[name], rel=2e-5, abs=2e-5), what
-            assert found[1].keys() == alone[1].keys()
-            for name, weight in found[1].items():
-                wanted = alone[1][name]
-                torch.testing.assert_close(
-                    weight, wanted, rtol=2e-5, atol=2e-5, msg=f"{layout}: {name}"
-                )
+            assert_same_steps(layout, found, alone)
+            assert_same_as_transformers(layout, found[2], plain)
+        for layout in names[family]:
+            assert {row for rank in ranks for row in rank[family][layout][2][0]} == set(range(16))
+
+
+def assert_same_steps(layout, found, alone):
+    for step, (mine, theirs) in enumerate(zip(found[0], alone[0], strict=True)):
+        for name, value in mine.items():
+            what = (layout, step, name)
+            assert value == pytest.approx(theirs[name], rel=2e-5, abs=2e-5), what
+    assert found[1].keys() == alone[1].keys()
+    for name, weight in found[1].items():
+        torch.testing.assert_close(
+            weight, alone[1][name], rtol=2e-5, atol=2e-5, msg=f"{layout}: {name}"
+        )
+
+
+def assert_same_as_transformers(layout, found, plain):
+    for row, logprobs in found[0].items():
+        own = logprobs[: len(plain[0][row])]
+        torch.testing.assert_close(own, plain[0][row], rtol=1e-5, atol=1e-5, msg=layout)
+    assert max(float(gradient.abs().max()) for gradient in plain[1].values()) > 0.05
+    for name, gradient in plain[1].items():
+        atol = 1e-5 * max(1.0, float(gradient.abs().max()))
+        own = found[1][f"model.{name}"]
+        torch.testing.assert_close(own, gradient, rtol=0, atol=atol, msg=f"{layout}: {name}")
 
 
 def test_freeze_vision_trains_the_language_model_only():

@@ -1,21 +1,34 @@
 """The whole loop with images."""
 
+import base64
 import importlib.util
 import json
 import random
+import re
+from dataclasses import replace
 
 import pytest
 import tiny_vlm
 import torch
 from helpers import run_ranks
 from test_trainer_layouts import assert_same_lines
-from tiny_job import ASSETS, records, rollout, run, tiny_config, trainer
+from tiny_job import (
+    ASSETS,
+    argv,
+    records,
+    rollout,
+    run,
+    run_process,
+    tiny_config,
+    trainer,
+)
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from torchrft.checkpoint.hf_export import export_hf
 from torchrft.config.manager import load
 from torchrft.models.vision import Vision
 from torchrft.tools.distributed import World
+from torchrft.tools.images import ImageError
 from torchrft.trainer import Trainer
 
 VLM = {
@@ -104,18 +117,10 @@ def test_qwen_with_its_own_processor(tmp_path, mixed, family):
     assert records(tmp_path / "b")[0]["grad_norm"] > 0
 
 
-GUIDE = """
-    --max_len 4096 --num_episodes 10 --actor_learning_rate 1e-6 --train_batch_size 64
-    --micro_train_batch_size 1 --rollout_batch_size 32 --micro_rollout_batch_size 1
-    --advantage_estimator group_norm --n_samples_per_prompt 4 --fsdp --fsdp_cpu_offload
-    --gradient_checkpointing --mixed_mm_data --packing_samples
-"""  # with engine_tp_size 4 and vLLM on a host of GPUs
-
-
 def guide(rank, folder, source):
     torch.set_num_threads(1)
     words = [
-        *GUIDE.split(),
+        *tiny_vlm.GUIDE.split(),
         "--pretrain",
         VLM["pretrain"],
         "--init",
@@ -134,6 +139,52 @@ def test_the_guides_vision_command_runs(tmp_path, mixed):
     (line,) = records(tmp_path / "run")
     assert line["update/optimizer_steps"] == 2
     assert line["mismatch/logprob_abs_mean"] < 0.05  # bfloat16
+
+
+TAKEN = """
+from pathlib import Path
+
+def away(images):
+    for path in Path(images[0].path).parent.glob("*.png"):
+        {what}
+    return 0.0
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("path.unlink()", "does not exist"),
+        ("path.write_bytes(path.read_bytes()[:50])", "cannot be decoded"),
+    ],
+)
+def test_a_picture_that_vanishes_ends_the_run_in_a_sentence(tmp_path, what, message):
+    """The first step's reward takes away what the second asks for; its row is named."""
+    rows = color_rows(8)
+    for index, row in enumerate(rows):
+        (tmp_path / f"{index}.png").write_bytes(base64.b64decode(row["images"]))
+        row["images"] = f"{index}.png"
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "taken.py").write_text(TAKEN.format(what=what))
+    reward = f'[{{ name = "{tmp_path}/taken.py:away", isolate = false }}]'
+    options = VLM | {"prompt_data": tmp_path / "p.jsonl", "functions": reward}
+    words = argv(**options, save_path=tmp_path / "run")
+    assert run_process(words, tmp_path / "log") == 1
+    log = (tmp_path / "log").read_text()
+    assert "Traceback" not in log
+    found = re.search(r"^error: prompt row (\d): (\S+) " + message, log, re.MULTILINE)
+    assert found is not None, log
+    assert found[2] == str(tmp_path / f"{found[1]}.png")
+    assert len(records(tmp_path / "run")) == 1
+
+
+def test_a_picture_that_grows_is_noticed():
+    """Before its features go where others belong."""
+    vision = tiny_vlm.vision("qwen2_vl")
+    small, large = tiny_vlm.picture(16, 16), tiny_vlm.picture(32, 16)
+    before = tiny_vlm.prompt(vision, "3 56 I 57", small, row=5)
+    with pytest.raises(ImageError, match="prompt row 5: its images changed while the run went on"):
+        vision.see(torch.arange(9)[None], [(replace(before, images=(large,)), 0, 9)])
 
 
 def test_a_text_model_cannot_take_images(tmp_path):

@@ -235,6 +235,7 @@ class _Formatter:
     ) -> None:
         self._images = None if vision is None else RowImages(source, data)
         self._token = None if vision is None else vision.placeholder
+        self._video = None if vision is None else getattr(vision.processor, "video_token", None)
         self._template: Any = tokenizer if vision is None else vision.teller(tokenizer)
         if data.apply_chat_template and not self._template.chat_template:
             raise ValueError(
@@ -272,6 +273,8 @@ class _Formatter:
             raise ValueError(f"{what} holds chat messages; they need apply_chat_template = true")
         else:
             text, messages = prompt, []
+        if self._video is not None and self._video in text:
+            raise ValueError(f"{what} has a place for a video ({self._video}), which are not taken")
         if self._token is not None and text.count(self._token) != len(images):
             raise ValueError(
                 f"{what} becomes a text with {text.count(self._token)} times {self._token!r} for "

@@ -20,7 +20,7 @@ from transformers import AutoProcessor, PreTrainedConfig, PreTrainedModel
 
 from torchrft.models.attention import Layout
 from torchrft.models.loader import auto_class, load_config, sees_images
-from torchrft.tools.images import Image
+from torchrft.tools.images import Image, ImageError
 from torchrft.types import Prompt
 
 _CACHE_BYTES = 1 << 30  # of pixels, which several passes of a step need again
@@ -142,6 +142,13 @@ class Vision:
         rounded = [int(side * scale + (scale > 1)) for side in (picture.width, picture.height)]
         return picture.resize([max(side, 1) for side in rounded])
 
+    def pictures(self, prompt: Prompt) -> list[Any]:
+        """Those of `open`. Raises ImageError naming the row, as for a file that is gone."""
+        try:
+            return [self.open(image) for image in prompt.images]
+        except ImageError as error:
+            raise ImageError(f"prompt row {prompt.row}: {error}") from error
+
     def token_ids(self, text: str, images: Sequence[Image], special: bool = False) -> list[int]:
         """The text's tokens, with as many image tokens as the pictures have features.
 
@@ -191,15 +198,16 @@ class Vision:
         return found
 
     def _keep(self, prompt: Prompt) -> _PromptImages:
-        pictures = [self.open(image) for image in prompt.images]
-        made, tokens = self._process(prompt.text, pictures), torch.tensor(prompt.token_ids)
+        made = self._process(prompt.text, self.pictures(prompt))
         tensors = {name: made[name] for name in made if name in self.names}
-        is_image, positions = tokens == self.image_token_id, None
+        is_image, positions = torch.tensor(prompt.token_ids) == self.image_token_id, None
+        if (made["input_ids"] == self.image_token_id).sum() != is_image.sum():
+            raise ImageError(f"prompt row {prompt.row}: its images changed while the run went on")
         if self.rope is not None:
             options: dict[str, Any] = {"mm_token_type_ids": is_image.int()[None], **tensors}
             known = inspect.signature(self.rope).parameters
             options = {name: value for name, value in options.items() if name in known}
-            positions = self.rope(tokens[None], **options)[0][:, 0]
+            positions = self.rope(torch.tensor([prompt.token_ids]), **options)[0][:, 0]
         places, length = is_image.nonzero().flatten(), len(made["input_ids"][0])
         found = _PromptImages(tensors, places, positions, length)
         self.room -= found.nbytes

@@ -198,7 +198,7 @@ class VllmEngine:
         assert self.vision is not None
         return {
             "prompt_token_ids": list(self.vision.bare_token_ids(prompt)),
-            "multi_modal_data": {"image": [self.vision.open(image) for image in prompt.images]},
+            "multi_modal_data": {"image": self.vision.pictures(prompt)},
         }
 
     def _scale_logits(self, model: Any) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # imported where used: jobs without images do without it
     from PIL.Image import Image as Picture
 
 MAX_PIXELS = 89_478_485  # above it Pillow itself warns of a decompression bomb
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
 
 
@@ -58,7 +59,7 @@ class Image:
         Raises ImageError if it is missing, damaged, animated or too large to be decoded.
         """
         from PIL import Image as Pillow
-        from PIL import ImageOps
+        from PIL import ImageOps, UnidentifiedImageError
 
         what = self.path or "an image"
         try:
@@ -66,7 +67,7 @@ class Image:
             with Pillow.open(source) as picture:
                 # Phones put a second picture behind the first (MPO), which is the one meant.
                 if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":
-                    raise ImageError(f"{what} is animated: save the frame that is meant")
+                    raise ImageError(f"{what} is animated or has pages: save the one that is meant")
                 if picture.width * picture.height > MAX_PIXELS:
                     size = f"{picture.width} x {picture.height}"
                     raise ImageError(f"{what} has {size} pixels, more than {MAX_PIXELS}")
@@ -85,6 +86,8 @@ class Image:
             raise
         except FileNotFoundError as error:
             raise ImageError(f"{what} does not exist") from error
+        except UnidentifiedImageError as error:
+            raise ImageError(f"{what} cannot be decoded (no format of pictures)") from error
         except Exception as error:  # decoders raise what they like on damaged files
             raise ImageError(f"{what} cannot be decoded ({error})") from error
 
@@ -111,18 +114,20 @@ def image_of(value: Any, folder: Path) -> Image:
 
 
 def _from_text(value: str, folder: Path) -> Image:
-    scheme, colon, rest = value.partition(":")
-    if scheme in ("http", "https") and colon:
+    scheme, mark, rest = value.partition("://")
+    is_file = scheme.lower() == "file"
+    if mark and _SCHEME.fullmatch(scheme) and not is_file:
         raise ImageError(f"{value:.80} is a web address: download the images and name their files")
-    if scheme == "data" and colon:
-        kind, _, rest = rest.partition(",")
+    if value[:5].lower() == "data:":
+        kind, _, data = value[5:].partition(",")
         if not (kind.startswith("image/") and kind.endswith(";base64")):
             raise ImageError(f"{value:.40}… is no data URI of an image in base64")
-        return from_base64(rest)
-    if _BASE64.fullmatch(value):
+        return from_base64(data)
+    # Joined, an absolute path stays as it is; so does ~unknown.
+    path = str(folder / (rest if mark and is_file else os.path.expanduser(value)))
+    if _BASE64.fullmatch(value) and not os.path.isfile(path):  # which long paths may look like
         return from_base64(value)
-    path = Path(os.path.expanduser(value.removeprefix("file://")))  # ~unknown stays
-    return Image(path=str(path if path.is_absolute() else folder / path))
+    return Image(path=path)
 
 
 def from_base64(text: str) -> Image:
