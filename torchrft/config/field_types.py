@@ -71,20 +71,6 @@ TextOrList = Annotated[
 _Rate = Annotated[float, Field(ge=0, lt=1)]
 TwoRates = Annotated[tuple[_Rate, _Rate], BeforeValidator(_list_to_tuple)]
 
-AdvantageEstimator = (
-    Literal[
-        "group_norm",
-        "reinforce",
-        "cpgd",
-        "gspo",
-        "gmpo",
-        "rloo",
-        "reinforce_baseline",
-        "reinforce_plus_plus",
-        "gae",
-        "dr_grpo",
-        "dapo",
-        "cispo",
-    ]
-    | PythonFunction
-)
+_Guide = Literal["group_norm", "reinforce", "cpgd", "gspo", "gmpo"]
+_Further = Literal["rloo", "reinforce_baseline", "reinforce_plus_plus", "gae", "dr_grpo"]
+AdvantageEstimator = Literal[_Guide, _Further, "dapo", "cispo"] | PythonFunction

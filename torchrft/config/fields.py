@@ -17,6 +17,10 @@ from torchrft.config.job_config import JobConfig, Section
 Schema = dict[str, Any]
 
 
+# What papers call some presets; only for suggestions.
+_COMMON_NAMES = {"grpo": "group_norm", "ppo": "gae", "reinforce++": "reinforce_plus_plus"}
+
+
 class ConfigField(NamedTuple):
     """A field's section, pydantic's description of it, and its JSON schema."""
 
@@ -25,27 +29,14 @@ class ConfigField(NamedTuple):
     schema: Schema
 
 
-def _sections() -> dict[str, type[Section]]:
-    found = {}
-    for name, info in JobConfig.model_fields.items():
-        assert isinstance(info.annotation, type)
-        found[name] = info.annotation
-    return found
-
-
-def _fields() -> dict[str, ConfigField]:
-    found: dict[str, ConfigField] = {}
-    for section, model in SECTIONS.items():
-        for name, info in model.model_fields.items():
-            assert name not in found, f"{name} is in [{found[name].section}] and [{section}]"
-            schema = _DEFINITIONS[model.__name__]["properties"][name]
-            found[name] = ConfigField(section, info, schema)
-    return found
-
-
 _DEFINITIONS: Schema = JobConfig.model_json_schema()["$defs"]
-SECTIONS: dict[str, type[Section]] = _sections()
-FIELDS: dict[str, ConfigField] = _fields()
+SECTIONS: dict[str, type[Section]] = JobConfig.__annotations__
+FIELDS = {
+    name: ConfigField(section, info, _DEFINITIONS[model.__name__]["properties"][name])
+    for section, model in SECTIONS.items()
+    for name, info in model.model_fields.items()
+}
+assert len(FIELDS) == sum(len(model.model_fields) for model in SECTIONS.values()), "equal names"
 
 
 def branches(schema: Schema) -> list[Schema]:
@@ -135,6 +126,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str | None:
     plain = name.lower().replace("-", "_")
     near = difflib.get_close_matches(plain, list(known), n=1, cutoff=0.6)
     return near[0] if near else None
+
+
+def nearest_choice(name: str, value: Any) -> str | None:
+    """The choice of field `name` that a wrong value probably meant."""
+    word = str(value).lower()
+    return did_you_mean(_COMMON_NAMES.get(word, word), choices(name))
 
 
 def value_of(config: JobConfig, name: str) -> Any:
