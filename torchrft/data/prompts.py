@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -29,51 +30,26 @@ _ROWS_WORTH_A_BAR = 20_000
 class PromptDataset(Sequence[Prompt]):
     """Tokenized prompts in the order of their source, without the over-long ones.
 
-    `dropped` counts those. Token ids lie in one flat array, four bytes each; `Prompt` records are
-    made when asked for.
+    `dropped` counts those. Token ids lie in arrays, four bytes each, until a prompt is asked for.
     """
 
     def __init__(self) -> None:
         self.dropped = 0
-        self._tokens = array("i")
-        self._ends = array("q", [0])
-        self._rows = array("q")
-        self._texts: list[str] = []
-        self._labels: list[Any] = []
-        self._metadata: list[Mapping[str, Any]] = []
-        self._messages: list[tuple[Mapping[str, Any], ...]] = []
-        self._images: dict[int, tuple[Image, ...]] = {}  # of the prompts that have some
+        self._prompts: list[Prompt] = []
+        self._token_ids: list[array[int]] = []
 
     def append(self, prompt: Prompt) -> None:
         """Adds a prompt at the end."""
-        self._tokens.extend(prompt.token_ids)
-        self._ends.append(len(self._tokens))
-        self._rows.append(prompt.row)
-        self._texts.append(prompt.text)
-        self._labels.append(prompt.label)
-        self._metadata.append(prompt.metadata)
-        self._messages.append(prompt.messages)
-        if prompt.images:
-            self._images[len(self) - 1] = prompt.images
+        self._prompts.append(replace(prompt, token_ids=()))
+        self._token_ids.append(array("i", prompt.token_ids))
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._prompts)
 
     def __getitem__(self, index):  # type: ignore[no-untyped-def]  # int -> Prompt, slice -> list
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"prompt {index} of {len(self)}")
-        index %= len(self)
-        return Prompt(
-            row=self._rows[index],
-            text=self._texts[index],
-            token_ids=tuple(self._tokens[self._ends[index] : self._ends[index + 1]]),
-            label=self._labels[index],
-            metadata=self._metadata[index],
-            messages=self._messages[index],
-            images=self._images.get(index, ()),
-        )
+        return replace(self._prompts[index], token_ids=tuple(self._token_ids[index]))
 
 
 def load_prompts(
@@ -101,27 +77,23 @@ def _load(
     source: str, data: Data, tokenizer: PreTrainedTokenizerBase, name: str, vision: Vision | None
 ) -> PromptDataset:
     key = images_column(data)
+    required = [data.input_key, *data.metadata_keys]
+    optional = [data.label_key, *([key] if key else [])]
     formatter = _Formatter(data, tokenizer, source, vision)
     tokenize = _Tokenize(tokenizer, not data.apply_chat_template, vision)
-    unusable: list[tuple[int, str]] = []
-    rows = open_source(
-        source,
-        required=[data.input_key, *data.metadata_keys],
-        optional=[data.label_key, *([key] if key else [])],
-        require_split=name != "prompt_data",
-        encoded=key,
-    )
+    rows = open_source(source, required, optional, name != "prompt_data", encoded=key)
     max_tokens = min(data.prompt_max_len, data.max_len - 1)
     dataset = PromptDataset()
-    shortest_dropped: int | None = None
-    labels_seen = images_seen = False
+    unusable: list[tuple[int, str]] = []
+    too_long: list[int] = []
+    columns: set[str] = set()
+    images_seen = False
     for batch in _batches(rows, f"tokenizing {name}"):
         for row, prompt, token_ids in _tokenized(batch, formatter, tokenize, unusable):
-            labels_seen = labels_seen or data.label_key in row.columns
-            images_seen = images_seen or bool(prompt.images) or data.images_key in row.columns
+            columns.update(row.columns)
+            images_seen = images_seen or bool(prompt.images)
             if len(token_ids) > max_tokens:
-                dataset.dropped += 1
-                shortest_dropped = min(len(token_ids), shortest_dropped or len(token_ids))
+                too_long.append(len(token_ids))
                 continue
             label = row.columns.get(data.label_key)
             metadata = {key: row.columns[key] for key in data.metadata_keys}
@@ -129,19 +101,28 @@ def _load(
                 Prompt(row.number, prompt.text, tuple(token_ids), label, metadata, *prompt[1:])
             )
     # The default may be absent: prompts need no label where no reward asks for one.
-    if not labels_seen and data.label_key != Data().label_key:
-        raise ValueError(
-            f"{source}: no row has the column {data.label_key!r} (label_key); "
-            f"{describe_columns(data.label_key, rows.column_names)}"
-        )
+    wanted = {} if data.label_key == Data().label_key else {data.label_key: "(label_key)"}
     if data.images_key is not None and not images_seen and len(dataset):
-        raise ValueError(
-            f"{source}: no row has the column {data.images_key!r} (images_key) or another image; "
-            f"{describe_columns(data.images_key, rows.column_names)}"
-        )
-    _report_unusable(unusable, len(rows), source, name)
-    _report_dropped(dataset, len(rows), source, name, max_tokens, shortest_dropped)
-    dataset.dropped += len(unusable)
+        wanted[data.images_key] = "(images_key) or another image"
+    for column, option in wanted.items():
+        if column not in columns:
+            known = describe_columns(column, rows.column_names)
+            raise ValueError(f"{source}: no row has the column {column!r} {option}; {known}")
+    reasons = [reason for _, reason in sorted(unusable)]
+    shown = "; ".join(reasons[:3]) + ("; …" if len(reasons) > 3 else "")
+    limit = f"longer than {max_tokens} tokens (the smaller of prompt_max_len and max_len - 1)"
+    if len(reasons) == len(rows):
+        raise ValueError(f"{source}: no prompt's images can be used; {reasons[0]}")
+    if too_long and not len(dataset):
+        shortest = f"the shortest has {min(too_long)} tokens"
+        raise ValueError(f"{source}: all {len(rows)} prompts are {limit}; {shortest}")
+    of = f"{len(rows)} prompts of {source}"
+    if reasons:
+        why = f"whose images cannot be used: {shown}"
+        logger.warning("%s: dropped %d of %s, %s", name, len(reasons), of, why)
+    if too_long:
+        logger.warning("%s: dropped %d of %s, %s", name, len(too_long), of, limit)
+    dataset.dropped = len(too_long) + len(unusable)
     return dataset
 
 
@@ -170,48 +151,6 @@ def _tokenized(
         yield row, prompt, ids
 
 
-def _report_unusable(
-    unusable: list[tuple[int, str]], num_rows: int, source: str, name: str
-) -> None:
-    if not unusable:
-        return
-    if len(unusable) == num_rows:
-        raise ValueError(f"{source}: no prompt's images can be used; {min(unusable)[1]}")
-    logger.warning(
-        "%s: dropped %d of %d prompts of %s, whose images cannot be used: %s%s",
-        *(
-            name,
-            len(unusable),
-            num_rows,
-            source,
-            "; ".join(reason for _, reason in sorted(unusable)[:3]),
-        ),
-        "; …" if len(unusable) > 3 else "",
-    )
-
-
-def _report_dropped(
-    dataset: PromptDataset,
-    num_rows: int,
-    source: str,
-    name: str,
-    max_tokens: int,
-    shortest: int | None,
-) -> None:
-    if not dataset.dropped:
-        return
-    limit = f"{max_tokens} tokens (the smaller of prompt_max_len and max_len - 1)"
-    if not len(dataset):
-        raise ValueError(
-            f"{source}: all {num_rows} prompts are longer than {limit}; "
-            f"the shortest has {shortest} tokens"
-        )
-    logger.warning(
-        "%s: dropped %d of %d prompts of %s, longer than %s",
-        *(name, dataset.dropped, num_rows, source, limit),
-    )
-
-
 def _batches(rows: RowSource, description: str) -> Iterator[list[Row]]:
     quiet = len(rows) < _ROWS_WORTH_A_BAR or os.environ.get("RANK", "0") != "0"
     tracked = iter(track(rows, description, total=len(rows), disable=quiet))
@@ -237,26 +176,23 @@ class _Formatter:
         self._token = None if vision is None else vision.placeholder
         self._template: Any = tokenizer if vision is None else vision.teller(tokenizer)
         if data.apply_chat_template and not self._template.chat_template:
-            raise ValueError(
-                f"apply_chat_template: the tokenizer of {tokenizer.name_or_path!r} "
-                "has no chat template"
-            )
+            owner = f"the tokenizer of {tokenizer.name_or_path!r}"
+            raise ValueError(f"apply_chat_template: {owner} has no chat template")
         if data.system_prompt is not None and not data.apply_chat_template:
             raise ValueError("system_prompt needs apply_chat_template = true")
         self._data = data
 
     def __call__(self, row: Row) -> _Formatted:
         """Raises ImageError where the row's images are no images."""
-        prompt = row.columns[self._data.input_key]
-        what = f"{row.where}: {self._data.input_key!r}"
+        prompt, where = row.columns[self._data.input_key], row.where
+        what = f"{where}: {self._data.input_key!r}"
         if isinstance(prompt, list):
             messages = _checked_messages(prompt, what, parts=self._images is not None)
         elif isinstance(prompt, str):
             messages = [{"role": "user", "content": prompt}]
         else:
-            raise ValueError(
-                f"{what} must be a string or a list of chat messages, got {prompt!r:.80}"
-            )
+            got = f"{prompt!r:.80}"
+            raise ValueError(f"{what} must be a string or a list of chat messages, got {got}")
         content = messages[-1]["content"]
         if not (content.strip() if isinstance(content, str) else content):
             raise ValueError(f"{what} is empty")
@@ -264,18 +200,18 @@ class _Formatter:
         if self._images is not None:
             images = tuple(self._images.column(row))
             if self._data.apply_chat_template:
-                messages, images = self._images.place(messages, images, row.where)
+                messages, images = self._images.place(messages, images, where)
             self._images.check(images, row)
         if self._data.apply_chat_template:
-            text, messages = self._apply_template(messages, row.where)
+            text, messages = self._apply_template(messages, where)
         elif isinstance(prompt, list):
             raise ValueError(f"{what} holds chat messages; they need apply_chat_template = true")
         else:
             text, messages = prompt, []
-        if self._token is not None and text.count(self._token) != len(images):
+        if self._token is not None and (found := text.count(self._token)) != len(images):
             raise ValueError(
-                f"{what} becomes a text with {text.count(self._token)} times {self._token!r} for "
-                f"{len(images)} images; write it once for each, or set apply_chat_template = true"
+                f"{what} becomes a text with {found} times {self._token!r} for {len(images)} "
+                "images; write it once for each, or set apply_chat_template = true"
             )
         return _Formatted(text, tuple(messages), images)
 
@@ -283,24 +219,20 @@ class _Formatter:
         self, messages: list[dict[str, Any]], where: str
     ) -> tuple[str, list[dict[str, Any]]]:
         """The text, and the messages with the system's."""
-        if self._data.system_prompt is not None:
+        if (system := self._data.system_prompt) is not None:
             if messages[0]["role"] == "system":
                 raise ValueError(
                     f"{where}: the messages start with a system message already; "
                     "remove it or leave system_prompt out"
                 )
-            system: Any = self._data.system_prompt
-            if self._images is not None:  # whose templates take lists of parts
-                system = [{"type": "text", "text": system}]
-            messages = [{"role": "system", "content": system}, *messages]
+            # Templates that see images take lists of parts.
+            content = system if self._images is None else [{"type": "text", "text": system}]
+            messages = [{"role": "system", "content": content}, *messages]
+        apply = self._template.apply_chat_template
         try:
-            text = self._template.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
+            return apply(messages, tokenize=False, add_generation_prompt=True), messages
         except TemplateError as error:
             raise ValueError(f"{where}: the chat template refuses it: {error}") from error
-        assert isinstance(text, str)
-        return text, messages
 
 
 def _checked_messages(prompt: list[Any], what: str, parts: bool) -> list[dict[str, Any]]:
@@ -312,9 +244,8 @@ def _checked_messages(prompt: list[Any], what: str, parts: bool) -> list[dict[st
         fields = message if isinstance(message, dict) else {}
         kinds = (str, list) if parts else str
         if not isinstance(fields.get("role"), str) or not isinstance(fields.get("content"), kinds):
-            hint = ""
-            if isinstance(fields.get("content"), list):
-                hint = "; content of several parts needs images_key or mixed_mm_data"
+            needs = "; content of several parts needs images_key or mixed_mm_data"
+            hint = needs if isinstance(fields.get("content"), list) else ""
             raise ValueError(
                 f'{what}: a message must be {{"role": string, "content": string}}, '
                 f"got {message!r:.80}{hint}"
@@ -326,13 +257,6 @@ def _checked_messages(prompt: list[Any], what: str, parts: bool) -> list[dict[st
     return messages
 
 
-class _Affixes(NamedTuple):
-    """How many special tokens the tokenizer puts before and after a text."""
-
-    prefix: int
-    suffix: int
-
-
 class _Tokenize:
     """Token ids of a batch of texts.
 
@@ -341,11 +265,11 @@ class _Tokenize:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, plain: bool, vision: Vision | None = None
+        self, tokenizer: PreTrainedTokenizerBase, plain: bool, vision: Vision | None
     ) -> None:
-        self._tokenizer, self._vision = tokenizer, vision
-        self._plain = plain
-        self._affixes: _Affixes | None = None if plain else _Affixes(0, 0)
+        self._tokenizer, self._plain, self._vision = tokenizer, plain, vision
+        # How many special tokens the tokenizer puts before and after a text.
+        self._affixes: tuple[int, int] | None = None if plain else (0, 0)
 
     def __call__(self, batch: list[Row], texts: list[str]) -> Iterator[list[int]]:
         if self._affixes is None:
@@ -364,24 +288,22 @@ class _Tokenize:
         assert self._vision is not None
         assert self._affixes is not None
         ids = self._vision.token_ids(text, images, special=self._plain)
-        return ids[: len(ids) - self._affixes.suffix]
+        return ids[: len(ids) - self._affixes[1]]
 
-    def _find_affixes(self, text: str) -> _Affixes:
+    def _find_affixes(self, text: str) -> tuple[int, int]:
         bare, full = (
             self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
             for special in (False, True)
         )
         if not bare:  # the caller refuses such a text; nothing can be learned from it
-            return _Affixes(len(full), 0)
-        num_added = len(full) - len(bare)
-        for prefix in range(num_added + 1):
-            if full[prefix : prefix + len(bare)] == bare:
-                break
-        else:
+            return len(full), 0
+        added = len(full) - len(bare)
+        prefixes = [n for n in range(added + 1) if full[n : n + len(bare)] == bare]
+        if not prefixes:
             raise ValueError("the tokenizer changes a text's own tokens when it adds special ones")
-        if prefix < num_added:
+        if prefixes[0] < added:
             logger.warning(
                 "the tokenizer appends special tokens to a text; "
                 "they are cut off, so that the response continues the prompt"
             )
-        return _Affixes(prefix, num_added - prefix)
+        return prefixes[0], added - prefixes[0]
