@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from torchrft.config.job_config import Data
 from torchrft.data.image_prompts import RowImages, images_column
-from torchrft.data.sources import Row, RowSource, describe_columns, open_source
+from torchrft.data.sources import Columns, Row, RowSource, describe_columns, open_source
 from torchrft.models.vision import Vision
 from torchrft.tools.images import Image, ImageError
 from torchrft.types import Prompt
@@ -77,11 +77,11 @@ def _load(
     source: str, data: Data, tokenizer: PreTrainedTokenizerBase, name: str, vision: Vision | None
 ) -> PromptDataset:
     key = images_column(data)
-    required = [data.input_key, *data.metadata_keys]
-    optional = [data.label_key, *([key] if key else [])]
+    required, optional = [data.input_key, *data.metadata_keys], [data.label_key]
+    optional += [key] if key else []
     formatter = _Formatter(data, tokenizer, source, vision)
     tokenize = _Tokenize(tokenizer, not data.apply_chat_template, vision)
-    rows = open_source(source, required, optional, name != "prompt_data", encoded=key)
+    rows = open_source(source, Columns(required, optional, key), name != "prompt_data")
     max_tokens = min(data.prompt_max_len, data.max_len - 1)
     dataset = PromptDataset()
     unusable: list[tuple[int, str]] = []
