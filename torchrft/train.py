@@ -18,6 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     from torchrft.tools.logging import setup_logging
     from torchrft.trainer import Trainer
 
+    told = (RewardError, WeightSyncError, distributed.RankError, TimeoutError, ConnectionError)
     world = distributed.setup(config.parallel.collective_timeout)
     setup_logging(world.rank)
     try:
@@ -28,13 +29,7 @@ def main(argv: list[str] | None = None) -> int:
             return 2
         try:
             signum = trainer.train()
-        except (
-            RewardError,
-            WeightSyncError,
-            distributed.RankError,
-            TimeoutError,
-            ConnectionError,
-        ) as error:
+        except told as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
         except RuntimeError as error:

@@ -87,13 +87,8 @@ def setup(timeout_seconds: float = 1800.0) -> World:
 
     A group that exists already is used as it is. CPU tensors always travel by gloo, CUDA tensors by
     nccl, so that objects and metrics need no GPU memory.
-
-    Raises:
-        ValueError: `timeout_seconds` is not positive.
     """
     global _started_here
-    if timeout_seconds <= 0:
-        raise ValueError(f"timeout_seconds must be positive, got {timeout_seconds}")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cpu")
     if torch.cuda.is_available():

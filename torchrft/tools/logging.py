@@ -27,8 +27,7 @@ def setup_logging(rank: int = 0) -> None:
     Rank 0 shows INFO and above, the others only warnings, each marked with its rank. Calling it
     again replaces the handler.
     """
-    for earlier in list(logger.handlers):
-        logger.removeHandler(earlier)
+    logger.handlers.clear()
     line = "%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"
     handler: logging.Handler
     if on_terminal():
