@@ -84,16 +84,14 @@ def _walk(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 
 def _check_effects(judged: Judged) -> None:
     """Refuses values that nothing would look at."""
-    for section in ("optimizer", "scheduler"):
-        if judged.get(f"{section}.type") is not None:
-            continue
-        for name, value in judged.values.items():
-            mapped = name.startswith(f"{section}.params.") and KEYS[name].disposition == "mapped"
-            if mapped and value != "auto":
-                raise ValueError(
-                    f"DeepSpeed key {name} = {value!r} has no effect without {section}.type; set "
-                    "that, or leave it out"
-                )
+    for name, value in judged.values.items():
+        section, is_option, _ = name.partition(".params.")
+        untyped = is_option and judged.get(f"{section}.type") is None
+        if untyped and KEYS[name].disposition == "mapped" and value != "auto":
+            raise ValueError(
+                f"DeepSpeed key {name} = {value!r} has no effect without {section}.type; set "
+                "that, or leave it out"
+            )
     zero = "zero_optimization."
     sharded = [f"{zero}zero_hpz_partition_size", f"{zero}mics_shard_size"]
     sizes = {name: size for name in sharded if (size := judged.get(name, 1)) > 1}

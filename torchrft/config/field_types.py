@@ -63,10 +63,8 @@ PythonFunction = Annotated[str, Field(pattern=r"^.+\.py:\w+$")]
 RawText = Annotated[str, Field(min_length=1), AfterValidator(_no_null)]
 """Any text, also blanks: a stop string may be a line break."""
 Text = Annotated[RawText, AfterValidator(_not_blank)]
-TextOrList = Annotated[
-    list[Text],
-    BeforeValidator(_text_to_list, json_schema_input_type=list[Text] | Text),
-]
+_one_or_more = BeforeValidator(_text_to_list, json_schema_input_type=list[Text] | Text)
+TextOrList = Annotated[list[Text], _one_or_more]
 """Several texts; a lone one may stand for a list of one."""
 _Rate = Annotated[float, Field(ge=0, lt=1)]
 TwoRates = Annotated[tuple[_Rate, _Rate], BeforeValidator(_list_to_tuple)]

@@ -1,11 +1,4 @@
-"""What `--help` prints."""
-
-import textwrap
-
-from torchrft.config.fields import FIELDS, SECTIONS, default_text, expected
-
-USAGE = """\
-usage: python -m torchrft.train [--config_file FILE.toml] [--KEY VALUE | --SECTION.KEY VALUE] ...
+"""usage: python -m torchrft.train [--config_file FILE.toml] [--KEY VALUE | --SECTION.KEY VALUE] ...
 
   --config_file FILE.toml  read this file; flags override it
   --dry_run                validate, print the resolved TOML and the batch arithmetic, and exit
@@ -15,10 +8,14 @@ Switches may stand alone (--bf16) or take true or false (--bf16 false). Lists ta
 comma-separated values, or TOML: --stop '["a,b"]'.
 """
 
+import textwrap
+
+from torchrft.config.fields import FIELDS, SECTIONS, default_text, expected
+
 
 def help_text() -> str:
     """All fields by section, with what they accept, their default and their text."""
-    lines = [USAGE]
+    lines = [str(__doc__)]
     width = max(map(len, FIELDS)) + 4
     for section, model in SECTIONS.items():
         lines.append(f"[{section}]  {model.__doc__}")

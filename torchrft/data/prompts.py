@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from array import array
 from collections.abc import Iterator, Sequence
@@ -19,9 +18,8 @@ from torchrft.data.image_prompts import RowImages, images_column
 from torchrft.data.sources import Columns, Row, RowSource, describe_columns, open_source
 from torchrft.models.vision import Vision
 from torchrft.tools.images import Image, ImageError
+from torchrft.tools.logging import logger
 from torchrft.types import Prompt
-
-logger = logging.getLogger(__name__)
 
 _ROWS_PER_BATCH = 1000
 _ROWS_WORTH_A_BAR = 20_000
@@ -79,17 +77,15 @@ def _load(
     key = images_column(data)
     required, optional = [data.input_key, *data.metadata_keys], [data.label_key]
     optional += [key] if key else []
-    formatter = _Formatter(data, tokenizer, source, vision)
-    tokenize = _Tokenize(tokenizer, not data.apply_chat_template, vision)
+    reader = _Reader(data, tokenizer, source, vision)
     rows = open_source(source, Columns(required, optional, key), name != "prompt_data")
     max_tokens = min(data.prompt_max_len, data.max_len - 1)
     dataset = PromptDataset()
-    unusable: list[tuple[int, str]] = []
     too_long: list[int] = []
     columns: set[str] = set()
     images_seen = False
     for batch in _batches(rows, f"tokenizing {name}"):
-        for row, prompt, token_ids in _tokenized(batch, formatter, tokenize, unusable):
+        for row, prompt, token_ids in reader.read(batch):
             columns.update(row.columns)
             images_seen = images_seen or bool(prompt.images)
             if len(token_ids) > max_tokens:
@@ -97,9 +93,8 @@ def _load(
                 continue
             label = row.columns.get(data.label_key)
             metadata = {key: row.columns[key] for key in data.metadata_keys}
-            dataset.append(
-                Prompt(row.number, prompt.text, tuple(token_ids), label, metadata, *prompt[1:])
-            )
+            made = prompt.text, tuple(token_ids), label, metadata, prompt.messages, prompt.images
+            dataset.append(Prompt(row.number, *made))
     # The default may be absent: prompts need no label where no reward asks for one.
     wanted = {} if data.label_key == Data().label_key else {data.label_key: "(label_key)"}
     if data.images_key is not None and not images_seen and len(dataset):
@@ -108,7 +103,7 @@ def _load(
         if column not in columns:
             known = describe_columns(column, rows.column_names)
             raise ValueError(f"{source}: no row has the column {column!r} {option}; {known}")
-    reasons = [reason for _, reason in sorted(unusable)]
+    reasons = [reason for _, reason in sorted(reader.unusable)]
     shown = "; ".join(reasons[:3]) + ("; …" if len(reasons) > 3 else "")
     limit = f"longer than {max_tokens} tokens (the smaller of prompt_max_len and max_len - 1)"
     if len(reasons) == len(rows):
@@ -122,33 +117,8 @@ def _load(
         logger.warning("%s: dropped %d of %s, %s", name, len(reasons), of, why)
     if too_long:
         logger.warning("%s: dropped %d of %s, %s", name, len(too_long), of, limit)
-    dataset.dropped = len(too_long) + len(unusable)
+    dataset.dropped = len(too_long) + len(reasons)
     return dataset
-
-
-def _tokenized(
-    batch: list[Row], formatter: _Formatter, tokenize: _Tokenize, unusable: list[tuple[int, str]]
-) -> Iterator[tuple[Row, _Formatted, list[int]]]:
-    """Rows, prompts and token ids; of rows whose images cannot be used, why, to `unusable`."""
-    rows, prompts = [], []
-    for row in batch:
-        try:
-            prompts.append(formatter(row))
-        except ImageError as error:
-            unusable.append((row.number, f"{row.where}: {error}"))
-            continue
-        rows.append(row)
-    if not rows:
-        return
-    encoded = tokenize(rows, [prompt.text for prompt in prompts])
-    for row, prompt, ids in zip(rows, prompts, encoded, strict=True):
-        if prompt.images:
-            try:
-                ids = tokenize.with_images(prompt.text, prompt.images)
-            except ValueError as error:
-                unusable.append((row.number, f"{row.where}: {error}"))
-                continue
-        yield row, prompt, ids
 
 
 def _batches(rows: RowSource, description: str) -> Iterator[list[Row]]:
@@ -257,38 +227,46 @@ def _checked_messages(prompt: list[Any], what: str, parts: bool) -> list[dict[st
     return messages
 
 
-class _Tokenize:
-    """Token ids of a batch of texts.
+class _Reader:
+    """Rows with their prompts and token ids; `unusable` tells of those whose images cannot be used.
 
     The chat template writes its special tokens itself. To plain text the tokenizer adds its own,
     but what it would append (an end-of-sequence token) must not stand between prompt and response.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, plain: bool, vision: Vision | None
+        self, data: Data, tokenizer: PreTrainedTokenizerBase, source: str, vision: Vision | None
     ) -> None:
-        self._tokenizer, self._plain, self._vision = tokenizer, plain, vision
+        self._formatter = _Formatter(data, tokenizer, source, vision)
+        self._tokenizer, self._vision = tokenizer, vision
+        self._plain = not data.apply_chat_template
         # How many special tokens the tokenizer puts before and after a text.
-        self._affixes: tuple[int, int] | None = None if plain else (0, 0)
+        self._affixes: tuple[int, int] | None = None if self._plain else (0, 0)
+        self.unusable: list[tuple[int, str]] = []  # number of the row, and why
 
-    def __call__(self, batch: list[Row], texts: list[str]) -> Iterator[list[int]]:
-        if self._affixes is None:
-            self._affixes = self._find_affixes(texts[0])
-        prefix, suffix = self._affixes
+    def read(self, batch: list[Row]) -> Iterator[tuple[Row, _Formatted, list[int]]]:
+        found = []
+        for row in batch:
+            try:
+                found.append((row, self._formatter(row)))
+            except ImageError as error:
+                self.unusable.append((row.number, f"{row.where}: {error}"))
+        if not found:
+            return
+        texts = [prompt.text for _, prompt in found]
+        prefix, suffix = self._affixes = self._affixes or self._find_affixes(texts[0])
         # verbose=False: over-long prompts are dropped and counted, no need to warn of each.
         encoded = self._tokenizer(texts, add_special_tokens=self._plain, verbose=False)
-        for row, token_ids in zip(batch, encoded["input_ids"], strict=True):
-            end = len(token_ids) - suffix
-            if end <= prefix:
+        for (row, prompt), ids in zip(found, encoded["input_ids"], strict=True):
+            if len(ids) <= prefix + suffix:
                 raise ValueError(f"{row.where}: the prompt becomes no token at all")
-            yield token_ids[:end]
-
-    def with_images(self, text: str, images: tuple[Image, ...]) -> list[int]:
-        """The token ids of a text with images; call it after a batch of texts."""
-        assert self._vision is not None
-        assert self._affixes is not None
-        ids = self._vision.token_ids(text, images, special=self._plain)
-        return ids[: len(ids) - self._affixes[1]]
+            if prompt.images and self._vision is not None:
+                try:
+                    ids = self._vision.token_ids(prompt.text, prompt.images, special=self._plain)
+                except ValueError as error:
+                    self.unusable.append((row.number, f"{row.where}: {error}"))
+                    continue
+            yield row, prompt, ids[: len(ids) - suffix]
 
     def _find_affixes(self, text: str) -> tuple[int, int]:
         bare, full = (
