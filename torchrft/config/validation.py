@@ -68,10 +68,9 @@ def _layout(config: JobConfig, world_size: int) -> Iterator[Finding]:
         )
     engine = config.rollout.engine_tp_size
     if rest := world_size % engine:
-        yield Finding(
-            "engine_tp_size must divide the world size: world_size % engine_tp_size = "
-            f"{world_size} % {engine} = {rest}; use a divisor of {world_size}"
-        )
+        fault = f"world_size % engine_tp_size = {world_size} % {engine} = {rest}"
+        use = f"use a divisor of {world_size}"
+        yield Finding(f"engine_tp_size must divide the world size: {fault}; {use}")
 
 
 def _on_policy(config: JobConfig, world_size: int) -> Iterator[Finding]:
@@ -79,15 +78,13 @@ def _on_policy(config: JobConfig, world_size: int) -> Iterator[Finding]:
     batch, samples = config.training.train_batch_size, prompts * n
     equation = f"rollout_batch_size x n_samples_per_prompt = {prompts} x {n} = {samples}"
     if batch > samples and (rest := batch % samples):
-        yield Finding(
-            f"train_batch_size is above {equation}, so it must be a multiple of it, but {batch} % "
-            f"{samples} = {rest}; use {batch - rest} or {batch - rest + samples}"
-        )
+        fault = f"so it must be a multiple of it, but {batch} % {samples} = {rest}"
+        use = f"use {batch - rest} or {batch - rest + samples}"
+        yield Finding(f"train_batch_size is above {equation}, {fault}; {use}")
     elif batch < samples and (rest := samples % batch):
-        yield Finding(
-            f"train_batch_size is below {equation}, so it must divide it, but {samples} % {batch} "
-            f"= {rest}; use {samples} or a divisor of it"
-        )
+        fault = f"so it must divide it, but {samples} % {batch} = {rest}"
+        use = f"use {samples} or a divisor of it"
+        yield Finding(f"train_batch_size is below {equation}, {fault}; {use}")
     elif batch < samples:
         epochs, strict = config.training.max_epochs, config.training.strict_batch_rule
         steps = epochs * samples // batch
@@ -115,39 +112,28 @@ def _batches(config: JobConfig, world_size: int) -> Iterator[Finding]:
         )
     prompts = config.rollout.rollout_batch_size
     if rest := prompts % dp:
-        yield Finding(
-            f"rollout_batch_size must be a multiple of dp ({why}), but {prompts} % {dp} = {rest}; "
-            f"use {prompts - rest + dp}"
-        )
+        fault = f"must be a multiple of dp ({why}), but {prompts} % {dp} = {rest}"
+        yield Finding(f"rollout_batch_size {fault}; use {prompts - rest + dp}")
 
 
 def _lengths(config: JobConfig, world_size: int) -> Iterator[Finding]:
     length, wanted = config.data.max_len, config.rollout.max_new_tokens or 0
     if is_set(config, "prompt_max_len") and config.data.prompt_max_len >= length:
-        yield Finding(
-            f"prompt_max_len must be below max_len = {length}, or no token is left for a response; "
-            f"use at most {length - 1}"
-        )
+        fault = f"must be below max_len = {length}, or no token is left for a response"
+        yield Finding(f"prompt_max_len {fault}; use at most {length - 1}")
     if length < 2:
         yield Finding("max_len leaves no room for a prompt and a response; use 2 or more")
     if wanted >= length:
-        yield Finding(
-            f"max_new_tokens has no effect: max_len = {length} leaves at most {length - 1} tokens; "
-            "lower it or leave it out",
-            False,
-        )
+        fault = f"has no effect: max_len = {length} leaves at most {length - 1} tokens"
+        yield Finding(f"max_new_tokens {fault}; lower it or leave it out", False)
     budget = min(length - 1, wanted or length)
+    longest = f"the longest response, min(max_len - 1, max_new_tokens) = {budget}"
     for name in ("min_new_tokens", "overlong_buffer_len"):
         if value_of(config, name) > budget:
-            yield Finding(
-                f"{name} is above the longest response, min(max_len - 1, max_new_tokens) = "
-                f"{budget}; use at most {budget}"
-            )
+            yield Finding(f"{name} is above {longest}; use at most {budget}")
     if (config.training.max_tokens_per_microbatch or length) < length:
-        yield Finding(
-            f"max_tokens_per_microbatch is below max_len = {length}, so that a long sample fits "
-            f"nowhere; use at least {length}"
-        )
+        fault = f"is below max_len = {length}, so that a long sample fits nowhere"
+        yield Finding(f"max_tokens_per_microbatch {fault}; use at least {length}")
 
 
 def _rewards(config: JobConfig, world_size: int) -> Iterator[Finding]:
@@ -177,49 +163,35 @@ def _exclusions(config: JobConfig, world_size: int) -> Iterator[Finding]:
     if parallel.fsdp and is_set(config, "zero_stage"):
         yield Finding("zero_stage and fsdp = true exclude each other; leave one out")
     if parallel.fsdp_cpu_offload and config.optimizer.adam_offload:
-        yield Finding(
-            "adam_offload moves what fsdp_cpu_offload = true keeps in host memory anyway; leave "
-            "one out"
-        )
+        fault = "moves what fsdp_cpu_offload = true keeps in host memory anyway"
+        yield Finding(f"adam_offload {fault}; leave one out")
     sleeps = is_set(config, "enable_engine_sleep") and config.rollout.enable_engine_sleep
     if config.rollout.async_level and sleeps:
-        yield Finding(
-            "enable_engine_sleep and async_level = 1 exclude each other: the servers generate "
-            "while the trainer computes; leave one out"
-        )
+        fault = "exclude each other: the servers generate while the trainer computes"
+        yield Finding(f"enable_engine_sleep and async_level = 1 {fault}; leave one out")
     if data.min_pixels and data.max_pixels and data.min_pixels > data.max_pixels:
-        largest = data.max_pixels
-        yield Finding(f"min_pixels is above max_pixels = {largest}; lower it or raise the other")
+        fault = f"is above max_pixels = {data.max_pixels}"
+        yield Finding(f"min_pixels {fault}; lower it or raise the other")
     if parallel.tp_size > 1 and sees_images(config):
-        yield Finding(
-            "tp_size does not split models that see images; use fsdp, zero_stage = 3 or sp_size "
-            "instead"
-        )
+        fault = "does not split models that see images"
+        yield Finding(f"tp_size {fault}; use fsdp, zero_stage = 3 or sp_size instead")
     if training.compile and parallel.tp_size > 1 and not training.gradient_checkpointing:
-        yield Finding(
-            f"compile with tp_size = {parallel.tp_size} needs gradient_checkpointing = true; set "
-            "that, or leave compile out"
-        )
+        fault = f"with tp_size = {parallel.tp_size} needs gradient_checkpointing = true"
+        yield Finding(f"compile {fault}; set that, or leave compile out")
 
 
 def _algorithm(config: JobConfig, world_size: int) -> Iterator[Finding]:
     algorithm, loss = config.algorithm, policy_loss(config)
     if config.rollout.async_level and algorithm.rollout_correction == "none":
-        yield Finding(
-            "async_level trains on samples that are one policy version late; a rollout_correction, "
-            'e.g. "token_tis", weighs them',
-            False,
-        )
+        fault = "trains on samples that are one policy version late"
+        remedy = 'a rollout_correction, e.g. "token_tis", weighs them'
+        yield Finding(f"async_level {fault}; {remedy}", False)
     if algorithm.kl_controller == "adaptive" and not algorithm.init_kl_coef:
-        yield Finding(
-            "kl_controller cannot adapt init_kl_coef = 0.0, which stays 0 under scaling; start "
-            'above 0 or use "fixed"'
-        )
+        fault = "cannot adapt init_kl_coef = 0.0, which stays 0 under scaling"
+        yield Finding(f'kl_controller {fault}; start above 0 or use "fixed"')
     if algorithm.clip_range >= 1 and loss == "cpgd":
-        yield Finding(
-            "clip_range must be below 1 for the cpgd policy loss, which clips at "
-            "log(1 - clip_range); use e.g. 0.2"
-        )
+        fault = "must be below 1 for the cpgd policy loss, which clips at log(1 - clip_range)"
+        yield Finding(f"clip_range {fault}; use e.g. 0.2")
     per_token = algorithm.rollout_correction in ("token_tis", "token_mask")
     if (per_token or algorithm.high_entropy_token_ratio < 1) and loss == "gmpo":
         yield Finding(
@@ -229,29 +201,23 @@ def _algorithm(config: JobConfig, world_size: int) -> Iterator[Finding]:
         )
     actor, critic = config.optimizer.actor_learning_rate, config.optimizer.critic_learning_rate
     if algorithm.advantage_estimator == "gae" and actor > critic:
-        yield Finding(
-            f"actor_learning_rate is above critic_learning_rate = {critic}; the critic usually "
-            "learns faster: lower the first or raise the second",
-            False,
-        )
+        fault = f"is above critic_learning_rate = {critic}; the critic usually learns faster"
+        yield Finding(f"actor_learning_rate {fault}: lower the first or raise the second", False)
 
 
 def _single_samples(config: JobConfig, world_size: int) -> Iterator[Finding]:
     if config.rollout.n_samples_per_prompt > 1:
         return
     if config.rollout.dynamic_sampling:
-        yield Finding(
-            "dynamic_sampling drops groups of equal rewards, which every group of "
-            f"{label(config, 'n_samples_per_prompt')} is; use 2 or more samples"
-        )
+        groups = f"every group of {label(config, 'n_samples_per_prompt')}"
+        fault = f"drops groups of equal rewards, which {groups} is"
+        yield Finding(f"dynamic_sampling {fault}; use 2 or more samples")
     estimator = config.algorithm.advantage_estimator
     if estimator not in ("reinforce", "reinforce_plus_plus", "gae"):
+        fault = f"gives advantage_estimator = {show(estimator)} no other sample to compare with"
         effect = "" if estimator == "rloo" else ", so that every advantage is 0"
-        yield Finding(
-            f"n_samples_per_prompt gives advantage_estimator = {show(estimator)} no other sample "
-            f"to compare with{effect}; use 2 or more",
-            estimator == "rloo",
-        )
+        found = f"n_samples_per_prompt {fault}{effect}; use 2 or more"
+        yield Finding(found, is_error=estimator == "rloo")
 
 
 def _ranges(config: JobConfig, world_size: int) -> Iterator[Finding]:
