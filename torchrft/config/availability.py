@@ -47,10 +47,9 @@ def unavailable(config: JobConfig) -> list[str]:
         found.append(f"{label(config, 'engine_type')}{default} {problem}")
     if sees_images(config) and (served or engine == "sglang"):
         where = "on servers" if served else f'by engine_type = "{engine}"'
-        found.append(
-            f"{label(config, 'images_key')} (or mixed_mm_data): images are not read {where}; use "
-            'engine_type = "native", or "vllm" without server_urls'
-        )
+        field = f"{label(config, 'images_key')} (or mixed_mm_data)"
+        use = 'use engine_type = "native", or "vllm" without server_urls'
+        found.append(f"{field}: images are not read {where}; {use}")
     return found
 
 

@@ -60,9 +60,8 @@ def wanted(judged: Judged, ranks: int | None) -> Iterator[Wanted]:
 
 
 def _refusal(name: str, value: Any, remedy: str) -> ValueError:
-    return ValueError(
-        f"DeepSpeed key {name} = {show(value)} is not supported by the trainer: {remedy}"
-    )
+    key = f"DeepSpeed key {name} = {show(value)}"
+    return ValueError(f"{key} is not supported by the trainer: {remedy}")
 
 
 def _offloads_all(values: dict[str, Any]) -> bool:
@@ -92,10 +91,8 @@ def merge(path: str, found: list[Wanted], draft: Draft) -> None:
         at = f"{path}: {key}"
         held = draft.put(field, value, at)
         if (list(held) if isinstance(held, tuple) else held) != value:
-            draft.faults.append(
-                f"{draft.origins[field]} and {at} differ; make them equal, or write "
-                '"auto" in the JSON'
-            )
+            remedy = 'make them equal, or write "auto" in the JSON'
+            draft.faults.append(f"{draft.origins[field]} and {at} differ; {remedy}")
 
 
 def accumulation_fault(judged: Judged, config: JobConfig, dp: int) -> list[str]:

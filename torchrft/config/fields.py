@@ -69,15 +69,10 @@ def describe(schema: Schema) -> str:
         if "prefixItems" in part:
             return f"{len(part['prefixItems'])} values, each {describe(part['prefixItems'][0])}"
         return f"list of {describe(part['items'])}"
-    return {"boolean": "true or false", "string": "text"}.get(
-        part["type"], part["type"] + _bounds(part)
-    )
-
-
-def _bounds(schema: Schema) -> str:
     signs = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
-    found = [f"{sign} {schema[key]}" for key, sign in signs.items() if key in schema]
-    return " " + " and ".join(found) if found else ""
+    bounds = " and ".join(f"{sign} {part[key]}" for key, sign in signs.items() if key in part)
+    words = {"boolean": "true or false", "string": "text"}
+    return words.get(part["type"]) or f"{part['type']} {bounds}".rstrip()
 
 
 def default_text(name: str) -> str:

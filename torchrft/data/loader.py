@@ -41,9 +41,8 @@ class PromptLoader:
         if not len(prompts):
             raise ValueError("there are no prompts")
         if prompts_per_step % world_size:
-            raise ValueError(
-                f"{prompts_per_step} prompts per step cannot be divided among {world_size} ranks"
-            )
+            asked = f"{prompts_per_step} prompts per step"
+            raise ValueError(f"{asked} cannot be divided among {world_size} ranks")
         self.num_prompts, self.prompts_per_step, self.seed = len(prompts), prompts_per_step, seed
         self.rank, self.world_size, self.position = rank, world_size, 0
         with warnings.catch_warnings():
@@ -105,10 +104,8 @@ class PromptLoader:
         """Goes on from `state`; raises ValueError if it belongs to another order of prompts."""
         for key, value in (("num_prompts", self.num_prompts), ("seed", self.seed)):
             if state[key] != value:
-                raise ValueError(
-                    f"cannot resume the prompt order: the checkpoint has {key} = {state[key]}, "
-                    f"this run {value}"
-                )
+                held = f"the checkpoint has {key} = {state[key]}, this run {value}"
+                raise ValueError(f"cannot resume the prompt order: {held}")
         self.position = int(state["position"])
 
 

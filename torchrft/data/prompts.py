@@ -179,10 +179,9 @@ class _Formatter:
         else:
             text, messages = prompt, []
         if self._token is not None and (found := text.count(self._token)) != len(images):
-            raise ValueError(
-                f"{what} becomes a text with {found} times {self._token!r} for {len(images)} "
-                "images; write it once for each, or set apply_chat_template = true"
-            )
+            has = f"becomes a text with {found} times {self._token!r} for {len(images)} images"
+            remedy = "write it once for each, or set apply_chat_template = true"
+            raise ValueError(f"{what} {has}; {remedy}")
         return _Formatted(text, tuple(messages), images)
 
     def _apply_template(
@@ -191,10 +190,8 @@ class _Formatter:
         """The text, and the messages with the system's."""
         if (system := self._data.system_prompt) is not None:
             if messages[0]["role"] == "system":
-                raise ValueError(
-                    f"{where}: the messages start with a system message already; "
-                    "remove it or leave system_prompt out"
-                )
+                fault = "the messages start with a system message already"
+                raise ValueError(f"{where}: {fault}; remove it or leave system_prompt out")
             # Templates that see images take lists of parts.
             content = system if self._images is None else [{"type": "text", "text": system}]
             messages = [{"role": "system", "content": content}, *messages]
@@ -216,10 +213,8 @@ def _checked_messages(prompt: list[Any], what: str, parts: bool) -> list[dict[st
         if not isinstance(fields.get("role"), str) or not isinstance(fields.get("content"), kinds):
             needs = "; content of several parts needs images_key or mixed_mm_data"
             hint = needs if isinstance(fields.get("content"), list) else ""
-            raise ValueError(
-                f'{what}: a message must be {{"role": string, "content": string}}, '
-                f"got {message!r:.80}{hint}"
-            )
+            form = '{"role": string, "content": string}'
+            raise ValueError(f"{what}: a message must be {form}, got {message!r:.80}{hint}")
         # Arrow gives every message the keys of all; a template asks whether a key is there.
         messages.append({key: value for key, value in message.items() if value is not None})
     if messages[-1]["role"] == "assistant":
@@ -269,10 +264,8 @@ class _Reader:
             yield row, prompt, ids[: len(ids) - suffix]
 
     def _find_affixes(self, text: str) -> tuple[int, int]:
-        bare, full = (
-            self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-            for special in (False, True)
-        )
+        bare = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        full = self._tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"]
         if not bare:  # the caller refuses such a text; nothing can be learned from it
             return len(full), 0
         added = len(full) - len(bare)
@@ -280,8 +273,6 @@ class _Reader:
         if not prefixes:
             raise ValueError("the tokenizer changes a text's own tokens when it adds special ones")
         if prefixes[0] < added:
-            logger.warning(
-                "the tokenizer appends special tokens to a text; "
-                "they are cut off, so that the response continues the prompt"
-            )
+            cut = "they are cut off, so that the response continues the prompt"
+            logger.warning("the tokenizer appends special tokens to a text; %s", cut)
         return prefixes[0], added - prefixes[0]

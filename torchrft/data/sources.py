@@ -228,10 +228,8 @@ def _choose_split(location: str, splits: list[str], split: str | None, require_s
     if "train" in splits and not require_split:
         return "train"
     # Evaluation never falls back to `train`: that would measure the training prompts.
-    raise ValueError(
-        f"{location}: say which split to read, as in {location}:{splits[-1]}; "
-        f"splits are {', '.join(splits)}"
-    )
+    example = f"{location}:{splits[-1]}; splits are {', '.join(splits)}"
+    raise ValueError(f"{location}: say which split to read, as in {example}")
 
 
 def _parse_json(text: bytes, where: str) -> Any:
