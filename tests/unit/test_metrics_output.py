@@ -7,18 +7,11 @@ import pytest
 import torch
 from rich.console import Console as RichConsole
 
-from torchrft.metrics import (
-    Console,
-    PhaseTimer,
-    dump,
-    peak_memory_gib,
-    plot_curves,
-    plot_lengths,
-)
-from torchrft.metrics import (
-    console as console_module,
-)
-from torchrft.metrics.console import step_line, summary_lines
+from torchrft.metrics import console as console_module
+from torchrft.metrics.console import Console, step_line, summary_lines
+from torchrft.metrics.plots import plot_curves, plot_lengths
+from torchrft.metrics.rollout_dump import dump
+from torchrft.metrics.timing import PhaseTimer, peak_memory_gib
 
 CPU = torch.device("cpu")
 METRICS = {

@@ -13,8 +13,6 @@ _ZERO = "zero_optimization."
 _ADAM = "optimizer.params."
 _RATE = "scheduler.params."
 
-FIELD_OF: dict[str, str] = TRAINER["fields"]
-
 _DECAYS = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 
 
@@ -35,13 +33,15 @@ def wanted(judged: Judged, ranks: int | None) -> Iterator[Wanted]:
     for name, only in TRAINER["only"].items():
         if values.get(name, only["value"]) != only["value"]:
             raise _refusal(name, values[name], only["remedy"])
-    for name, field in FIELD_OF.items():
+    offloads_all = values.get(f"{_ZERO}cpu_offload_param")
+    offloads_all = offloads_all or values.get(f"{_ZERO}offload_param.device") == "cpu"
+    for name, field in TRAINER["fields"].items():
         value = said = values.get(name)
         if said is None or field == "lr_decay":
             continue
         if name.endswith(".device"):
             value = said == "cpu"
-        if field == "adam_offload" and value and _offloads_all(values):
+        if field == "adam_offload" and value and offloads_all:
             continue  # fsdp_cpu_offload moves the optimizer's state as well
         if field == "zero_stage" and value == 0:
             raise _refusal(name, 0, "use 1, 2 or 3, or dp_replicate")
@@ -62,11 +62,6 @@ def wanted(judged: Judged, ranks: int | None) -> Iterator[Wanted]:
 def _refusal(name: str, value: Any, remedy: str) -> ValueError:
     key = f"DeepSpeed key {name} = {show(value)}"
     return ValueError(f"{key} is not supported by the trainer: {remedy}")
-
-
-def _offloads_all(values: dict[str, Any]) -> bool:
-    switch = values.get(f"{_ZERO}cpu_offload_param")
-    return bool(switch) or values.get(f"{_ZERO}offload_param.device") == "cpu"
 
 
 def _schedule(values: dict[str, Any]) -> Iterator[Wanted]:

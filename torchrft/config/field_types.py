@@ -9,11 +9,7 @@ class Section(BaseModel):
     """Strict and frozen: unknown keys, wrong types, NaN and infinity are refused."""
 
     model_config = ConfigDict(
-        strict=True,
-        extra="forbid",
-        frozen=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
 

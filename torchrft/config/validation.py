@@ -241,29 +241,23 @@ def batch_arithmetic(config: JobConfig, world_size: int) -> list[str]:
     prompts, n = rollout.rollout_batch_size, rollout.n_samples_per_prompt
     samples, batch, epochs = prompts * n, training.train_batch_size, training.max_epochs
     dp, micro = data_parallel(config, world_size), training.micro_train_batch_size
-    lines = [
-        f"samples per rollout = rollout_batch_size x n_samples_per_prompt = {prompts} x {n} = "
-        f"{samples}",
-        f"samples per rank and rollout = {samples} / dp = {samples} / {dp} = {samples // dp}",
-    ]
+    product = f"rollout_batch_size x n_samples_per_prompt = {prompts} x {n} = {samples}"
+    lines = [f"samples per rollout = {product}"]
+    lines += [f"samples per rank and rollout = {samples} / dp = {samples} / {dp} = {samples // dp}"]
     if batch > samples:
-        lines.append(
-            f"rollouts per optimizer step = train_batch_size / {samples} = {batch} / {samples} = "
-            f"{batch // samples}, with max_epochs = {epochs}"
-        )
+        equation = f"train_batch_size / {samples} = {batch} / {samples} = {batch // samples}"
+        lines.append(f"rollouts per optimizer step = {equation}, with max_epochs = {epochs}")
     else:
-        lines.append(
-            f"optimizer steps per rollout = max_epochs x {samples} / train_batch_size = {epochs} x "
-            f"{samples} / {batch} = {epochs * samples // batch}"
-        )
+        equation = f"{epochs} x {samples} / {batch} = {epochs * samples // batch}"
+        steps = f"max_epochs x {samples} / train_batch_size = {equation}"
+        lines.append(f"optimizer steps per rollout = {steps}")
     if training.packing_samples:
         budget = training.max_tokens_per_microbatch or micro * config.data.max_len
         lines.append(f"tokens per packed micro-batch <= {budget}, {batch // dp} samples per rank")
     else:
-        lines.append(
-            "micro-batches per optimizer step and rank = train_batch_size / "
-            f"(micro_train_batch_size x dp) = {batch} / ({micro} x {dp}) = {batch // (micro * dp)}"
-        )
+        quotient = "train_batch_size / (micro_train_batch_size x dp)"
+        equation = f"{quotient} = {batch} / ({micro} x {dp}) = {batch // (micro * dp)}"
+        lines.append(f"micro-batches per optimizer step and rank = {equation}")
     return lines
 
 
