@@ -53,8 +53,7 @@ def wanted(judged: Judged, ranks: int | None) -> Iterator[Wanted]:
         yield Wanted(field, value, f"{name} = {show(said)}")
     if values.get(f"{_ADAM}torch_adam") and f"{_ADAM}weight_decay" not in judged.values:
         yield Wanted("l2", 0.01, f"{_ADAM}torch_adam = true")
-    checkpointing = [name for name in values if name.startswith("activation_checkpointing.")]
-    if any(values[name] for name in checkpointing):
+    if any(value for name, value in values.items() if name.startswith("activation_checkpointing.")):
         yield Wanted("gradient_checkpointing", True, "the section activation_checkpointing")
     yield from _schedule(values)
 

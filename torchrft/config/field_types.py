@@ -68,3 +68,4 @@ TwoRates = Annotated[tuple[_Rate, _Rate], BeforeValidator(_list_to_tuple)]
 _Guide = Literal["group_norm", "reinforce", "cpgd", "gspo", "gmpo"]
 _Further = Literal["rloo", "reinforce_baseline", "reinforce_plus_plus", "gae", "dr_grpo"]
 AdvantageEstimator = Literal[_Guide, _Further, "dapo", "cispo"] | PythonFunction
+PolicyLoss = Literal["ppo_clip", "gspo", "gmpo", "cpgd", "cispo", "reinforce"] | PythonFunction

@@ -78,14 +78,8 @@ def describe(schema: Schema) -> str:
 def default_text(name: str) -> str:
     """A field's default as `--help` shows it."""
     info = FIELDS[name].info
-    if info.is_required():
-        return "required"
-    return "default: " + ("none" if info.default in (None, []) else show(info.default))
-
-
-def choices(name: str) -> list[str]:
-    """The values a field can choose from; empty if it is free."""
-    return [str(value) for part in branches(FIELDS[name].schema) for value in part.get("enum", [])]
+    default = "none" if info.default in (None, []) else show(info.default)
+    return "required" if info.is_required() else f"default: {default}"
 
 
 @cache
@@ -125,8 +119,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str | None:
 
 def nearest_choice(name: str, value: Any) -> str | None:
     """The choice of field `name` that a wrong value probably meant."""
+    choices = [str(one) for part in branches(FIELDS[name].schema) for one in part.get("enum", [])]
     word = str(value).lower()
-    return did_you_mean(_COMMON_NAMES.get(word, word), choices(name))
+    return did_you_mean(_COMMON_NAMES.get(word, word), choices)
 
 
 def value_of(config: JobConfig, name: str) -> Any:

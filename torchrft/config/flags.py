@@ -10,7 +10,7 @@ import tomllib
 from dataclasses import dataclass, field
 from typing import Any
 
-from torchrft.config.fields import FIELDS, SECTIONS, branches, did_you_mean, expected, show
+from torchrft.config.fields import FIELDS, branches, did_you_mean, expected, show
 
 _OWN = {"config_file": "string", "dry_run": "boolean"}
 _NEGATED = {"disable_engine_sleep": "enable_engine_sleep"}
@@ -20,7 +20,7 @@ _NEGATED = {"disable_engine_sleep": "enable_engine_sleep"}
 class Draft:
     """Values on their way to a config: where each comes from, and which are known to be bad."""
 
-    values: dict[str, dict[str, Any]] = field(default_factory=lambda: {s: {} for s in SECTIONS})
+    values: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     spoiled: set[str] = field(default_factory=set)
@@ -30,10 +30,9 @@ class Draft:
 
     def put(self, name: str, value: Any, origin: str) -> Any:
         """Sets a field that nobody has set; returns its value."""
-        table = self.values[FIELDS[name].section]
-        if name not in table:
-            table[name], self.origins[name] = value, origin
-        return table[name]
+        if name not in self.values:
+            self.values[name], self.origins[name] = value, origin
+        return self.values[name]
 
 
 def wants_help(argv: list[str]) -> bool:
@@ -43,8 +42,8 @@ def wants_help(argv: list[str]) -> bool:
 def parse(argv: list[str]) -> Draft:
     """Read the command line; faults are collected, not raised.
 
-    >>> parse(["--dp_shard", "-1", "--bf16", "--wandb_run_name=7"]).values["parallel"]
-    {'dp_shard': -1}
+    >>> parse(["--dp_shard", "-1", "--bf16", "--wandb_run_name=7"]).values
+    {'dp_shard': -1, 'bf16': True, 'wandb_run_name': '7'}
     """
     draft = Draft()
     typed: dict[str, str] = {}
@@ -55,10 +54,10 @@ def parse(argv: list[str]) -> Draft:
         if name is None:
             continue
         target = _NEGATED.get(name, name)
-        first = typed.setdefault(target, text)
         try:
-            if first is not text:
-                raise ValueError(f"{text}: given twice, first as {first}")
+            if target in typed:
+                raise ValueError(f"{text}: given twice, first as {typed[target]}")
+            typed[target] = text
             value = _value(target, key, words, text)
         except ValueError as error:
             draft.faults.append(str(error))

@@ -134,10 +134,10 @@ def load(argv: list[str], world_size: int | None = None) -> LoadedConfig:
 
 def _merge_deepspeed(draft: Draft, known: tuple[int, str] | None) -> Judged | None:
     """Fill what is not set from the DeepSpeed JSON, if there is one."""
-    path = draft.values["parallel"].get("deepspeed_config")
+    path = draft.values.get("deepspeed_config")
     if not isinstance(path, str) or not path:
         return None
-    sizes = [draft.values["parallel"].get(name, 1) for name in ("tp_size", "sp_size")]
+    sizes = [draft.values.get(name, 1) for name in ("tp_size", "sp_size")]
     fits = known is not None and all(type(size) is int and size > 0 for size in sizes)
     ranks = known[0] // math.prod(sizes) if known is not None and fits else None
     try:
@@ -200,7 +200,7 @@ def _place(path: str, section: str, key: str, value: Any, draft: Draft) -> None:
 def _build(draft: Draft) -> JobConfig:
     """Validate field by field; where a value is bad its default stands in, to check the rest."""
     try:
-        return JobConfig.model_validate(draft.values)
+        return _made(draft.values)
     except ValidationError as error:
         for detail in error.errors():
             section, key = str(detail["loc"][0]), str(detail["loc"][1])
@@ -214,11 +214,18 @@ def _build(draft: Draft) -> JobConfig:
                 is_known = fault in draft.faults
             draft.faults += [] if is_known else [fault]
             draft.spoiled.add(key)
-            draft.values[section].pop(key, None)
+            draft.values.pop(key, None)
     for name, entry in FIELDS.items():
         if entry.info.is_required():
-            draft.put(name, 1 if name != "pretrain" else "missing", "")
-    return JobConfig.model_validate(draft.values)
+            draft.values.setdefault(name, 1 if name != "pretrain" else "missing")
+    return _made(draft.values)
+
+
+def _made(values: dict[str, Any]) -> JobConfig:
+    tables: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    for name, value in values.items():
+        tables[FIELDS[name].section][name] = value
+    return JobConfig.model_validate(tables)
 
 
 def _known_world_size(dry_run: bool, faults: list[str]) -> tuple[int, str] | None:
@@ -226,13 +233,12 @@ def _known_world_size(dry_run: bool, faults: list[str]) -> tuple[int, str] | Non
     if "WORLD_SIZE" in os.environ:
         return _count("WORLD_SIZE", faults), "WORLD_SIZE"
     if dry_run and "NGPU" in os.environ:
-        nodes = _count("NNODES", faults) if "NNODES" in os.environ else 1
-        return _count("NGPU", faults) * nodes, "NGPU x NNODES"
+        return _count("NGPU", faults) * _count("NNODES", faults), "NGPU x NNODES"
     return None if dry_run else (1, "no torchrun")
 
 
 def _count(variable: str, faults: list[str]) -> int:
-    text = os.environ[variable]
+    text = os.environ.get(variable, "1")
     if re.fullmatch(r"0*[1-9][0-9]{0,8}", text):
         return int(text)
     faults.append(f"environment variable {variable} = {show(text)}: expected integer > 0")

@@ -46,8 +46,7 @@ def data_parallel(config: JobConfig, world_size: int) -> int:
 def smallest_world_size(config: JobConfig) -> int:
     """The fewest ranks that the layout fits on."""
     parallel = config.parallel
-    ranks = parallel.tp_size * parallel.sp_size * parallel.dp_replicate
-    ranks *= max(parallel.dp_shard, 1)
+    ranks = parallel.tp_size * parallel.sp_size * parallel.dp_replicate * max(parallel.dp_shard, 1)
     return math.lcm(ranks, config.rollout.engine_tp_size)
 
 

@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 from jinja2 import TemplateError
 from rich.progress import track
@@ -21,6 +21,7 @@ from torchrft.tools.images import Image, ImageError
 from torchrft.tools.logging import logger
 from torchrft.types import Prompt
 
+Messages = list[dict[str, Any]]
 _ROWS_PER_BATCH = 1000
 _ROWS_WORTH_A_BAR = 20_000
 
@@ -82,25 +83,18 @@ def _load(
     max_tokens = min(data.prompt_max_len, data.max_len - 1)
     dataset = PromptDataset()
     too_long: list[int] = []
-    columns: set[str] = set()
-    images_seen = False
     for batch in _batches(rows, f"tokenizing {name}"):
-        for row, prompt, token_ids in reader.read(batch):
-            columns.update(row.columns)
-            images_seen = images_seen or bool(prompt.images)
-            if len(token_ids) > max_tokens:
-                too_long.append(len(token_ids))
-                continue
-            label = row.columns.get(data.label_key)
-            metadata = {key: row.columns[key] for key in data.metadata_keys}
-            made = prompt.text, tuple(token_ids), label, metadata, prompt.messages, prompt.images
-            dataset.append(Prompt(row.number, *made))
+        for prompt in reader.read(batch):
+            if len(prompt.token_ids) > max_tokens:
+                too_long.append(len(prompt.token_ids))
+            else:
+                dataset.append(prompt)
     # The default may be absent: prompts need no label where no reward asks for one.
     wanted = {} if data.label_key == Data().label_key else {data.label_key: "(label_key)"}
-    if data.images_key is not None and not images_seen and len(dataset):
+    if data.images_key is not None and not reader.saw_images and len(dataset):
         wanted[data.images_key] = "(images_key) or another image"
     for column, option in wanted.items():
-        if column not in columns:
+        if column not in reader.columns:
             known = describe_columns(column, rows.column_names)
             raise ValueError(f"{source}: no row has the column {column!r} {option}; {known}")
     reasons = [reason for _, reason in sorted(reader.unusable)]
@@ -128,31 +122,58 @@ def _batches(rows: RowSource, description: str) -> Iterator[list[Row]]:
         yield batch
 
 
-class _Formatted(NamedTuple):
-    """What becomes of a row's prompt: the text, the chat it was made from, and its images."""
+class _Reader:
+    """Rows as prompts; `unusable` tells of those whose images cannot be used.
 
-    text: str
-    messages: tuple[dict[str, Any], ...]
-    images: tuple[Image, ...]
-
-
-class _Formatter:
-    """A row's prompt as the text that is tokenized, with what it was made from."""
+    The chat template writes its special tokens itself. To plain text the tokenizer adds its own,
+    but what it would append (an end-of-sequence token) must not stand between prompt and response.
+    """
 
     def __init__(
         self, data: Data, tokenizer: PreTrainedTokenizerBase, source: str, vision: Vision | None
     ) -> None:
+        self._data, self._tokenizer, self._vision = data, tokenizer, vision
         self._images = None if vision is None else RowImages(source, data)
-        self._token = None if vision is None else vision.placeholder
         self._template: Any = tokenizer if vision is None else vision.teller(tokenizer)
         if data.apply_chat_template and not self._template.chat_template:
             owner = f"the tokenizer of {tokenizer.name_or_path!r}"
             raise ValueError(f"apply_chat_template: {owner} has no chat template")
         if data.system_prompt is not None and not data.apply_chat_template:
             raise ValueError("system_prompt needs apply_chat_template = true")
-        self._data = data
+        self._plain = not data.apply_chat_template
+        # How many special tokens the tokenizer puts before and after a text.
+        self._affixes: tuple[int, int] | None = None if self._plain else (0, 0)
+        self.unusable: list[tuple[int, str]] = []  # number of the row, and why
+        self.columns: set[str] = set()  # that a row had
+        self.saw_images = False
 
-    def __call__(self, row: Row) -> _Formatted:
+    def read(self, batch: list[Row]) -> Iterator[Prompt]:
+        found = []
+        for row in batch:
+            try:
+                found.append((row, self._untokenized(row)))
+            except ImageError as error:
+                self.unusable.append((row.number, f"{row.where}: {error}"))
+        if not found:
+            return
+        texts = [prompt.text for _, prompt in found]
+        prefix, suffix = self._affixes = self._affixes or self._find_affixes(texts[0])
+        # verbose=False: over-long prompts are dropped and counted, no need to warn of each.
+        encoded = self._tokenizer(texts, add_special_tokens=self._plain, verbose=False)
+        for (row, prompt), ids in zip(found, encoded["input_ids"], strict=True):
+            if len(ids) <= prefix + suffix:
+                raise ValueError(f"{row.where}: the prompt becomes no token at all")
+            if prompt.images and self._vision is not None:
+                try:
+                    ids = self._vision.token_ids(prompt.text, prompt.images, special=self._plain)
+                except ValueError as error:
+                    self.unusable.append((row.number, f"{row.where}: {error}"))
+                    continue
+            self.columns.update(row.columns)
+            self.saw_images = self.saw_images or bool(prompt.images)
+            yield replace(prompt, token_ids=tuple(ids[: len(ids) - suffix]))
+
+    def _untokenized(self, row: Row) -> Prompt:
         """Raises ImageError where the row's images are no images."""
         prompt, where = row.columns[self._data.input_key], row.where
         what = f"{where}: {self._data.input_key!r}"
@@ -178,15 +199,16 @@ class _Formatter:
             raise ValueError(f"{what} holds chat messages; they need apply_chat_template = true")
         else:
             text, messages = prompt, []
-        if self._token is not None and (found := text.count(self._token)) != len(images):
-            has = f"becomes a text with {found} times {self._token!r} for {len(images)} images"
+        mark = None if self._vision is None else self._vision.placeholder
+        if mark is not None and (found := text.count(mark)) != len(images):
+            has = f"becomes a text with {found} times {mark!r} for {len(images)} images"
             remedy = "write it once for each, or set apply_chat_template = true"
             raise ValueError(f"{what} {has}; {remedy}")
-        return _Formatted(text, tuple(messages), images)
+        label = row.columns.get(self._data.label_key)
+        metadata = {key: row.columns[key] for key in self._data.metadata_keys}
+        return Prompt(row.number, text, (), label, metadata, tuple(messages), images)
 
-    def _apply_template(
-        self, messages: list[dict[str, Any]], where: str
-    ) -> tuple[str, list[dict[str, Any]]]:
+    def _apply_template(self, messages: Messages, where: str) -> tuple[str, Messages]:
         """The text, and the messages with the system's."""
         if (system := self._data.system_prompt) is not None:
             if messages[0]["role"] == "system":
@@ -201,8 +223,22 @@ class _Formatter:
         except TemplateError as error:
             raise ValueError(f"{where}: the chat template refuses it: {error}") from error
 
+    def _find_affixes(self, text: str) -> tuple[int, int]:
+        bare = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        full = self._tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"]
+        if not bare:  # the caller refuses such a text; nothing can be learned from it
+            return len(full), 0
+        added = len(full) - len(bare)
+        prefixes = [n for n in range(added + 1) if full[n : n + len(bare)] == bare]
+        if not prefixes:
+            raise ValueError("the tokenizer changes a text's own tokens when it adds special ones")
+        if prefixes[0] < added:
+            cut = "they are cut off, so that the response continues the prompt"
+            logger.warning("the tokenizer appends special tokens to a text; %s", cut)
+        return prefixes[0], added - prefixes[0]
 
-def _checked_messages(prompt: list[Any], what: str, parts: bool) -> list[dict[str, Any]]:
+
+def _checked_messages(prompt: list[Any], what: str, parts: bool) -> Messages:
     """Messages with a text, or with a list of parts where prompts may have images."""
     if not prompt:
         raise ValueError(f"{what} is an empty list of messages")
@@ -220,59 +256,3 @@ def _checked_messages(prompt: list[Any], what: str, parts: bool) -> list[dict[st
     if messages[-1]["role"] == "assistant":
         raise ValueError(f"{what} ends with the assistant's message, which the model is to write")
     return messages
-
-
-class _Reader:
-    """Rows with their prompts and token ids; `unusable` tells of those whose images cannot be used.
-
-    The chat template writes its special tokens itself. To plain text the tokenizer adds its own,
-    but what it would append (an end-of-sequence token) must not stand between prompt and response.
-    """
-
-    def __init__(
-        self, data: Data, tokenizer: PreTrainedTokenizerBase, source: str, vision: Vision | None
-    ) -> None:
-        self._formatter = _Formatter(data, tokenizer, source, vision)
-        self._tokenizer, self._vision = tokenizer, vision
-        self._plain = not data.apply_chat_template
-        # How many special tokens the tokenizer puts before and after a text.
-        self._affixes: tuple[int, int] | None = None if self._plain else (0, 0)
-        self.unusable: list[tuple[int, str]] = []  # number of the row, and why
-
-    def read(self, batch: list[Row]) -> Iterator[tuple[Row, _Formatted, list[int]]]:
-        found = []
-        for row in batch:
-            try:
-                found.append((row, self._formatter(row)))
-            except ImageError as error:
-                self.unusable.append((row.number, f"{row.where}: {error}"))
-        if not found:
-            return
-        texts = [prompt.text for _, prompt in found]
-        prefix, suffix = self._affixes = self._affixes or self._find_affixes(texts[0])
-        # verbose=False: over-long prompts are dropped and counted, no need to warn of each.
-        encoded = self._tokenizer(texts, add_special_tokens=self._plain, verbose=False)
-        for (row, prompt), ids in zip(found, encoded["input_ids"], strict=True):
-            if len(ids) <= prefix + suffix:
-                raise ValueError(f"{row.where}: the prompt becomes no token at all")
-            if prompt.images and self._vision is not None:
-                try:
-                    ids = self._vision.token_ids(prompt.text, prompt.images, special=self._plain)
-                except ValueError as error:
-                    self.unusable.append((row.number, f"{row.where}: {error}"))
-                    continue
-            yield row, prompt, ids[: len(ids) - suffix]
-
-    def _find_affixes(self, text: str) -> tuple[int, int]:
-        bare = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        full = self._tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"]
-        if not bare:  # the caller refuses such a text; nothing can be learned from it
-            return len(full), 0
-        added = len(full) - len(bare)
-        prefixes = [n for n in range(added + 1) if full[n : n + len(bare)] == bare]
-        if not prefixes:
-            raise ValueError("the tokenizer changes a text's own tokens when it adds special ones")
-        if prefixes[0] < added:
-            cut = "they are cut off, so that the response continues the prompt"
-            logger.warning("the tokenizer appends special tokens to a text; %s", cut)
-        return prefixes[0], added - prefixes[0]

@@ -133,7 +133,7 @@ def open_source(source: str, columns: Columns, require_split: bool) -> RowSource
     elif path.is_file():
         raise ValueError(f"{path}: expected a file ending in {', '.join(FILE_SUFFIXES)}")
     else:
-        splits = _load_folder(path) if path.is_dir() else _load_hub(location)
+        splits = _load_splits(location, path)
         name = _choose_split(location, list(splits), split, require_split)
         rows = Table(splits[name], f"{location}:{name}", columns)
     if len(rows) == 0:
@@ -186,25 +186,21 @@ def _load_parquet(path: Path) -> Dataset:
         return load_dataset("parquet", data_files=str(path), split="train")
 
 
-def _load_folder(path: Path) -> Mapping[str, Dataset]:
+def _load_splits(location: str, path: Path) -> Mapping[str, Dataset]:
+    """A folder, or `owner/name` of the hub, or `owner/name/config` where there are several."""
+    parts = location.split("/")
+    if not path.is_dir() and (len(parts) > 3 or not all(parts) or parts[0] in (".", "..", "~")):
+        raise ValueError(f"{location}: no such file or folder")
     from datasets import DatasetDict, load_dataset, load_from_disk
 
+    if not path.is_dir():
+        unknown = "is no file or folder here, and could not be loaded from the Hugging Face hub"
+        with _refused(f"{location} {unknown}"):
+            return load_dataset("/".join(parts[:2]), *parts[2:])
     saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
     with _refused(f"{path} is not a dataset folder that `datasets` can load"):
         loaded = load_from_disk(str(path)) if saved else load_dataset(str(path))
     return loaded if isinstance(loaded, DatasetDict) else {str(loaded.split or "train"): loaded}
-
-
-def _load_hub(location: str) -> Mapping[str, Dataset]:
-    """`owner/name`, or `owner/name/config` for a dataset of several configurations."""
-    parts = location.split("/")
-    if len(parts) > 3 or not all(parts) or parts[0] in (".", "..", "~"):
-        raise ValueError(f"{location}: no such file or folder")
-    from datasets import load_dataset
-
-    reached = "is no file or folder here, and could not be loaded from the Hugging Face hub"
-    with _refused(f"{location} {reached}"):
-        return load_dataset("/".join(parts[:2]), *parts[2:])
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress
 from torchrft.tools.distributed import is_main
 from torchrft.tools.logging import on_terminal, terminal
 
+Paths = Mapping[str, str | Path]
+Records = Sequence[Mapping[str, Any]]
 # Shown name, metric, format.
 COLUMNS = (
     ("reward", "reward/mean", "{:.3f}"),
@@ -35,8 +37,7 @@ class Console(AbstractContextManager["Console"]):
     """
 
     def __init__(self, total_steps: int, start_step: int = 0) -> None:
-        self.total_steps = total_steps
-        self.start_step = start_step
+        self.total_steps, self.start_step = total_steps, start_step
         self._started_at = time.monotonic()
         columns = ("training", BarColumn(), MofNCompleteColumn(), "{task.fields[left]}")
         is_shown = is_main() and on_terminal()
@@ -51,9 +52,7 @@ class Console(AbstractContextManager["Console"]):
         self._print(step_line(step, self.total_steps, metrics, line_left))
         self._bar.update(self._task, completed=step, left=f"{left} left")
 
-    def summary(
-        self, paths: Mapping[str, str | Path], records: Sequence[Mapping[str, Any]]
-    ) -> None:
+    def summary(self, paths: Paths, records: Records) -> None:
         """Print the end of the run: first and last evaluation reward, time, what was written where.
 
         `records` are the run's metrics as `read_metrics` returns them, so that a resumed run shows
@@ -104,9 +103,7 @@ def step_line(
     return " | ".join(parts)
 
 
-def summary_lines(
-    paths: Mapping[str, str | Path], records: Sequence[Mapping[str, Any]], seconds: float
-) -> list[str]:
+def summary_lines(paths: Paths, records: Records, seconds: float) -> list[str]:
     """The lines of the summary."""
     last_step = records[-1]["step"] if records else 0
     lines = ["", f"finished at step {last_step} after {_clock(seconds)}"]

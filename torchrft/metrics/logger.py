@@ -108,12 +108,6 @@ def _open_wandb(
     id_file = log_dir / RUN_ID_FILE
     if resume_step is None or not id_file.exists():
         id_file.write_text(uuid.uuid4().hex[:12] + "\n")
-    return wandb.init(
-        project=config.use_wandb,
-        entity=config.wandb_org,
-        name=config.wandb_run_name,
-        id=id_file.read_text().strip(),
-        resume="allow",
-        dir=str(log_dir),
-        config=dict(run_config),
-    )
+    run: dict[str, Any] = {"id": id_file.read_text().strip(), "resume": "allow"}
+    run |= {"project": config.use_wandb, "entity": config.wandb_org, "name": config.wandb_run_name}
+    return wandb.init(config=dict(run_config), dir=str(log_dir), **run)
