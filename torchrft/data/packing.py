@@ -128,16 +128,13 @@ def _packed_row(
     position = 0
     for members in _by_prompt(batch, rows):
         begin, prompt = position, int(batch.prompt_lens[members[0]])
-        ids.append(batch.sequences[members[0]][:prompt])
+        responses = [batch.sequences[row][prompt:-1] for row in members]
+        ids += [batch.sequences[members[0]][:prompt], *responses]
         position += prompt
-        branches = []
-        for row in members:
-            response = batch.sequences[row][prompt:-1]
-            ids.append(response)
+        for row, response in zip(members, responses, strict=True):
             starts[row] = (begin + prompt - 1, position)
             position += response.numel()
-            branches.append(response.numel())
-        groups.append((prompt, branches))
+        groups.append((prompt, [response.numel() for response in responses]))
         bounds.append((members[0], begin, position))
     layout = Packed.of(groups)
     return torch.cat(ids)[None], layout.positions[None], [starts[r] for r in rows], bounds, layout
