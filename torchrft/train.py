@@ -19,6 +19,8 @@ def main(argv: list[str] | None = None) -> int:
     from torchrft.tools.logging import setup_logging
     from torchrft.trainer import Trainer
 
+    told = (RewardError, WeightSyncError, ImageError, distributed.RankError)
+    told += (TimeoutError, ConnectionError)
     world = distributed.setup(config.parallel.collective_timeout)
     setup_logging(world.rank)
     try:
@@ -29,14 +31,7 @@ def main(argv: list[str] | None = None) -> int:
             return 2
         try:
             signum = trainer.train()
-        except (
-            RewardError,
-            WeightSyncError,
-            ImageError,
-            distributed.RankError,
-            TimeoutError,
-            ConnectionError,
-        ) as error:
+        except told as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
         except RuntimeError as error:

@@ -161,11 +161,10 @@ class RolloutBatch:
 
     def select(self, rows: list[int]) -> RolloutBatch:
         """The samples `rows`, in that order; T stays as it is."""
-        values: dict[str, Any] = {}
-        for name in self.__dataclass_fields__:
-            value = getattr(self, name)
+
+        def taken(value: Any) -> Any:
             if isinstance(value, tuple):
-                values[name] = tuple(value[row] for row in rows)
-            else:
-                values[name] = value[rows] if isinstance(value, Tensor) else value
-        return RolloutBatch(**values)
+                return tuple(value[row] for row in rows)
+            return None if value is None else value[rows]
+
+        return RolloutBatch(*(taken(getattr(self, name)) for name in self.__dataclass_fields__))

@@ -12,9 +12,11 @@ import torch
 from helpers import run_ranks
 
 from torchrft.config.job_config import Logging
-from torchrft.metrics import MetricLogger, dump, read_metrics
 from torchrft.metrics import logger as logger_module
+from torchrft.metrics import read_metrics
 from torchrft.metrics.files import json_line, write_atomically
+from torchrft.metrics.logger import MetricLogger
+from torchrft.metrics.rollout_dump import dump
 
 
 def lines(folder: Path) -> list[str]:
@@ -111,7 +113,7 @@ def test_lines_survive_kill_9(tmp_path):
     code = """
         import os, signal, sys
         from torchrft.config.job_config import Logging
-        from torchrft.metrics import MetricLogger
+        from torchrft.metrics.logger import MetricLogger
         log = MetricLogger(Logging(), sys.argv[1], {})
         for step in (1, 2, 3):
             log.log(step, {"x": step})
@@ -158,7 +160,7 @@ def test_wandb_offline_keeps_its_run_over_a_resume(tmp_path):
     code = """
         import sys
         from torchrft.config.job_config import Logging
-        from torchrft.metrics import MetricLogger
+        from torchrft.metrics.logger import MetricLogger
         resume = int(sys.argv[2]) if sys.argv[2] else None
         config = Logging(use_wandb="torchrft-test", wandb_run_name="unit")
         with MetricLogger(config, sys.argv[1], {"training": {"seed": 1}}, resume) as log:

@@ -7,18 +7,11 @@ import pytest
 import torch
 from rich.console import Console as RichConsole
 
-from torchrft.metrics import (
-    Console,
-    PhaseTimer,
-    dump,
-    peak_memory_gib,
-    plot_curves,
-    plot_lengths,
-)
-from torchrft.metrics import (
-    console as console_module,
-)
-from torchrft.metrics.console import step_line, summary_lines
+from torchrft.metrics import console as console_module
+from torchrft.metrics.console import Console, step_line, summary_lines
+from torchrft.metrics.plots import plot_curves, plot_lengths
+from torchrft.metrics.rollout_dump import dump
+from torchrft.metrics.timing import PhaseTimer, peak_memory_gib
 
 CPU = torch.device("cpu")
 METRICS = {
@@ -141,9 +134,6 @@ def test_dump_writes_every_field(tmp_path):
     assert len(lines) == 3
     assert json.loads(lines[0]) == {**row, "reward": None}
     assert [p.name for p in path.parent.iterdir()] == ["step-5.jsonl"]
-    with pytest.raises(ValueError, match="rollout row 1 of step 6 lacks reward_parts, length"):
-        dump(tmp_path, 6, [row, {k: row[k] for k in row if k not in ("length", "reward_parts")}])
-    assert not (tmp_path / "rollouts" / "step-6.jsonl").exists()
 
 
 def png_size(path) -> tuple[int, int]:
@@ -161,8 +151,6 @@ def test_length_plot_is_a_png_and_repeats_exactly(tmp_path):
     assert plot_lengths(tmp_path, 10, lengths, max_len=64).read_bytes() == first
     assert plot_lengths(tmp_path, 10, [3], max_len=64).read_bytes() != first
     assert png_size(plot_lengths(tmp_path, 11, [70], max_len=64)) == (768, 480)
-    with pytest.raises(ValueError, match="no response lengths to plot for step 12"):
-        plot_lengths(tmp_path, 12, [], max_len=64)
 
 
 def test_reward_plot_from_metrics(tmp_path):

@@ -8,6 +8,7 @@ from importlib import metadata
 
 from torchrft.config.fields import is_set, label
 from torchrft.config.job_config import JobConfig
+from torchrft.config.needs import sees_images
 
 # Distributions of which an engine needs one, the versions it was tried with (from, below), and how
 # to install it.
@@ -39,32 +40,24 @@ def engine_missing(engine: str) -> str | None:
 def unavailable(config: JobConfig) -> list[str]:
     """What the config selects and this version cannot run yet, a sentence each."""
     found = []
-    # Servers have it, wherever they run.
-    problem = None if config.rollout.server_urls else engine_missing(config.rollout.engine_type)
-    if problem:
+    engine, served = config.rollout.engine_type, bool(config.rollout.server_urls)
+    # Servers have the package, wherever they run.
+    if not served and (problem := engine_missing(engine)):
         default = "" if is_set(config, "engine_type") else " (the default)"
         found.append(f"{label(config, 'engine_type')}{default} {problem}")
-    rollout, data = config.rollout, config.data
-    if data.images_key is not None or data.mixed_mm_data:
-        where = "on servers" if rollout.server_urls else f'by engine_type = "{rollout.engine_type}"'
-        if rollout.server_urls or rollout.engine_type == "sglang":
-            found.append(
-                f"{label(config, 'images_key')} (or mixed_mm_data): images are not read "
-                f'{where}; use engine_type = "native", or "vllm" without server_urls'
-            )
+    if sees_images(config) and (served or engine == "sglang"):
+        where = "on servers" if served else f'by engine_type = "{engine}"'
+        field = f"{label(config, 'images_key')} (or mixed_mm_data)"
+        use = 'use engine_type = "native", or "vllm" without server_urls'
+        found.append(f"{field}: images are not read {where}; {use}")
     return found
 
 
 def missing(config: JobConfig) -> list[str]:
     """What a real run needs and the config does not name, a sentence each."""
-    found = []
-    if config.data.prompt_data is None:
-        found.append(
-            "[data] prompt_data is missing; a run needs training prompts: --prompt_data FILE.jsonl"
-        )
+    prompts = "prompt_data is missing; a run needs training prompts: --prompt_data FILE.jsonl"
+    rewards = "functions is missing; a run needs a reward: --functions exact_match, "
+    found = [] if config.data.prompt_data is not None else [f"[data] {prompts}"]
     if not config.reward.names(config.model.pretrain):
-        found.append(
-            "[reward] functions is missing; a run needs a reward: --functions exact_match, "
-            "reward_pretrain or remote_rm_url"
-        )
+        found.append(f"[reward] {rewards}reward_pretrain or remote_rm_url")
     return found

@@ -5,14 +5,13 @@ from typing import Any, NamedTuple
 
 from torchrft.config.deepspeed_json import Judged
 from torchrft.config.deepspeed_keys import TRAINER
-from torchrft.config.fields import FIELDS, show
+from torchrft.config.fields import show
+from torchrft.config.flags import Draft
 from torchrft.config.job_config import JobConfig
 
 _ZERO = "zero_optimization."
 _ADAM = "optimizer.params."
 _RATE = "scheduler.params."
-
-FIELD_OF: dict[str, str] = TRAINER["fields"]
 
 _DECAYS = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 
@@ -34,43 +33,34 @@ def wanted(judged: Judged, ranks: int | None) -> Iterator[Wanted]:
     for name, only in TRAINER["only"].items():
         if values.get(name, only["value"]) != only["value"]:
             raise _refusal(name, values[name], only["remedy"])
-    for name, field in FIELD_OF.items():
-        if name in values and field not in ("lr_decay", "dp_shard"):
-            value = values[name]
-            if name.endswith(".device"):
-                value = value == "cpu"
-            if field == "adam_offload" and value and _offloads_all(values):
-                continue  # fsdp_cpu_offload moves the optimizer's state as well
-            if field == "zero_stage" and value == 0:
-                raise _refusal(name, 0, "use 1, 2 or 3, or dp_replicate")
-            yield Wanted(field, value, f"{name} = {show(values[name])}")
+    offloads_all = values.get(f"{_ZERO}cpu_offload_param")
+    offloads_all = offloads_all or values.get(f"{_ZERO}offload_param.device") == "cpu"
+    for name, field in TRAINER["fields"].items():
+        value = said = values.get(name)
+        if said is None or field == "lr_decay":
+            continue
+        if name.endswith(".device"):
+            value = said == "cpu"
+        if field == "adam_offload" and value and offloads_all:
+            continue  # fsdp_cpu_offload moves the optimizer's state as well
+        if field == "zero_stage" and value == 0:
+            raise _refusal(name, 0, "use 1, 2 or 3, or dp_replicate")
+        if field == "dp_shard":
+            if said <= 1:
+                continue
+            if ranks is not None and ranks % said == 0:
+                yield Wanted("dp_replicate", ranks // said, f"{name} = {said} on {ranks} ranks")
+        yield Wanted(field, value, f"{name} = {show(said)}")
     if values.get(f"{_ADAM}torch_adam") and f"{_ADAM}weight_decay" not in judged.values:
         yield Wanted("l2", 0.01, f"{_ADAM}torch_adam = true")
-    checkpointing = [name for name in values if name.startswith("activation_checkpointing.")]
-    if any(values[name] for name in checkpointing):
+    if any(value for name, value in values.items() if name.startswith("activation_checkpointing.")):
         yield Wanted("gradient_checkpointing", True, "the section activation_checkpointing")
-    yield from _layout(values, ranks)
     yield from _schedule(values)
 
 
 def _refusal(name: str, value: Any, remedy: str) -> ValueError:
-    return ValueError(
-        f"DeepSpeed key {name} = {show(value)} is not supported by the trainer: {remedy}"
-    )
-
-
-def _offloads_all(values: dict[str, Any]) -> bool:
-    switch = values.get(f"{_ZERO}cpu_offload_param")
-    return bool(switch) or values.get(f"{_ZERO}offload_param.device") == "cpu"
-
-
-def _layout(values: dict[str, Any], ranks: int | None) -> Iterator[Wanted]:
-    for name, field in FIELD_OF.items():
-        size = values.get(name, 1)
-        if field == "dp_shard" and size > 1:
-            yield Wanted("dp_shard", size, f"{name} = {size}")
-            if ranks is not None and ranks % size == 0:
-                yield Wanted("dp_replicate", ranks // size, f"{name} = {size} on {ranks} ranks")
+    key = f"DeepSpeed key {name} = {show(value)}"
+    return ValueError(f"{key} is not supported by the trainer: {remedy}")
 
 
 def _schedule(values: dict[str, Any]) -> Iterator[Wanted]:
@@ -89,21 +79,14 @@ def _schedule(values: dict[str, Any]) -> Iterator[Wanted]:
         yield Wanted("lr_min_ratio", 0.0001, key)
 
 
-def merge(
-    path: str, found: list[Wanted], values: dict[str, dict[str, Any]], origins: dict[str, str]
-) -> list[str]:
-    """Fills the fields that nobody has set, with their origins; returns a fault for each that is
-    set to something else."""
-    faults = []
+def merge(path: str, found: list[Wanted], draft: Draft) -> None:
+    """Fills the fields that nobody has set; one that is set to something else is a fault."""
     for field, value, key in found:
-        table, at = values[FIELDS[field].section], f"{path}: {key}"
-        if field not in table:
-            table[field], origins[field] = value, at
-        elif (list(v) if isinstance(v := table[field], tuple) else v) != value:
-            faults.append(
-                f'{origins[field]} and {at} differ; make them equal, or write "auto" in the JSON'
-            )
-    return faults
+        at = f"{path}: {key}"
+        held = draft.put(field, value, at)
+        if (list(held) if isinstance(held, tuple) else held) != value:
+            remedy = 'make them equal, or write "auto" in the JSON'
+            draft.faults.append(f"{draft.origins[field]} and {at} differ; {remedy}")
 
 
 def accumulation_fault(judged: Judged, config: JobConfig, dp: int) -> list[str]:

@@ -77,23 +77,18 @@ def _walk(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
         elif value is not None:
             inner = [known for known in KEYS if known.startswith(name + ".")]
             example = f"{name}.enabled" if f"{name}.enabled" in inner else inner[0]
-            raise ValueError(
-                f"DeepSpeed key {name} = {value!r} must be a table of keys such as {example}"
-            )
+            must = f"must be a table of keys such as {example}"
+            raise ValueError(f"DeepSpeed key {name} = {value!r} {must}")
 
 
 def _check_effects(judged: Judged) -> None:
     """Refuses values that nothing would look at."""
-    for section in ("optimizer", "scheduler"):
-        if judged.get(f"{section}.type") is not None:
-            continue
-        for name, value in judged.values.items():
-            mapped = name.startswith(f"{section}.params.") and KEYS[name].disposition == "mapped"
-            if mapped and value != "auto":
-                raise ValueError(
-                    f"DeepSpeed key {name} = {value!r} has no effect without {section}.type; set "
-                    "that, or leave it out"
-                )
+    for name, value in judged.values.items():
+        section, is_option, _ = name.partition(".params.")
+        untyped = is_option and judged.get(f"{section}.type") is None
+        if untyped and KEYS[name].disposition == "mapped" and value != "auto":
+            fault = f"has no effect without {section}.type; set that, or leave it out"
+            raise ValueError(f"DeepSpeed key {name} = {value!r} {fault}")
     zero = "zero_optimization."
     sharded = [f"{zero}zero_hpz_partition_size", f"{zero}mics_shard_size"]
     sizes = {name: size for name in sharded if (size := judged.get(name, 1)) > 1}
@@ -101,7 +96,5 @@ def _check_effects(judged: Judged) -> None:
         raise ValueError(f"set {sharded[0]} or {sharded[1]}, not both to different sizes")
     if sizes and (stage := judged.get(f"{zero}stage", 0)) != 3:
         name, size = next(iter(sizes.items()))
-        raise ValueError(
-            f"DeepSpeed key {name} = {size} has no effect at stage {stage}; use stage 3, or leave "
-            "it out"
-        )
+        fault = f"has no effect at stage {stage}; use stage 3, or leave it out"
+        raise ValueError(f"DeepSpeed key {name} = {size} {fault}")

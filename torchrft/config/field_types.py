@@ -9,11 +9,7 @@ class Section(BaseModel):
     """Strict and frozen: unknown keys, wrong types, NaN and infinity are refused."""
 
     model_config = ConfigDict(
-        strict=True,
-        extra="forbid",
-        frozen=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
 
@@ -63,28 +59,13 @@ PythonFunction = Annotated[str, Field(pattern=r"^.+\.py:\w+$")]
 RawText = Annotated[str, Field(min_length=1), AfterValidator(_no_null)]
 """Any text, also blanks: a stop string may be a line break."""
 Text = Annotated[RawText, AfterValidator(_not_blank)]
-TextOrList = Annotated[
-    list[Text],
-    BeforeValidator(_text_to_list, json_schema_input_type=list[Text] | Text),
-]
+_one_or_more = BeforeValidator(_text_to_list, json_schema_input_type=list[Text] | Text)
+TextOrList = Annotated[list[Text], _one_or_more]
 """Several texts; a lone one may stand for a list of one."""
 _Rate = Annotated[float, Field(ge=0, lt=1)]
 TwoRates = Annotated[tuple[_Rate, _Rate], BeforeValidator(_list_to_tuple)]
 
-AdvantageEstimator = (
-    Literal[
-        "group_norm",
-        "reinforce",
-        "cpgd",
-        "gspo",
-        "gmpo",
-        "rloo",
-        "reinforce_baseline",
-        "reinforce_plus_plus",
-        "gae",
-        "dr_grpo",
-        "dapo",
-        "cispo",
-    ]
-    | PythonFunction
-)
+_Guide = Literal["group_norm", "reinforce", "cpgd", "gspo", "gmpo"]
+_Further = Literal["rloo", "reinforce_baseline", "reinforce_plus_plus", "gae", "dr_grpo"]
+AdvantageEstimator = Literal[_Guide, _Further, "dapo", "cispo"] | PythonFunction
+PolicyLoss = Literal["ppo_clip", "gspo", "gmpo", "cpgd", "cispo", "reinforce"] | PythonFunction

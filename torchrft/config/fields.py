@@ -17,6 +17,10 @@ from torchrft.config.job_config import JobConfig, Section
 Schema = dict[str, Any]
 
 
+# What papers call some presets; only for suggestions.
+_COMMON_NAMES = {"grpo": "group_norm", "ppo": "gae", "reinforce++": "reinforce_plus_plus"}
+
+
 class ConfigField(NamedTuple):
     """A field's section, pydantic's description of it, and its JSON schema."""
 
@@ -25,27 +29,14 @@ class ConfigField(NamedTuple):
     schema: Schema
 
 
-def _sections() -> dict[str, type[Section]]:
-    found = {}
-    for name, info in JobConfig.model_fields.items():
-        assert isinstance(info.annotation, type)
-        found[name] = info.annotation
-    return found
-
-
-def _fields() -> dict[str, ConfigField]:
-    found: dict[str, ConfigField] = {}
-    for section, model in SECTIONS.items():
-        for name, info in model.model_fields.items():
-            assert name not in found, f"{name} is in [{found[name].section}] and [{section}]"
-            schema = _DEFINITIONS[model.__name__]["properties"][name]
-            found[name] = ConfigField(section, info, schema)
-    return found
-
-
 _DEFINITIONS: Schema = JobConfig.model_json_schema()["$defs"]
-SECTIONS: dict[str, type[Section]] = _sections()
-FIELDS: dict[str, ConfigField] = _fields()
+SECTIONS: dict[str, type[Section]] = JobConfig.__annotations__
+FIELDS = {
+    name: ConfigField(section, info, _DEFINITIONS[model.__name__]["properties"][name])
+    for section, model in SECTIONS.items()
+    for name, info in model.model_fields.items()
+}
+assert len(FIELDS) == sum(len(model.model_fields) for model in SECTIONS.values()), "equal names"
 
 
 def branches(schema: Schema) -> list[Schema]:
@@ -78,28 +69,17 @@ def describe(schema: Schema) -> str:
         if "prefixItems" in part:
             return f"{len(part['prefixItems'])} values, each {describe(part['prefixItems'][0])}"
         return f"list of {describe(part['items'])}"
-    return {"boolean": "true or false", "string": "text"}.get(
-        part["type"], part["type"] + _bounds(part)
-    )
-
-
-def _bounds(schema: Schema) -> str:
     signs = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
-    found = [f"{sign} {schema[key]}" for key, sign in signs.items() if key in schema]
-    return " " + " and ".join(found) if found else ""
+    bounds = " and ".join(f"{sign} {part[key]}" for key, sign in signs.items() if key in part)
+    words = {"boolean": "true or false", "string": "text"}
+    return words.get(part["type"]) or f"{part['type']} {bounds}".rstrip()
 
 
 def default_text(name: str) -> str:
     """A field's default as `--help` shows it."""
     info = FIELDS[name].info
-    if info.is_required():
-        return "required"
-    return "default: " + ("none" if info.default in (None, []) else show(info.default))
-
-
-def choices(name: str) -> list[str]:
-    """The values a field can choose from; empty if it is free."""
-    return [str(value) for part in branches(FIELDS[name].schema) for value in part.get("enum", [])]
+    default = "none" if info.default in (None, []) else show(info.default)
+    return "required" if info.is_required() else f"default: {default}"
 
 
 @cache
@@ -135,6 +115,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str | None:
     plain = name.lower().replace("-", "_")
     near = difflib.get_close_matches(plain, list(known), n=1, cutoff=0.6)
     return near[0] if near else None
+
+
+def nearest_choice(name: str, value: Any) -> str | None:
+    """The choice of field `name` that a wrong value probably meant."""
+    choices = [str(one) for part in branches(FIELDS[name].schema) for one in part.get("enum", [])]
+    word = str(value).lower()
+    return did_you_mean(_COMMON_NAMES.get(word, word), choices)
 
 
 def value_of(config: JobConfig, name: str) -> Any:

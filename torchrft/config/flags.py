@@ -5,85 +5,70 @@ reported in one go, a line each; argparse and tyro stop at the first. Nothing is
 word that does not read as its field's type stays text, and the config refuses it.
 """
 
-import difflib
 import re
-import textwrap
 import tomllib
 from dataclasses import dataclass, field
 from typing import Any
 
-from torchrft.config.fields import (
-    FIELDS,
-    SECTIONS,
-    branches,
-    choices,
-    default_text,
-    did_you_mean,
-    expected,
-    show,
-)
+from torchrft.config.fields import FIELDS, branches, did_you_mean, expected, show
 
-_OWN = ("config_file", "dry_run", "help")
+_OWN = {"config_file": "string", "dry_run": "boolean"}
 _NEGATED = {"disable_engine_sleep": "enable_engine_sleep"}
-# What papers call some presets; only for suggestions.
-_COMMON_NAMES = {"grpo": "group_norm", "ppo": "gae", "reinforce++": "reinforce_plus_plus"}
-
-USAGE = """\
-usage: python -m torchrft.train [--config_file FILE.toml] [--KEY VALUE | --SECTION.KEY VALUE] ...
-
-  --config_file FILE.toml  read this file; flags override it
-  --dry_run                validate, print the resolved TOML and the batch arithmetic, and exit
-  --help, -h               print this and exit
-
-Switches may stand alone (--bf16) or take true or false (--bf16 false). Lists take several words,
-comma-separated values, or TOML: --stop '["a,b"]'.
-"""
 
 
 @dataclass
-class Flags:
-    """What the command line says: values by field name, and each field as it was typed."""
+class Draft:
+    """Values on their way to a config: where each comes from, and which are known to be bad."""
 
     values: dict[str, Any] = field(default_factory=dict)
-    typed: dict[str, str] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
     spoiled: set[str] = field(default_factory=set)
+    is_partial: bool = False  # a file could not be read, so nothing can be said to be missing
     config_file: str | None = None
     dry_run: bool = False
+
+    def put(self, name: str, value: Any, origin: str) -> Any:
+        """Sets a field that nobody has set; returns its value."""
+        if name not in self.values:
+            self.values[name], self.origins[name] = value, origin
+        return self.values[name]
 
 
 def wants_help(argv: list[str]) -> bool:
     return "--help" in argv or "-h" in argv
 
 
-def parse(argv: list[str]) -> Flags:
+def parse(argv: list[str]) -> Draft:
     """Read the command line; faults are collected, not raised.
 
     >>> parse(["--dp_shard", "-1", "--bf16", "--wandb_run_name=7"]).values
     {'dp_shard': -1, 'bf16': True, 'wandb_run_name': '7'}
     """
-    flags = Flags()
-    for key, words in _grouped(argv, flags.faults):
-        typed = " ".join([f"--{key}", *words])
-        typed = typed if len(typed) <= 120 else typed[:117] + "..."
-        name = _resolve(key, typed, flags)
+    draft = Draft()
+    typed: dict[str, str] = {}
+    for key, words in _grouped(argv, draft.faults):
+        text = " ".join([f"--{key}", *words])
+        text = text if len(text) <= 120 else text[:117] + "..."
+        name = _resolve(key, text, draft)
         if name is None:
             continue
         target = _NEGATED.get(name, name)
         try:
-            if target in flags.typed:
-                raise ValueError(f"{typed}: given twice, first as {flags.typed[target]}")
-            flags.typed[target] = typed
-            value = _value(target, key, words, typed)
+            if target in typed:
+                raise ValueError(f"{text}: given twice, first as {typed[target]}")
+            typed[target] = text
+            value = _value(target, key, words, text)
         except ValueError as error:
-            flags.faults.append(str(error))
-            flags.spoiled.add(target)
+            draft.faults.append(str(error))
+            draft.spoiled.add(target)
             continue
-        negated = name in _NEGATED and isinstance(value, bool)
-        flags.values[target] = not value if negated else value
-    flags.config_file = flags.values.pop("config_file", None)
-    flags.dry_run = flags.values.pop("dry_run", False)
-    return flags
+        if target in _OWN:
+            setattr(draft, target, value)
+        else:
+            negated = target != name and isinstance(value, bool)
+            draft.put(target, not value if negated else value, text)
+    return draft
 
 
 def _grouped(argv: list[str], faults: list[str]) -> list[tuple[str, list[str]]]:
@@ -100,7 +85,7 @@ def _grouped(argv: list[str], faults: list[str]) -> list[tuple[str, list[str]]]:
     return groups
 
 
-def _resolve(key: str, typed: str, flags: Flags) -> str | None:
+def _resolve(key: str, typed: str, draft: Draft) -> str | None:
     """The field (or own flag) that `key` names, or None after noting a fault."""
     section, dot, name = key.rpartition(".")
     if not dot and (key in FIELDS or key in _OWN or key in _NEGATED):
@@ -116,14 +101,14 @@ def _resolve(key: str, typed: str, flags: Flags) -> str | None:
         hint = f"did you mean --{at}{near}?"
     else:
         hint = "--help lists all flags"
-    flags.spoiled.update([near] if near else [])
-    flags.faults.append(f"{typed}: unknown flag; {hint}")
+    draft.spoiled.update([near] if near else [])
+    draft.faults.append(f"{typed}: unknown flag; {hint}")
     return None
 
 
 def _value(name: str, key: str, words: list[str], typed: str) -> Any:
     """The value of one flag. Raises ValueError for words that cannot be one."""
-    kind = {"config_file": "string", "dry_run": "boolean"}.get(name) or kind_of(name)
+    kind = _OWN.get(name) or kind_of(name)
     if not words and kind != "boolean":
         want = "a .toml file" if name == "config_file" else expected(name)
         raise ValueError(f"--{key}: its value is missing; expected {want}")
@@ -178,30 +163,3 @@ def _list(name: str, words: list[str]) -> Any:
     if len(words) == 1 and "," not in words[0]:
         return words
     return [part.strip() for word in words for part in word.split(",")]
-
-
-def help_text() -> str:
-    """All fields by section, with what they accept, their default and their text."""
-    lines = [USAGE]
-    width = max(map(len, FIELDS)) + 4
-    for section, model in SECTIONS.items():
-        lines.append(f"[{section}]  {model.__doc__}")
-        for name, entry in FIELDS.items():
-            if entry.section != section:
-                continue
-            doc = " ".join((entry.info.description or "").split())
-            body = f"{doc} ({expected(name)}; {default_text(name)})"
-            wrapped = textwrap.wrap(body, 100 - width - 2, break_long_words=False)
-            lines += [
-                f"  {'--' + name if first else '':<{width}}{text}".rstrip()
-                for first, text in zip([True] + [False] * len(wrapped), wrapped, strict=False)
-            ]
-        lines.append("")
-    return "\n".join(lines)
-
-
-def nearest_choice(name: str, value: Any) -> str | None:
-    """The choice of field `name` that a wrong value probably meant."""
-    word = _COMMON_NAMES.get(str(value).lower(), str(value).lower())
-    near = difflib.get_close_matches(word, choices(name), n=1, cutoff=0.6)
-    return near[0] if near else None

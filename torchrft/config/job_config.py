@@ -14,9 +14,9 @@ from torchrft.config.field_types import (
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
+    PolicyLoss,
     PositiveFloat,
     PositiveInt,
-    PythonFunction,
     RawText,
     Section,
     Text,
@@ -202,9 +202,7 @@ class Algorithm(Section):
     """Preset of advantage, policy loss and aggregation (group_norm is GRPO), or your own."""
     advantage_options: dict[str, bool | int | float | str] = {}
     """Options of an advantage estimator of your own."""
-    policy_loss: (
-        Literal["ppo_clip", "gspo", "gmpo", "cpgd", "cispo", "reinforce"] | PythonFunction | None
-    ) = None
+    policy_loss: PolicyLoss | None = None
     """Policy loss in place of the preset's, or your own."""
     policy_loss_options: dict[str, bool | int | float | str] = {}
     """Options of a policy loss of your own."""

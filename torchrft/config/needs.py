@@ -51,6 +51,10 @@ def kl_adapts(config: JobConfig) -> bool:
     return algorithm.kl_controller == "adaptive" or policy_loss(config) == "cpgd"
 
 
+def sees_images(config: JobConfig) -> bool:
+    return config.data.images_key is not None or config.data.mixed_mm_data
+
+
 CRITIC_FIELDS = ("critic_pretrain", "freezing_actor_steps", "value_clip")
 
 # Only a warning where the guide's own examples set a field idly, or sweeps switch the need off.
@@ -83,40 +87,47 @@ def _estimator(names: tuple[str, ...], *fields: str, own: bool = True) -> list[N
     return _need(f"advantage_estimator = {needs}", met, *fields)
 
 
-def _embedded(*engines: str) -> Callable[[JobConfig], bool]:
-    """One of these engines runs in the trainer's own process."""
-    return lambda c: c.rollout.engine_type in engines and not c.rollout.server_urls
-
-
-def _vllm_served(config: JobConfig) -> bool:
-    return bool(config.rollout.server_urls) and config.rollout.engine_type == "vllm"
-
-
-def _has_images(config: JobConfig) -> bool:
-    return config.data.images_key is not None or config.data.mixed_mm_data
-
-
 def _judges(config: JobConfig) -> bool:
     reward = config.reward
     return bool(reward.functions or reward.judges or reward.remote_rm_url)
 
 
+def _scalar_models(config: JobConfig) -> bool:
+    return bool(config.reward.scalar_models(config.model.pretrain))
+
+
 def _models_here(config: JobConfig) -> bool:
     """Whether reward models run by PyTorch, rather than in the inference engine."""
-    return bool(config.reward.scalar_models(config.model.pretrain)) and not (
-        config.reward.rm_use_engine
-    )
+    return _scalar_models(config) and not config.reward.rm_use_engine
+
+
+def _corrects(config: JobConfig) -> bool:
+    return config.algorithm.rollout_correction != "none"
+
+
+def _engine(*types: str, served: bool | None = None) -> Callable[[JobConfig], bool]:
+    """One of these engines: `served` by servers, in the trainer's own process, or either."""
+
+    def met(config: JobConfig) -> bool:
+        rollout = config.rollout
+        return rollout.engine_type in types and served in (None, bool(rollout.server_urls))
+
+    return met
 
 
 _ADAPTIVE = 'kl_controller = "adaptive" or the cpgd policy loss'
-_EMBEDDED = 'engine_type = "vllm" or "sglang" and no server_urls'
+_EITHER = 'engine_type = "vllm" or "sglang"'
+_EMBEDDED = f"{_EITHER} and no server_urls"
 _WHOLE = f"{_EMBEDDED}; the native engine runs whole on every rank, servers have their own"
 _ALIKE = 'engine_type = "native"; the others sample all tokens alike'
+_SERVED = 'server_urls and engine_type = "vllm"'
 _CLIPS = "a policy_loss that clips"
 _DECAYS = "an lr_decay that decays"
-
 _OUTSIDE = "reward_pretrain or models outside of the inference engine"
+_BESIDE = "models or reward_pretrain beside the judges"
 _REMOTE = "weight normalize protocol timeout deadline retries batch_size concurrency token_env"
+
+_embedded = _engine("vllm", "sglang", served=False)
 
 NEEDS: tuple[Need, ...] = (
     *_on("init_kl_coef", "ref_pretrain", "kl_estimator", "kl_placement"),
@@ -127,46 +138,32 @@ NEEDS: tuple[Need, ...] = (
     *_estimator(("cpgd",), "cpgd_weight", own=False),
     *_estimator(("gae",), *CRITIC_FIELDS, "critic_learning_rate", "lambd"),
     *_estimator(("reinforce", "reinforce_plus_plus", "gae"), "gamma"),
-    *_need(
-        "a rollout_correction",
-        lambda c: c.algorithm.rollout_correction != "none",
-        "rollout_correction_cap",
-    ),
+    *_need("a rollout_correction", _corrects, "rollout_correction_cap"),
     *_on("dynamic_sampling", "dynamic_sampling_max_rounds"),
     *_on("overlong_buffer_len", "overlong_penalty_factor"),
     *_on("reward_running_norm", "reward_running_norm_minus_mean"),
     *_on("functions", "reward_timeout", "reward_workers", "reward_memory"),
     *_need("functions, judges or remote_rm_url", _judges, "error_reward"),
     *_need(_OUTSIDE, _models_here, "reward_model_offload"),
-    *_need(
-        "models or reward_pretrain beside the judges",
-        lambda c: c.reward.scalar_models(c.model.pretrain),
-        "rm_use_engine",
-    ),
+    *_need(_BESIDE, _scalar_models, "rm_use_engine"),
     *_on("remote_rm_url", *(f"remote_rm_{name}" for name in _REMOTE.split())),
     *_on("recipes", "source_key"),
     *_on("source_key", "recipes"),
     *_on("gate", "gate_reward"),
-    *_need("images_key or mixed_mm_data", _has_images, "processor", "min_pixels", "max_pixels"),
+    *_need("images_key or mixed_mm_data", sees_images, "processor", "min_pixels", "max_pixels"),
     *_on("apply_chat_template", "system_prompt"),
     *_on("packing_samples", "max_tokens_per_microbatch"),
     *_on("fused_linear_logprob", "chunk_size"),
     *_on("gradient_checkpointing", "checkpointing_mode"),
     *_need(_DECAYS, lambda c: c.optimizer.lr_decay != "constant", "lr_min_ratio"),
-    *_need(_EMBEDDED, _embedded("vllm", "sglang"), "engine_mem_util"),
-    *_need(_WHOLE, _embedded("vllm", "sglang"), "engine_tp_size"),
-    *_need('engine_type = "sglang" and no server_urls', _embedded("sglang"), "sglang"),
-    *_need('engine_type = "vllm" and no server_urls', _embedded("vllm"), "vllm"),
-    *_need(
-        'engine_type = "vllm" or "sglang"',
-        lambda c: c.rollout.engine_type != "native",
-        "server_urls",
-    ),
+    *_need(_EMBEDDED, _embedded, "engine_mem_util"),
+    *_need(_WHOLE, _embedded, "engine_tp_size"),
+    *_need('engine_type = "sglang" and no server_urls', _engine("sglang", served=False), "sglang"),
+    *_need('engine_type = "vllm" and no server_urls', _engine("vllm", served=False), "vllm"),
+    *_need(_EITHER, _engine("vllm", "sglang"), "server_urls"),
     *_on("server_urls", "async_level", "request_timeout"),
-    *_need(
-        'server_urls and engine_type = "vllm"', _vllm_served, "request_retries", "weight_folder"
-    ),
-    *_need(_ALIKE, lambda c: c.rollout.engine_type == "native", "first_token_temperature"),
+    *_need(_SERVED, _engine("vllm", served=True), "request_retries", "weight_folder"),
+    *_need(_ALIKE, _engine("native"), "first_token_temperature"),
     *_on("bf16", "use_mp_opt"),
     *_on("eval_data", "eval_steps"),
     *_on("load_checkpoint", "ckpt_path"),

@@ -75,10 +75,8 @@ def _function_of(path: Path, name: str, what: str) -> Callable[..., Any]:
     function = getattr(module, name, None)
     if not callable(function):
         functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        raise ValueError(
-            f"{what}: {path} has no function {name!r}; "
-            f"its functions are {', '.join(functions) or 'none'}"
-        )
+        known = f"its functions are {', '.join(functions) or 'none'}"
+        raise ValueError(f"{what}: {path} has no function {name!r}; {known}")
     return function
 
 
@@ -99,7 +97,6 @@ def _load_file(path: Path, what: str) -> ModuleType:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         del sys.modules[module_name]
-        raise ValueError(
-            f"{what}: {path} failed to load: {type(error).__name__}: {error}"
-        ) from error
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{what}: {path} failed to load: {why}") from error
     return module

@@ -10,14 +10,13 @@ from typing import NamedTuple
 
 from torchrft.config.fields import FIELDS, is_set, label, show, value_of
 from torchrft.config.job_config import JobConfig
-from torchrft.config.needs import NEEDS, is_chosen, kl_adapts, policy_loss
+from torchrft.config.needs import NEEDS, is_chosen, kl_adapts, policy_loss, sees_images
 from torchrft.tools.http import JsonServer
 
 
 class Finding(NamedTuple):
-    """What is wrong with `field`, whose name and value go before `text`; or with a section."""
+    """What is wrong, after the name of the field or section that it is about."""
 
-    field: str
     text: str
     is_error: bool = True
 
@@ -32,10 +31,10 @@ class Findings(NamedTuple):
 def check(config: JobConfig, world_size: int) -> Findings:
     """Judge a config for a job of `world_size` ranks."""
     findings = Findings([], [])
-    for field, text, is_error in (f for rule in RULES for f in rule(config, world_size)):
-        messages = findings.errors if is_error else findings.warnings
-        at = label(config, field) if field in FIELDS else f"[{field}]"
-        messages.append(f"{at} {text}")
+    for text, is_error in (finding for rule in RULES for finding in rule(config, world_size)):
+        name, _, rest = text.partition(" ")
+        at = label(config, name) if name in FIELDS else f"[{name}]"
+        (findings.errors if is_error else findings.warnings).append(f"{at} {rest}")
     return findings
 
 
@@ -47,8 +46,7 @@ def data_parallel(config: JobConfig, world_size: int) -> int:
 def smallest_world_size(config: JobConfig) -> int:
     """The fewest ranks that the layout fits on."""
     parallel = config.parallel
-    ranks = parallel.tp_size * parallel.sp_size * parallel.dp_replicate
-    ranks *= max(parallel.dp_shard, 1)
+    ranks = parallel.tp_size * parallel.sp_size * parallel.dp_replicate * max(parallel.dp_shard, 1)
     return math.lcm(ranks, config.rollout.engine_tp_size)
 
 
@@ -57,25 +55,21 @@ def _layout(config: JobConfig, world_size: int) -> Iterator[Finding]:
     ranks, shards = tp * sp * replicas, config.parallel.dp_shard
     if world_size % ranks:
         yield Finding(
-            "parallel",
-            f"world_size = {world_size} must be a multiple of tp_size x sp_size x dp_replicate = "
-            f"{tp} x {sp} x {replicas} = {ranks}; start a multiple of {ranks} ranks or lower one "
-            "of the three",
+            f"parallel world_size = {world_size} must be a multiple of tp_size x sp_size x "
+            f"dp_replicate = {tp} x {sp} x {replicas} = {ranks}; start a multiple of {ranks} ranks "
+            "or lower one of the three"
         )
     elif shards > 0 and world_size != ranks * shards:
         yield Finding(
-            "dp_shard",
-            "must fill the job: tp_size x sp_size x dp_replicate x dp_shard = "
+            "dp_shard must fill the job: tp_size x sp_size x dp_replicate x dp_shard = "
             f"{tp} x {sp} x {replicas} x {shards} = {ranks * shards}, but world_size = "
-            f"{world_size}; use -1 or {world_size // ranks}",
+            f"{world_size}; use -1 or {world_size // ranks}"
         )
     engine = config.rollout.engine_tp_size
     if rest := world_size % engine:
-        yield Finding(
-            "engine_tp_size",
-            "must divide the world size: world_size % engine_tp_size = "
-            f"{world_size} % {engine} = {rest}; use a divisor of {world_size}",
-        )
+        fault = f"world_size % engine_tp_size = {world_size} % {engine} = {rest}"
+        use = f"use a divisor of {world_size}"
+        yield Finding(f"engine_tp_size must divide the world size: {fault}; {use}")
 
 
 def _on_policy(config: JobConfig, world_size: int) -> Iterator[Finding]:
@@ -83,208 +77,154 @@ def _on_policy(config: JobConfig, world_size: int) -> Iterator[Finding]:
     batch, samples = config.training.train_batch_size, prompts * n
     equation = f"rollout_batch_size x n_samples_per_prompt = {prompts} x {n} = {samples}"
     if batch > samples and (rest := batch % samples):
-        yield Finding(
-            "train_batch_size",
-            f"is above {equation}, so it must be a multiple of it, but {batch} % {samples} = "
-            f"{rest}; use {batch - rest} or {batch - rest + samples}",
-        )
+        fault = f"so it must be a multiple of it, but {batch} % {samples} = {rest}"
+        use = f"use {batch - rest} or {batch - rest + samples}"
+        yield Finding(f"train_batch_size is above {equation}, {fault}; {use}")
     elif batch < samples and (rest := samples % batch):
-        yield Finding(
-            "train_batch_size",
-            f"is below {equation}, so it must divide it, but {samples} % {batch} = {rest}; use "
-            f"{samples} or a divisor of it",
-        )
+        fault = f"so it must divide it, but {samples} % {batch} = {rest}"
+        use = f"use {samples} or a divisor of it"
+        yield Finding(f"train_batch_size is below {equation}, {fault}; {use}")
     elif batch < samples:
         epochs, strict = config.training.max_epochs, config.training.strict_batch_rule
         steps = epochs * samples // batch
         bound = "strict_batch_rule = true demands at least" if strict else "on-policy from"
         yield Finding(
-            "train_batch_size",
-            f"is below {equation}: a rollout makes max_epochs x {samples} / {batch} = {epochs} x "
-            f"{samples // batch} = {steps} optimizer steps, {steps - 1} of them off-policy; "
-            f"{bound} {samples}",
+            f"train_batch_size is below {equation}: a rollout makes max_epochs x {samples} / "
+            f"{batch} = {epochs} x {samples // batch} = {steps} optimizer steps, {steps - 1} of "
+            f"them off-policy; {bound} {samples}",
             strict,
         )
 
 
 def _batches(config: JobConfig, world_size: int) -> Iterator[Finding]:
-    parallel, training = config.parallel, config.training
-    if world_size % (parallel.tp_size * parallel.sp_size):
+    tp, sp, training = config.parallel.tp_size, config.parallel.sp_size, config.training
+    if world_size % (tp * sp):
         return  # _layout has said so; the sums below would only be wrong
     dp = data_parallel(config, world_size)
-    why = (
-        f"dp = world_size / (tp_size x sp_size) = {world_size} / "
-        f"({parallel.tp_size} x {parallel.sp_size}) = {dp}"
-    )
+    why = f"dp = world_size / (tp_size x sp_size) = {world_size} / ({tp} x {sp}) = {dp}"
     batch, micro = training.train_batch_size, training.micro_train_batch_size
     if rest := batch % (micro * dp):
-        near = [size for size in (batch - rest, batch - rest + micro * dp) if size]
+        near = [str(size) for size in (batch - rest, batch - rest + micro * dp) if size]
         yield Finding(
-            "train_batch_size",
-            f"must be a multiple of micro_train_batch_size x dp = {micro} x {dp} = {micro * dp} "
-            f"({why}), but {batch} % {micro * dp} = {rest}; use {' or '.join(map(str, near))}",
+            f"train_batch_size must be a multiple of micro_train_batch_size x dp = {micro} x {dp} "
+            f"= {micro * dp} ({why}), but {batch} % {micro * dp} = {rest}; use {' or '.join(near)}"
         )
     prompts = config.rollout.rollout_batch_size
     if rest := prompts % dp:
-        yield Finding(
-            "rollout_batch_size",
-            f"must be a multiple of dp ({why}), but {prompts} % {dp} = {rest}; use "
-            f"{prompts - rest + dp}",
-        )
+        fault = f"must be a multiple of dp ({why}), but {prompts} % {dp} = {rest}"
+        yield Finding(f"rollout_batch_size {fault}; use {prompts - rest + dp}")
 
 
 def _lengths(config: JobConfig, world_size: int) -> Iterator[Finding]:
     length, wanted = config.data.max_len, config.rollout.max_new_tokens or 0
     if is_set(config, "prompt_max_len") and config.data.prompt_max_len >= length:
-        yield Finding(
-            "prompt_max_len",
-            f"must be below max_len = {length}, or no token is left for a response; use at most "
-            f"{length - 1}",
-        )
+        fault = f"must be below max_len = {length}, or no token is left for a response"
+        yield Finding(f"prompt_max_len {fault}; use at most {length - 1}")
     if length < 2:
-        yield Finding("max_len", "leaves no room for a prompt and a response; use 2 or more")
+        yield Finding("max_len leaves no room for a prompt and a response; use 2 or more")
     if wanted >= length:
-        yield Finding(
-            "max_new_tokens",
-            f"has no effect: max_len = {length} leaves at most {length - 1} tokens; lower it or "
-            "leave it out",
-            False,
-        )
+        fault = f"has no effect: max_len = {length} leaves at most {length - 1} tokens"
+        yield Finding(f"max_new_tokens {fault}; lower it or leave it out", False)
     budget = min(length - 1, wanted or length)
+    longest = f"the longest response, min(max_len - 1, max_new_tokens) = {budget}"
     for name in ("min_new_tokens", "overlong_buffer_len"):
         if value_of(config, name) > budget:
-            yield Finding(
-                name,
-                f"is above the longest response, min(max_len - 1, max_new_tokens) = {budget}; use "
-                f"at most {budget}",
-            )
+            yield Finding(f"{name} is above {longest}; use at most {budget}")
     if (config.training.max_tokens_per_microbatch or length) < length:
-        yield Finding(
-            "max_tokens_per_microbatch",
-            f"is below max_len = {length}, so that a long sample fits nowhere; use at least "
-            f"{length}",
-        )
+        fault = f"is below max_len = {length}, so that a long sample fits nowhere"
+        yield Finding(f"max_tokens_per_microbatch {fault}; use at least {length}")
 
 
 def _rewards(config: JobConfig, world_size: int) -> Iterator[Finding]:
     for fault in config.reward.faults(config.model.pretrain):
-        yield Finding("reward", fault.removeprefix("[reward] "))
+        yield Finding("reward " + fault.removeprefix("[reward] "))
 
 
 def _urls(config: JobConfig, world_size: int) -> Iterator[Finding]:
-    reward, options = config.reward, {"server_urls": config.rollout.server_urls}
-    options["remote_rm_url"] = reward.remote_rm_url
-    options |= {f"judge {judge.name!r}: server_url": judge.server_url for judge in reward.judges}
-    for option, urls in options.items():
-        for url in urls:
-            try:
-                JsonServer(url, option)
-            except ValueError as error:
-                yield Finding("reward" if " " in option else FIELDS[option].section, str(error))
+    options = {name: value_of(config, name) for name in ("server_urls", "remote_rm_url")}
+    for judge in config.reward.judges:
+        options[f"judge {judge.name!r}: server_url"] = judge.server_url
+    for option, url in ((option, url) for option, urls in options.items() for url in urls):
+        try:
+            JsonServer(url, option)
+        except ValueError as error:  # whose text begins with the option
+            yield Finding(str(error) if option in FIELDS else f"reward {error}")
 
 
 def _needs(config: JobConfig, world_size: int) -> Iterator[Finding]:
     for name, met, needs, is_error in NEEDS:
         if is_chosen(config, name) and not met(config):
-            text = f"has no effect without {needs}; set that, or leave {name} out"
-            yield Finding(name, text, is_error)
+            text = f"{name} has no effect without {needs}; set that, or leave {name} out"
+            yield Finding(text, is_error)
 
 
 def _exclusions(config: JobConfig, world_size: int) -> Iterator[Finding]:
-    parallel, rollout = config.parallel, config.rollout
+    data, parallel, training = config.data, config.parallel, config.training
     if parallel.fsdp and is_set(config, "zero_stage"):
-        yield Finding("zero_stage", "and fsdp = true exclude each other; leave one out")
+        yield Finding("zero_stage and fsdp = true exclude each other; leave one out")
     if parallel.fsdp_cpu_offload and config.optimizer.adam_offload:
-        yield Finding(
-            "adam_offload",
-            "moves what fsdp_cpu_offload = true keeps in host memory anyway; leave one out",
-        )
-    sleeps = is_set(config, "enable_engine_sleep") and rollout.enable_engine_sleep
-    if rollout.async_level and sleeps:
-        yield Finding(
-            "enable_engine_sleep",
-            "and async_level = 1 exclude each other: the servers generate while the trainer "
-            "computes; leave one out",
-        )
-    data = config.data
+        fault = "moves what fsdp_cpu_offload = true keeps in host memory anyway"
+        yield Finding(f"adam_offload {fault}; leave one out")
+    sleeps = is_set(config, "enable_engine_sleep") and config.rollout.enable_engine_sleep
+    if config.rollout.async_level and sleeps:
+        fault = "exclude each other: the servers generate while the trainer computes"
+        yield Finding(f"enable_engine_sleep and async_level = 1 {fault}; leave one out")
     if data.min_pixels and data.max_pixels and data.min_pixels > data.max_pixels:
-        text = f"is above max_pixels = {data.max_pixels}; lower it or raise the other"
-        yield Finding("min_pixels", text)
-    if parallel.tp_size > 1 and (data.images_key is not None or data.mixed_mm_data):
-        text = "does not split models that see images; use fsdp, zero_stage = 3 or sp_size instead"
-        yield Finding("tp_size", text)
-    training = config.training
+        fault = f"is above max_pixels = {data.max_pixels}"
+        yield Finding(f"min_pixels {fault}; lower it or raise the other")
+    if parallel.tp_size > 1 and sees_images(config):
+        fault = "does not split models that see images"
+        yield Finding(f"tp_size {fault}; use fsdp, zero_stage = 3 or sp_size instead")
     if training.compile and parallel.tp_size > 1 and not training.gradient_checkpointing:
-        yield Finding(
-            "compile",
-            f"with tp_size = {parallel.tp_size} needs gradient_checkpointing = true; set that, or "
-            "leave compile out",
-        )
+        fault = f"with tp_size = {parallel.tp_size} needs gradient_checkpointing = true"
+        yield Finding(f"compile {fault}; set that, or leave compile out")
 
 
 def _algorithm(config: JobConfig, world_size: int) -> Iterator[Finding]:
     algorithm, loss = config.algorithm, policy_loss(config)
     if config.rollout.async_level and algorithm.rollout_correction == "none":
-        yield Finding(
-            "async_level",
-            "trains on samples that are one policy version late; a rollout_correction, e.g. "
-            '"token_tis", weighs them',
-            False,
-        )
+        fault = "trains on samples that are one policy version late"
+        remedy = 'a rollout_correction, e.g. "token_tis", weighs them'
+        yield Finding(f"async_level {fault}; {remedy}", False)
     if algorithm.kl_controller == "adaptive" and not algorithm.init_kl_coef:
-        yield Finding(
-            "kl_controller",
-            "cannot adapt init_kl_coef = 0.0, which stays 0 under scaling; start above 0 or use "
-            '"fixed"',
-        )
+        fault = "cannot adapt init_kl_coef = 0.0, which stays 0 under scaling"
+        yield Finding(f'kl_controller {fault}; start above 0 or use "fixed"')
     if algorithm.clip_range >= 1 and loss == "cpgd":
-        yield Finding(
-            "clip_range",
-            "must be below 1 for the cpgd policy loss, which clips at log(1 - clip_range); use "
-            "e.g. 0.2",
-        )
+        fault = "must be below 1 for the cpgd policy loss, which clips at log(1 - clip_range)"
+        yield Finding(f"clip_range {fault}; use e.g. 0.2")
     per_token = algorithm.rollout_correction in ("token_tis", "token_mask")
     if (per_token or algorithm.high_entropy_token_ratio < 1) and loss == "gmpo":
         yield Finding(
-            "high_entropy_token_ratio",
-            f"and {label(config, 'rollout_correction')}: tokens cannot be chosen or weighed in the "
-            "gmpo policy loss, which is one number per sequence; use seq_tis or seq_mask",
+            f"high_entropy_token_ratio and {label(config, 'rollout_correction')}: tokens cannot be "
+            "chosen or weighed in the gmpo policy loss, which is one number per sequence; use "
+            "seq_tis or seq_mask"
         )
     actor, critic = config.optimizer.actor_learning_rate, config.optimizer.critic_learning_rate
     if algorithm.advantage_estimator == "gae" and actor > critic:
-        yield Finding(
-            "actor_learning_rate",
-            f"is above critic_learning_rate = {critic}; the critic usually learns faster: lower "
-            "the first or raise the second",
-            False,
-        )
+        fault = f"is above critic_learning_rate = {critic}; the critic usually learns faster"
+        yield Finding(f"actor_learning_rate {fault}: lower the first or raise the second", False)
 
 
 def _single_samples(config: JobConfig, world_size: int) -> Iterator[Finding]:
     if config.rollout.n_samples_per_prompt > 1:
         return
     if config.rollout.dynamic_sampling:
-        yield Finding(
-            "dynamic_sampling",
-            "drops groups of equal rewards, which every group of "
-            f"{label(config, 'n_samples_per_prompt')} is; use 2 or more samples",
-        )
+        groups = f"every group of {label(config, 'n_samples_per_prompt')}"
+        fault = f"drops groups of equal rewards, which {groups} is"
+        yield Finding(f"dynamic_sampling {fault}; use 2 or more samples")
     estimator = config.algorithm.advantage_estimator
     if estimator not in ("reinforce", "reinforce_plus_plus", "gae"):
+        fault = f"gives advantage_estimator = {show(estimator)} no other sample to compare with"
         effect = "" if estimator == "rloo" else ", so that every advantage is 0"
-        yield Finding(
-            "n_samples_per_prompt",
-            f"gives advantage_estimator = {show(estimator)} no other sample to compare with"
-            f"{effect}; use 2 or more",
-            estimator == "rloo",
-        )
+        found = f"n_samples_per_prompt {fault}{effect}; use 2 or more"
+        yield Finding(found, is_error=estimator == "rloo")
 
 
 def _ranges(config: JobConfig, world_size: int) -> Iterator[Finding]:
     for name, (low, high) in RANGES.items():
         if not low <= value_of(config, name) <= high and _range_applies(config, name):
-            text = f"is outside the usual range {low} to {high}; make sure that it is meant"
-            yield Finding(name, text, False)
+            text = f"{name} is outside the usual range {low} to {high}; make sure that it is meant"
+            yield Finding(text, False)
 
 
 def _range_applies(config: JobConfig, name: str) -> bool:
@@ -301,29 +241,23 @@ def batch_arithmetic(config: JobConfig, world_size: int) -> list[str]:
     prompts, n = rollout.rollout_batch_size, rollout.n_samples_per_prompt
     samples, batch, epochs = prompts * n, training.train_batch_size, training.max_epochs
     dp, micro = data_parallel(config, world_size), training.micro_train_batch_size
-    lines = [
-        f"samples per rollout = rollout_batch_size x n_samples_per_prompt = {prompts} x {n} = "
-        f"{samples}",
-        f"samples per rank and rollout = {samples} / dp = {samples} / {dp} = {samples // dp}",
-    ]
+    product = f"rollout_batch_size x n_samples_per_prompt = {prompts} x {n} = {samples}"
+    lines = [f"samples per rollout = {product}"]
+    lines += [f"samples per rank and rollout = {samples} / dp = {samples} / {dp} = {samples // dp}"]
     if batch > samples:
-        lines.append(
-            f"rollouts per optimizer step = train_batch_size / {samples} = {batch} / {samples} = "
-            f"{batch // samples}, with max_epochs = {epochs}"
-        )
+        equation = f"train_batch_size / {samples} = {batch} / {samples} = {batch // samples}"
+        lines.append(f"rollouts per optimizer step = {equation}, with max_epochs = {epochs}")
     else:
-        lines.append(
-            f"optimizer steps per rollout = max_epochs x {samples} / train_batch_size = {epochs} x "
-            f"{samples} / {batch} = {epochs * samples // batch}"
-        )
+        equation = f"{epochs} x {samples} / {batch} = {epochs * samples // batch}"
+        steps = f"max_epochs x {samples} / train_batch_size = {equation}"
+        lines.append(f"optimizer steps per rollout = {steps}")
     if training.packing_samples:
         budget = training.max_tokens_per_microbatch or micro * config.data.max_len
         lines.append(f"tokens per packed micro-batch <= {budget}, {batch // dp} samples per rank")
     else:
-        lines.append(
-            "micro-batches per optimizer step and rank = train_batch_size / "
-            f"(micro_train_batch_size x dp) = {batch} / ({micro} x {dp}) = {batch // (micro * dp)}"
-        )
+        quotient = "train_batch_size / (micro_train_batch_size x dp)"
+        equation = f"{quotient} = {batch} / ({micro} x {dp}) = {batch // (micro * dp)}"
+        lines.append(f"micro-batches per optimizer step and rank = {equation}")
     return lines
 
 
@@ -339,15 +273,6 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 
 RULES: tuple[Callable[[JobConfig, int], Iterator[Finding]], ...] = (
-    _layout,
-    _on_policy,
-    _batches,
-    _lengths,
-    _rewards,
-    _urls,
-    _needs,
-    _exclusions,
-    _algorithm,
-    _single_samples,
-    _ranges,
+    *(_layout, _on_policy, _batches, _lengths, _rewards, _urls),
+    *(_needs, _exclusions, _algorithm, _single_samples, _ranges),
 )

@@ -13,9 +13,7 @@ from torchrft.types import RolloutBatch, Sample
 
 
 def make_batch(
-    samples: Sequence[Sample],
-    device: torch.device | str = "cpu",
-    overlong_filtering: bool = False,
+    samples: Sequence[Sample], device: torch.device | str = "cpu", overlong_filtering: bool = False
 ) -> RolloutBatch:
     """The samples as a RolloutBatch, in their order.
 
@@ -25,39 +23,30 @@ def make_batch(
     Sequences and prompt lengths stay on the host, where micro-batches are built; [B, T] tensors go
     to `device`. Raises ValueError for a sample without tokens or whose log-probs do not match them.
     """
-    for sample in samples:
-        tokens, values = sample.completion.token_ids, sample.completion.logprobs
-        if not tokens or len(tokens) != len(values):
-            raise ValueError(
-                f"the completion of prompt row {sample.prompt.row} has {len(tokens)} tokens and "
-                f"{len(values)} log-probs"
-            )
-    lengths = torch.tensor([len(sample.completion.token_ids) for sample in samples])
-    logprobs = pad_sequence(
-        [torch.tensor(sample.completion.logprobs) for sample in samples], batch_first=True
-    )
-    mask: Tensor = torch.arange(logprobs.shape[1]) < lengths[:, None]
+    prompts = tuple(sample.prompt for sample in samples)
+    completions = [sample.completion for sample in samples]
+    for prompt, completion in zip(prompts, completions, strict=True):
+        tokens, values = len(completion.token_ids), len(completion.logprobs)
+        if not tokens or tokens != values:
+            counts = f"{tokens} tokens and {values} log-probs"
+            raise ValueError(f"the completion of prompt row {prompt.row} has {counts}")
+    lengths = torch.tensor([len(completion.token_ids) for completion in completions])
+    logprobs = pad_sequence([torch.tensor(c.logprobs) for c in completions], batch_first=True)
     filler = torch.tensor([sample.filler for sample in samples])
-    mask &= ~filler[:, None]
+    uncounted = filler
     if overlong_filtering:
-        cut = [sample.completion.finish_reason == "length" for sample in samples]
-        mask &= ~torch.tensor(cut)[:, None]
+        uncounted = filler | torch.tensor([c.finish_reason == "length" for c in completions])
+    mask = (torch.arange(logprobs.shape[1]) < lengths[:, None]) & ~uncounted[:, None]
+    ids = [p.token_ids + c.token_ids for p, c in zip(prompts, completions, strict=True)]
     return RolloutBatch(
-        sequences=tuple(
-            torch.tensor(sample.prompt.token_ids + sample.completion.token_ids)
-            for sample in samples
-        ),
-        prompt_lens=torch.tensor([len(sample.prompt.token_ids) for sample in samples]),
+        sequences=tuple(torch.tensor(row) for row in ids),
+        prompt_lens=torch.tensor([len(prompt.token_ids) for prompt in prompts]),
         mask=mask.to(device),
         rewards=torch.tensor([sample.score.value for sample in samples]).to(device),
         group=torch.tensor([sample.group for sample in samples]).to(device),
         rollout_logprobs=logprobs.to(device),
         filler=filler.to(device),
-        prompts=(
-            tuple(sample.prompt for sample in samples)
-            if any(sample.prompt.images for sample in samples)
-            else None
-        ),
+        prompts=prompts if any(prompt.images for prompt in prompts) else None,
     )
 
 
@@ -75,12 +64,10 @@ def gather_rows(
 
     T becomes the longest of all ranks; new columns are zeros. None stays None.
     """
-    gathered: list[Any] = ranks.gather(
-        {k: None if v is None else v.cpu() for k, v in parts.items()}
-    )
-    out: dict[str, Any] = {}
+    on_host = {name: None if own is None else own.cpu() for name, own in parts.items()}
+    gathered: list[dict[str, Any]] = ranks.gather(on_host)
+    out: dict[str, Any] = dict(parts)
     for name, own in parts.items():
-        out[name] = own
         if own is not None:
             rows = [part[name] for part in gathered]
             if own.dim() == 2:

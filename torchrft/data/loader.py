@@ -7,56 +7,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from torchrft.data.prompts import PromptDataset
 from torchrft.types import Prompt
 
 
-class PromptStream(Sampler[list[int]]):
-    """Batch sampler over an endless stream: pass after pass, each one a seeded permutation.
-
-    A step takes the next `prompts_per_step` positions of the stream, so that a step may hold the
-    end of one pass and the start of the next, and no prompt is ever skipped. Of these positions
-    rank r takes those i with i % world_size == r.
-    """
-
-    def __init__(
-        self, num_prompts: int, prompts_per_step: int, seed: int, rank: int, world_size: int
-    ) -> None:
-        self.num_prompts = num_prompts
-        self.prompts_per_step = prompts_per_step
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.position = 0
-
-    def __iter__(self) -> Iterator[list[int]]:
-        while True:
-            start = self.position
-            self.position += self.prompts_per_step
-            yield [
-                self._index(position)
-                for position in range(start, self.position)
-                if position % self.world_size == self.rank
-            ]
-
-    def _index(self, position: int) -> int:
-        number, place = divmod(position, self.num_prompts)
-        return int(_permutation(self.num_prompts, self.seed, number)[place])
-
-
-@lru_cache(maxsize=2)
-def _permutation(num_prompts: int, seed: int, number: int) -> torch.Tensor:
-    """The order of pass `number`; SeedSequence keeps (seed 1, pass 0) and (0, 1) apart."""
-    mixed = np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)
-    generator = torch.Generator().manual_seed(int(mixed[0]))
-    return torch.randperm(num_prompts, generator=generator)
-
-
 class PromptLoader:
     """Endless batches of prompts for one rank, in an order that only the seed decides.
+
+    The order is an endless stream: pass after pass, each one a seeded permutation. A step takes the
+    next `prompts_per_step` positions of the stream, so that a step may hold the end of one pass and
+    the start of the next, and no prompt is ever skipped. Of these positions rank r takes those i
+    with i % world_size == r. `position` counts prompts taken so far, over all ranks.
 
     >>> loader = PromptLoader(dataset, prompts_per_step=8, seed=0)  # doctest: +SKIP
     >>> len(loader.next())  # doctest: +SKIP
@@ -68,26 +31,26 @@ class PromptLoader:
 
     def __init__(
         self,
-        dataset: PromptDataset,
+        prompts: PromptDataset,
         prompts_per_step: int,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         assert 0 <= rank < world_size
-        if not len(dataset):
+        if not len(prompts):
             raise ValueError("there are no prompts")
         if prompts_per_step % world_size:
-            raise ValueError(
-                f"{prompts_per_step} prompts per step cannot be divided among {world_size} ranks"
-            )
-        self._stream = PromptStream(len(dataset), prompts_per_step, seed, rank, world_size)
+            asked = f"{prompts_per_step} prompts per step"
+            raise ValueError(f"{asked} cannot be divided among {world_size} ranks")
+        self.num_prompts, self.prompts_per_step, self.seed = len(prompts), prompts_per_step, seed
+        self.rank, self.world_size, self.position = rank, world_size, 0
         with warnings.catch_warnings():
             # torchdata 0.11 calls a function that torch has deprecated since.
             warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
             loader = StatefulDataLoader(
-                dataset,
-                batch_sampler=self._stream,
+                prompts,
+                batch_sampler=self._indices(),
                 collate_fn=list,
                 # Its own generator, or making the iterator would draw from the global one.
                 generator=torch.Generator(),
@@ -96,53 +59,59 @@ class PromptLoader:
         assert loader.num_workers == 0
         self._batches: Iterator[list[Prompt]] = iter(loader)
 
+    def _indices(self) -> Iterator[list[int]]:
+        while True:
+            step = range(self.position, self.position + self.prompts_per_step)
+            self.position = step.stop
+            yield [self._index(at) for at in step if at % self.world_size == self.rank]
+
+    def _index(self, position: int) -> int:
+        number, place = divmod(position, self.num_prompts)
+        return int(_permutation(self.num_prompts, self.seed, number)[place])
+
     def next(self) -> list[Prompt]:
         """This rank's prompts of the next step."""
         return next(self._batches)
 
     def peek(self) -> list[Prompt]:
         """What the next call of `next` returns; the position stays."""
-        position = self._stream.position
+        position = self.position
         try:
             return self.next()
         finally:
-            self._stream.position = position
-
-    @property
-    def position(self) -> int:
-        """Prompts taken so far, over all ranks."""
-        return self._stream.position
+            self.position = position
 
     @property
     def episode(self) -> float:
         """Passes over the prompts finished so far, with the part of the current one."""
-        return self._stream.position / self._stream.num_prompts
+        return self.position / self.num_prompts
 
     def finished_episode(self, every: int, since: int) -> bool:
         """Whether the `every`-th, 2 * `every`-th, … pass ended since position `since`."""
-        length = every * self._stream.num_prompts
-        return self._stream.position // length > since // length
+        length = every * self.num_prompts
+        return self.position // length > since // length
 
     def total_steps(self, num_episodes: int) -> int:
         """Steps after which every prompt has been taken at least `num_episodes` times."""
         # Whole numbers: a quotient of floats may lie just above the whole number it should be.
-        return -(-num_episodes * self._stream.num_prompts // self._stream.prompts_per_step)
+        return -(-num_episodes * self.num_prompts // self.prompts_per_step)
 
     def state_dict(self) -> dict[str, int]:
-        """Where the stream stands: `position` counts prompts taken over all ranks."""
-        stream = self._stream
-        return {
-            "position": stream.position,
-            "seed": stream.seed,
-            "num_prompts": stream.num_prompts,
-        }
+        """Where the stream stands, and what its order follows from."""
+        return {"position": self.position, "seed": self.seed, "num_prompts": self.num_prompts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from `state`; raises ValueError if it belongs to another order of prompts."""
-        for key, value in (("num_prompts", self._stream.num_prompts), ("seed", self._stream.seed)):
+        for key, value in (("num_prompts", self.num_prompts), ("seed", self.seed)):
             if state[key] != value:
-                raise ValueError(
-                    f"cannot resume the prompt order: the checkpoint has {key} = {state[key]}, "
-                    f"this run {value}"
-                )
-        self._stream.position = int(state["position"])
+                held = f"the checkpoint has {key} = {state[key]}, this run {value}"
+                raise ValueError(f"cannot resume the prompt order: {held}")
+        self.position = int(state["position"])
+
+
+@lru_cache(maxsize=2)
+def _permutation(num_prompts: int, seed: int, number: int) -> torch.Tensor:
+    """The order of pass `number`; SeedSequence keeps (seed 1, pass 0) and (0, 1) apart."""
+    mixed = np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)
+    generator = torch.Generator().manual_seed(int(mixed[0]))
+    return torch.randperm(num_prompts, generator=generator)

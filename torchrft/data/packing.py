@@ -6,6 +6,7 @@ last token of a sample is a label only and never goes through the model.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from torchrft.models.attention import Layout, Packed
 from torchrft.models.vision import ImageBatch, Vision
-from torchrft.types import Prompt, RolloutBatch
+from torchrft.types import RolloutBatch
 
 
 @dataclass(frozen=True)
@@ -57,27 +58,24 @@ def plan(
         tokens = prompt
         piece: list[int] = []
         for row in members:
-            length = batch.sequences[row].numel() - prompt
-            if prompt + length > max_tokens:
-                raise ValueError(
-                    f"a sample of {prompt + length} tokens exceeds the budget of {max_tokens}"
-                )
-            if tokens + length > max_tokens:
+            whole = batch.sequences[row].numel()
+            if whole > max_tokens:
+                raise ValueError(f"a sample of {whole} tokens exceeds the budget of {max_tokens}")
+            if tokens + whole - prompt > max_tokens:
                 pieces.append((tokens, piece))
                 tokens, piece = prompt, []
-            tokens += length
+            tokens += whole - prompt
             piece.append(row)
         pieces.append((tokens, piece))
     bins: list[list[int]] = []
     room: list[int] = []
     for tokens, piece in sorted(pieces, key=lambda item: -item[0]):
-        fit = next((i for i, left in enumerate(room) if left >= tokens), None)
-        if fit is None:
-            bins.append(piece)
-            room.append(max_tokens - tokens)
-        else:
-            bins[fit].extend(piece)
-            room[fit] -= tokens
+        fit = next((i for i, left in enumerate(room) if left >= tokens), len(room))
+        if fit == len(room):
+            bins.append([])
+            room.append(max_tokens)
+        bins[fit] += piece
+        room[fit] -= tokens
     return bins
 
 
@@ -88,81 +86,58 @@ def build(
 
     `vision` is given where samples may have images.
     """
-    device = batch.mask.device
     prompts = batch.prompt_lens[rows].tolist()
-    lengths = [batch.sequences[row].numel() - p for row, p in zip(rows, prompts, strict=True)]
+    responses = [batch.sequences[row][p:] for row, p in zip(rows, prompts, strict=True)]
+    layout = None
     if packed:
-        ids, positions, starts, layout = _packed_row(batch, rows)
+        ids, positions, starts, bounds, layout = _packed_row(batch, rows)
     else:
         ids = pad_sequence([batch.sequences[row][:-1] for row in rows], batch_first=True)
-        positions = torch.arange(ids.shape[1]).expand_as(ids)
-        starts = [(i * ids.shape[1] + p - 1, i * ids.shape[1] + p) for i, p in enumerate(prompts)]
-        layout = None
+        length = ids.shape[1]
+        positions = torch.arange(length).expand_as(ids)
+        starts = [(i * length + p - 1, i * length + p) for i, p in enumerate(prompts)]
+        bounds = [(row, i * length, (i + 1) * length) for i, row in enumerate(rows)]
     # Response token 0 is predicted at the prompt's last position, token t at response token t - 1.
-    repeats = torch.tensor(lengths)
-    step = torch.arange(int(repeats.sum())) - (repeats.cumsum(0) - repeats).repeat_interleave(
-        repeats
-    )
+    repeats = torch.tensor([response.numel() for response in responses])
+    begins = (repeats.cumsum(0) - repeats).repeat_interleave(repeats)
+    step = torch.arange(int(repeats.sum())) - begins
     first, rest = torch.tensor(starts).repeat_interleave(repeats, dim=0).unbind(1)
-    images = None
-    if vision is not None:
-        spans = _spans(batch, rows, packed, ids.shape[1])
-        positions, images = vision.see(positions, spans)
     targets = torch.where(step == 0, first, rest + step - 1)
     cells = torch.arange(len(rows)).repeat_interleave(repeats) * width + step
-    labels = torch.cat([batch.sequences[row][p:] for row, p in zip(rows, prompts, strict=True)])
-    return MicroBatch(
-        rows,
-        ids.to(device),
-        positions.to(device),
-        layout.to(device) if layout else None,
-        targets.to(device),
-        labels.to(device),
-        cells.to(device),
-        None if images is None else images.to(device),
-    )
-
-
-def _spans(
-    batch: RolloutBatch, rows: list[int], packed: bool, length: int
-) -> list[tuple[Prompt, int, int]]:
-    """The prompts of a pass: where each begins, and where the last token after it ends."""
-    if batch.prompts is None:
-        return []
-    if not packed:
-        return [(batch.prompts[r], i * length, (i + 1) * length) for i, r in enumerate(rows)]
-    spans, end = [], 0
-    for members in _by_prompt(batch, rows):
-        start, prompt = end, int(batch.prompt_lens[members[0]])
-        end += prompt + sum(batch.sequences[row].numel() - prompt - 1 for row in members)
-        spans.append((batch.prompts[members[0]], start, end))
-    return spans
+    images = None
+    if vision is not None:
+        known = batch.prompts
+        spans = [] if known is None else [(known[row], a, b) for row, a, b in bounds]
+        positions, images = vision.see(positions, spans)
+    made = (ids, positions, layout, targets, torch.cat(responses), cells, images)
+    device = batch.mask.device
+    parts: list[Any] = [None if part is None else part.to(device) for part in made]
+    return MicroBatch(rows, *parts)
 
 
 def _packed_row(
     batch: RolloutBatch, rows: list[int]
-) -> tuple[Tensor, Tensor, list[tuple[int, int]], Packed]:
+) -> tuple[Tensor, Tensor, list[tuple[int, int]], list[tuple[int, int, int]], Packed]:
     """Token ids and positions [1, N], where each sample's prompt ends and its response begins
-    (position of the prompt's last token, of the response's first), and the layout."""
-    order = {row: index for index, row in enumerate(rows)}
-    starts = [(0, 0)] * len(rows)
+    (position of the prompt's last token, of the response's first), each prompt's bounds (a sample
+    of it, where the prompt begins, where the last token after it ends), and the layout."""
+    starts: dict[int, tuple[int, int]] = {}
     ids: list[Tensor] = []
     groups: list[tuple[int, list[int]]] = []
+    bounds: list[tuple[int, int, int]] = []
     position = 0
     for members in _by_prompt(batch, rows):
-        prompt = int(batch.prompt_lens[members[0]])
-        ids.append(batch.sequences[members[0]][:prompt])
-        last, position = position + prompt - 1, position + prompt
-        branches = []
-        for row in members:
-            response = batch.sequences[row][prompt:-1]
-            ids.append(response)
-            starts[order[row]] = (last, position)
+        begin, prompt = position, int(batch.prompt_lens[members[0]])
+        responses = [batch.sequences[row][prompt:-1] for row in members]
+        ids += [batch.sequences[members[0]][:prompt], *responses]
+        position += prompt
+        for row, response in zip(members, responses, strict=True):
+            starts[row] = (begin + prompt - 1, position)
             position += response.numel()
-            branches.append(response.numel())
-        groups.append((prompt, branches))
+        groups.append((prompt, [response.numel() for response in responses]))
+        bounds.append((members[0], begin, position))
     layout = Packed.of(groups)
-    return torch.cat(ids)[None], layout.positions[None], starts, layout
+    return torch.cat(ids)[None], layout.positions[None], [starts[r] for r in rows], bounds, layout
 
 
 def _by_prompt(batch: RolloutBatch, rows: list[int]) -> list[list[int]]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -28,36 +28,24 @@ class Row(NamedTuple):
     columns: Mapping[str, Any]
 
 
-class RowSource(ABC):
-    """Rows that can be counted before they are read, and read without holding them all.
+class Columns(NamedTuple):
+    """Those that every row must have, those that rows may have, and the one of encoded images."""
 
-    Every row has the columns `required`, else reading raises ValueError. `column_names` are those
-    that exist; of JSON, those seen so far.
-    """
-
-    column_names: Collection[str]
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def __iter__(self) -> Iterator[Row]: ...
+    required: list[str]
+    optional: list[str]
+    encoded: str | None
 
 
-class JsonRecords(RowSource):
+class JsonRecords:
     """A .jsonl file (one object a line, blank lines skipped), or the array of a .json file."""
 
-    def __init__(self, path: Path, required: Iterable[str]) -> None:
-        self.path = path
-        self._required = list(required)
+    def __init__(self, path: Path, required: list[str]) -> None:
+        self.path, self._required = path, required
         self._seen: dict[str, None] = {}
         self.column_names = self._seen.keys()
         self._array = self._read_array() if path.suffix == ".json" else None
-        if self._array is None:
-            with path.open("rb") as file:
-                self._length = sum(1 for line in file if line.strip())
-        else:
-            self._length = len(self._array)
+        records = self._lines() if self._array is None else self._array
+        self._length = sum(1 for _ in records)
 
     def __len__(self) -> int:
         return self._length
@@ -75,12 +63,14 @@ class JsonRecords(RowSource):
             for number, record in enumerate(self._array):
                 yield number, f"{self.path}, row {number}", record
             return
+        for number, line in self._lines():
+            where = f"{self.path}, line {number + 1}"
+            yield number, where, _parse_json(line, where)
+
+    def _lines(self) -> Iterator[tuple[int, bytes]]:
         # Bytes, because text mode would also break lines at characters that JSON strings may hold.
         with self.path.open("rb") as file:
-            for number, line in enumerate(file):
-                if line.strip():
-                    where = f"{self.path}, line {number + 1}"
-                    yield number, where, _parse_json(line, where)
+            yield from ((number, line) for number, line in enumerate(file) if line.strip())
 
     def _read_array(self) -> list[Any] | None:
         """The records of a file that starts with "[" (one with JSON lines inside does not)."""
@@ -90,51 +80,44 @@ class JsonRecords(RowSource):
         return _parse_json(text, str(self.path))
 
 
-class Table(RowSource):
+class Table:
     """A `datasets.Dataset`; only the columns that are asked for are read."""
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        origin: str,
-        required: Iterable[str],
-        optional: Iterable[str],
-        encoded: str | None = None,
-    ) -> None:
-        self.origin = origin
-        self.column_names = list(dataset.column_names)
-        if encoded in self.column_names:
+    def __init__(self, dataset: Dataset, origin: str, columns: Columns) -> None:
+        self.origin, self.column_names = origin, list(dataset.column_names)
+        if (key := columns.encoded) in self.column_names:
             # As the files have them: a damaged image would end the reading of all rows.
-            dataset = dataset.cast_column(encoded, _undecoded(dataset.features[encoded]))
-        _check_columns(required, self.column_names, origin)
-        wanted = {*required, *optional}
+            dataset = dataset.cast_column(key, _undecoded(dataset.features[key]))
+        _check_columns(columns.required, self.column_names, origin)
+        wanted = {*columns.required, *columns.optional}
         self._dataset = dataset.select_columns([n for n in self.column_names if n in wanted])
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __iter__(self) -> Iterator[Row]:
-        number = 0
-        for batch in self._dataset.iter(batch_size=_ROWS_PER_READ):
-            for values in zip(*batch.values(), strict=True):
-                columns = dict(zip(batch, values, strict=True))
-                yield Row(number, f"{self.origin}, row {number}", columns)
-                number += 1
+        names = self._dataset.column_names
+        batches = self._dataset.iter(batch_size=_ROWS_PER_READ)
+        rows = (row for batch in batches for row in zip(*batch.values(), strict=True))
+        for number, values in enumerate(rows):
+            columns = dict(zip(names, values, strict=True))
+            yield Row(number, f"{self.origin}, row {number}", columns)
 
 
-def open_source(
-    source: str,
-    required: Collection[str],
-    optional: Collection[str] = (),
-    require_split: bool = False,
-    encoded: str | None = None,
-) -> RowSource:
+RowSource = JsonRecords | Table
+"""Rows that can be counted before they are read, and read without holding them all.
+
+Every row has the columns `required`, else reading raises ValueError. `column_names` are those that
+exist; of JSON, those seen so far.
+"""
+
+
+def open_source(source: str, columns: Columns, require_split: bool) -> RowSource:
     """The rows of a .jsonl, .json or .parquet file, a dataset folder or a hub id.
 
     `:split` may follow the source. Without it, `train` is taken, or the only split; with
-    `require_split` a source of several splits must say which. Rows hold the columns `required` and,
-    where they have them, `optional`; images in the column `encoded` stay encoded. Raises ValueError
-    naming the source, and the row if one is at fault.
+    `require_split` a source of several splits must say which. Raises ValueError naming
+    the source, and the row if one is at fault.
     """
     location, split = split_suffix(source)
     path = Path(location).expanduser()
@@ -142,17 +125,17 @@ def open_source(
     if path.suffix in FILE_SUFFIXES and not path.is_dir():
         if not path.is_file():
             raise ValueError(f"{path}: no such file")
-        _choose_split(str(path), ["train"], split, require_split=False)
+        _choose_split(str(path), ["train"], split, False)
         if path.suffix == ".parquet":
-            rows = Table(_load_parquet(path), str(path), required, optional, encoded)
+            rows = Table(_load_parquet(path), str(path), columns)
         else:
-            rows = JsonRecords(path, required)
+            rows = JsonRecords(path, columns.required)
     elif path.is_file():
         raise ValueError(f"{path}: expected a file ending in {', '.join(FILE_SUFFIXES)}")
     else:
-        splits = _load_folder(path) if path.is_dir() else _load_hub(location)
+        splits = _load_splits(location, path)
         name = _choose_split(location, list(splits), split, require_split)
-        rows = Table(splits[name], f"{location}:{name}", required, optional, encoded)
+        rows = Table(splits[name], f"{location}:{name}", columns)
     if len(rows) == 0:
         raise ValueError(f"{location}: holds no rows")
     return rows
@@ -199,35 +182,36 @@ def _check_columns(required: Iterable[str], names: Collection[str], where: str) 
 def _load_parquet(path: Path) -> Dataset:
     from datasets import load_dataset
 
-    try:
+    with _refused(f"{path} is not a readable parquet file"):
         return load_dataset("parquet", data_files=str(path), split="train")
-    except Exception as error:
-        _refuse(str(path), "is not a readable parquet file", error)
 
 
-def _load_folder(path: Path) -> Mapping[str, Dataset]:
+def _load_splits(location: str, path: Path) -> Mapping[str, Dataset]:
+    """A folder, or `owner/name` of the hub, or `owner/name/config` where there are several."""
+    parts = location.split("/")
+    if not path.is_dir() and (len(parts) > 3 or not all(parts) or parts[0] in (".", "..", "~")):
+        raise ValueError(f"{location}: no such file or folder")
     from datasets import DatasetDict, load_dataset, load_from_disk
 
+    if not path.is_dir():
+        unknown = "is no file or folder here, and could not be loaded from the Hugging Face hub"
+        with _refused(f"{location} {unknown}"):
+            return load_dataset("/".join(parts[:2]), *parts[2:])
     saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
-    try:
+    with _refused(f"{path} is not a dataset folder that `datasets` can load"):
         loaded = load_from_disk(str(path)) if saved else load_dataset(str(path))
-    except Exception as error:
-        _refuse(str(path), "is not a dataset folder that `datasets` can load", error)
     return loaded if isinstance(loaded, DatasetDict) else {str(loaded.split or "train"): loaded}
 
 
-def _load_hub(location: str) -> Mapping[str, Dataset]:
-    """`owner/name`, or `owner/name/config` for a dataset of several configurations."""
-    parts = location.split("/")
-    if len(parts) > 3 or not all(parts) or parts[0] in (".", "..", "~"):
-        raise ValueError(f"{location}: no such file or folder")
-    from datasets import load_dataset
-
+@contextmanager
+def _refused(message: str) -> Iterator[None]:
     try:
-        return load_dataset("/".join(parts[:2]), *parts[2:])
+        yield
     except Exception as error:
-        message = "is no file or folder here, and could not be loaded from the Hugging Face hub"
-        _refuse(location, message, error)
+        detail = f"{type(error).__name__}: {error}"
+        if error.__cause__ is not None:  # `datasets` wraps what went wrong in a general error
+            detail += f" ({type(error.__cause__).__name__}: {error.__cause__})"
+        raise ValueError(f"{message}: {detail}") from error
 
 
 def _choose_split(location: str, splits: list[str], split: str | None, require_split: bool) -> str:
@@ -240,17 +224,8 @@ def _choose_split(location: str, splits: list[str], split: str | None, require_s
     if "train" in splits and not require_split:
         return "train"
     # Evaluation never falls back to `train`: that would measure the training prompts.
-    raise ValueError(
-        f"{location}: say which split to read, as in {location}:{splits[-1]}; "
-        f"splits are {', '.join(splits)}"
-    )
-
-
-def _refuse(location: str, message: str, error: Exception) -> NoReturn:
-    detail = f"{type(error).__name__}: {error}"
-    if error.__cause__ is not None:  # `datasets` wraps what went wrong in a general error
-        detail += f" ({type(error.__cause__).__name__}: {error.__cause__})"
-    raise ValueError(f"{location} {message}: {detail}") from error
+    example = f"{location}:{splits[-1]}; splits are {', '.join(splits)}"
+    raise ValueError(f"{location}: say which split to read, as in {example}")
 
 
 def _parse_json(text: bytes, where: str) -> Any:

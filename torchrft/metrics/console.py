@@ -3,16 +3,19 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress
 
 from torchrft.tools.distributed import is_main
 from torchrft.tools.logging import on_terminal, terminal
 
+Paths = Mapping[str, str | Path]
+Records = Sequence[Mapping[str, Any]]
 # Shown name, metric, format.
 COLUMNS = (
     ("reward", "reward/mean", "{:.3f}"),
@@ -26,7 +29,7 @@ COLUMNS = (
 )
 
 
-class Console:
+class Console(AbstractContextManager["Console"]):
     """Progress of the steps after `start_step` (0 in a fresh run) up to `total_steps`.
 
     On a terminal a bar stays below the lines; elsewhere each line tells the time left. Ranks other
@@ -34,17 +37,11 @@ class Console:
     """
 
     def __init__(self, total_steps: int, start_step: int = 0) -> None:
-        self.total_steps = total_steps
-        self.start_step = start_step
+        self.total_steps, self.start_step = total_steps, start_step
         self._started_at = time.monotonic()
-        self._bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[left]}"),
-            console=terminal(),
-            disable=not (is_main() and on_terminal()),
-        )
+        columns = ("training", BarColumn(), MofNCompleteColumn(), "{task.fields[left]}")
+        is_shown = is_main() and on_terminal()
+        self._bar = Progress(*columns, console=terminal(), disable=not is_shown)
         self._task = self._bar.add_task("", total=total_steps, completed=start_step, left="")
         self._bar.start()
 
@@ -55,9 +52,7 @@ class Console:
         self._print(step_line(step, self.total_steps, metrics, line_left))
         self._bar.update(self._task, completed=step, left=f"{left} left")
 
-    def summary(
-        self, paths: Mapping[str, str | Path], records: Sequence[Mapping[str, Any]]
-    ) -> None:
+    def summary(self, paths: Paths, records: Records) -> None:
         """Print the end of the run: first and last evaluation reward, time, what was written where.
 
         `records` are the run's metrics as `read_metrics` returns them, so that a resumed run shows
@@ -72,25 +67,19 @@ class Console:
         if self._bar.live.is_started:
             self._bar.stop()
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _time_left(self, step: int) -> str:
-        done = step - self.start_step
-        if done <= 0:
+        if step <= self.start_step:
             return "?"
-        seconds = (time.monotonic() - self._started_at) / done * (self.total_steps - step)
-        return _clock(max(0.0, seconds))
+        seconds_per_step = (time.monotonic() - self._started_at) / (step - self.start_step)
+        return _clock(max(0.0, seconds_per_step * (self.total_steps - step)))
 
     def _print(self, line: str) -> None:
-        if not is_main():
-            return
-        if on_terminal():
+        if is_main() and on_terminal():
             terminal().print(escape(line), highlight=False, soft_wrap=True)
-        else:
+        elif is_main():
             print(line, flush=True)
 
 
@@ -114,22 +103,15 @@ def step_line(
     return " | ".join(parts)
 
 
-def summary_lines(
-    paths: Mapping[str, str | Path], records: Sequence[Mapping[str, Any]], seconds: float
-) -> list[str]:
+def summary_lines(paths: Paths, records: Records, seconds: float) -> list[str]:
     """The lines of the summary."""
-    evaluated = [
-        (record["step"], record["eval/reward/mean"])
-        for record in records
-        if record.get("eval/reward/mean") is not None
-    ]
     last_step = records[-1]["step"] if records else 0
     lines = ["", f"finished at step {last_step} after {_clock(seconds)}"]
+    key = "eval/reward/mean"
+    evaluated = [record for record in records if record.get(key) is not None]
     if evaluated:
-        (first_step, first), (end_step, last) = evaluated[0], evaluated[-1]
-        lines.append(
-            f"evaluation reward {first:.3f} (step {first_step}) -> {last:.3f} (step {end_step})"
-        )
+        ends = [f"{record[key]:.3f} (step {record['step']})" for record in evaluated]
+        lines.append(f"evaluation reward {ends[0]} -> {ends[-1]}")
     width = max((len(name) for name in paths), default=0)
     lines += [f"{name:<{width}}  {path}" for name, path in paths.items()]
     return lines
@@ -137,5 +119,4 @@ def summary_lines(
 
 def _clock(seconds: float) -> str:
     """mm:ss, or h:mm:ss from an hour on."""
-    text = str(timedelta(seconds=round(seconds)))
-    return text.removeprefix("0:")
+    return str(timedelta(seconds=round(seconds))).removeprefix("0:")

@@ -1,7 +1,6 @@
 """JSON lines and files that are never seen half-written."""
 
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,7 +15,8 @@ def json_line(record: Mapping[str, Any]) -> str:
     >>> json_line({"step": 1, "policy/loss": float("nan")})
     '{"step": 1, "policy/loss": null}\\n'
     """
-    return json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n"
+    finite = json.loads(json.dumps(record, default=_plain), parse_constant=lambda name: None)
+    return json.dumps(finite, ensure_ascii=False) + "\n"
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -56,14 +56,9 @@ def read_metrics(log_dir: str | Path) -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
+    """What JSON has in place of a value that it lacks."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
-    if isinstance(value, bool | int | str) or value is None:
-        return value
-    if hasattr(value, "item"):  # a tensor or numpy scalar
-        return _plain(value.item())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return str(value)
+        return dict(value)
+    if isinstance(value, set | frozenset):
+        return list(value)
+    return value.item() if hasattr(value, "item") else str(value)  # tensors, numpy scalars

@@ -4,9 +4,10 @@ import math
 import re
 import uuid
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, cast
 
 from torchrft.config.job_config import Logging
 from torchrft.metrics.files import METRICS_FILE, json_line, read_metrics, write_json_lines
@@ -17,7 +18,7 @@ STEP_FILE = re.compile(r".*step-(\d+)\.\w+(\.tmp)?")
 RUN_ID_FILE = "wandb_run_id"
 
 
-class MetricLogger:
+class MetricLogger(AbstractContextManager["MetricLogger"]):
     """Writes metrics from rank 0; on other ranks it does nothing.
 
     With `resume_step`, what an interrupted run wrote about later steps is removed first, so that
@@ -42,24 +43,28 @@ class MetricLogger:
         run_config: Mapping[str, Any],
         resume_step: int | None = None,
     ) -> None:
-        self.log_dir = Path(log_dir)
-        self._file: Any = None
-        self._tensorboard: Any = None
-        self._wandb: Any = None
+        self._file = self._tensorboard = self._wandb = cast(Any, None)
+        self._opened = ExitStack()
         if not is_main():
             return
-        check_available(config)
-        path = self.log_dir / METRICS_FILE
+        if config.use_wandb is not None and find_spec("wandb") is None:
+            raise ValueError("use_wandb needs the package wandb: pip install 'torchrft[wandb]'")
+        path = Path(log_dir) / METRICS_FILE
         if resume_step is not None:
-            drop_after(self.log_dir, resume_step)
+            drop_after(path.parent, resume_step)
         elif path.exists():
             raise ValueError(f"{path} holds an earlier run; resume it or set it aside first")
-        self.log_dir.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._opened.enter_context(path.open("a", encoding="utf-8"))
         if config.use_tensorboard is not None:
-            self._tensorboard = _open_tensorboard(config.use_tensorboard, resume_step)
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and seldom needed
+
+            purge_step = None if resume_step is None else resume_step + 1
+            self._tensorboard = SummaryWriter(config.use_tensorboard, purge_step=purge_step)
+            self._opened.callback(self._tensorboard.close)
         if config.use_wandb is not None:
-            self._wandb = _open_wandb(config, self.log_dir, run_config, resume_step)
+            self._wandb = _open_wandb(config, path.parent, run_config, resume_step)
+            self._opened.callback(self._wandb.finish)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append the record of `step`. Values that are not finite are written as null."""
@@ -67,8 +72,7 @@ class MetricLogger:
             return
         self._file.write(json_line({"step": step, **metrics}))
         self._file.flush()  # a kill loses nothing that was logged
-        finite = {name: float(value) for name, value in metrics.items()}
-        finite = {name: value for name, value in finite.items() if math.isfinite(value)}
+        finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
         if self._tensorboard is not None:
             for name, value in finite.items():
                 self._tensorboard.add_scalar(name, value, step)
@@ -78,25 +82,10 @@ class MetricLogger:
 
     def close(self) -> None:
         """Flush and close everything; calling it again does nothing."""
-        if self._file is not None:
-            self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-        self._file = self._tensorboard = self._wandb = None
-
-    def __enter__(self) -> Self:
-        return self
+        self._opened.close()
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def check_available(config: Logging) -> None:
-    """Raise ValueError if `config` asks for a package that is not installed."""
-    if config.use_wandb is not None and find_spec("wandb") is None:
-        raise ValueError("use_wandb needs the package wandb: pip install 'torchrft[wandb]'")
 
 
 def drop_after(log_dir: Path, step: int) -> None:
@@ -111,13 +100,6 @@ def drop_after(log_dir: Path, step: int) -> None:
                 path.unlink()
 
 
-def _open_tensorboard(folder: str, resume_step: int | None) -> Any:
-    from torch.utils.tensorboard import SummaryWriter  # slow to import, and seldom needed
-
-    purge_step = None if resume_step is None else resume_step + 1
-    return SummaryWriter(log_dir=folder, purge_step=purge_step)
-
-
 def _open_wandb(
     config: Logging, log_dir: Path, run_config: Mapping[str, Any], resume_step: int | None
 ) -> Any:
@@ -126,12 +108,6 @@ def _open_wandb(
     id_file = log_dir / RUN_ID_FILE
     if resume_step is None or not id_file.exists():
         id_file.write_text(uuid.uuid4().hex[:12] + "\n")
-    return wandb.init(
-        project=config.use_wandb,
-        entity=config.wandb_org,
-        name=config.wandb_run_name,
-        id=id_file.read_text().strip(),
-        resume="allow",
-        dir=str(log_dir),
-        config=dict(run_config),
-    )
+    run: dict[str, Any] = {"id": id_file.read_text().strip(), "resume": "allow"}
+    run |= {"project": config.use_wandb, "entity": config.wandb_org, "name": config.wandb_run_name}
+    return wandb.init(config=dict(run_config), dir=str(log_dir), **run)

@@ -13,13 +13,8 @@ NUM_BINS = 40
 def plot_lengths(log_dir: str | Path, step: int, lengths: Sequence[int], max_len: int) -> Path:
     """Histogram of response lengths in tokens -> plots/lengths-step-N.png.
 
-    `max_len` is the longest response that was possible; it ends the axis.
-
-    Raises:
-        ValueError: `lengths` is empty.
+    `lengths` holds one or more; `max_len` is the longest response that was possible.
     """
-    if not lengths:
-        raise ValueError(f"no response lengths to plot for step {step}")
     figure, axes = _figure()
     end = max(max_len, *lengths)
     axes.hist(lengths, bins=min(NUM_BINS, end + 1), range=(0, end + 1), color="tab:blue")

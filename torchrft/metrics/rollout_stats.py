@@ -43,11 +43,8 @@ def rollout_metrics(samples: Sequence[Sample], version: int | None = None) -> di
 
 def _by_name(records: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
     """Each name's values; a reward that does not count for a sample has none there."""
-    found: dict[str, list[float]] = {}
-    for record in records:
-        for name, value in record.items():
-            found.setdefault(name, []).append(value)
-    return found
+    names = dict.fromkeys(name for record in records for name in record)
+    return {name: [record[name] for record in records if name in record] for name in names}
 
 
 def dump_rows(samples: Sequence[Sample]) -> list[dict[str, Any]]:
@@ -73,7 +70,6 @@ def warn_of_mismatch(step: int, metrics: Mapping[str, float], alarm: float) -> N
     """Says so when the engine's log-probs are further than `alarm` from the trainer's."""
     found = metrics.get("mismatch/logprob_abs_mean", 0.0)
     if found > alarm:
-        logger.warning(
-            f"step {step}: the engine's log-probs differ from the trainer's by {found:.3g} on "
-            f"average, above mismatch_alarm = {alarm:g}; rollout_correction weighs such samples"
-        )
+        differ = f"the engine's log-probs differ from the trainer's by {found:.3g} on average"
+        remedy = f"above mismatch_alarm = {alarm:g}; rollout_correction weighs such samples"
+        logger.warning(f"step {step}: {differ}, {remedy}")

@@ -87,13 +87,8 @@ def setup(timeout_seconds: float = 1800.0) -> World:
 
     A group that exists already is used as it is. CPU tensors always travel by gloo, CUDA tensors by
     nccl, so that objects and metrics need no GPU memory.
-
-    Raises:
-        ValueError: `timeout_seconds` is not positive.
     """
     global _started_here
-    if timeout_seconds <= 0:
-        raise ValueError(f"timeout_seconds must be positive, got {timeout_seconds}")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -101,13 +96,11 @@ def setup(timeout_seconds: float = 1800.0) -> World:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        timeout = timedelta(seconds=timeout_seconds)
-        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
+        alone: dict[str, Any] = {}
+        if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
             # A store inside the process needs no port, so such jobs run side by side.
-            store = dist.HashStore()
-            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+            alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds), **alone)
         _started_here = True
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
 
@@ -147,11 +140,9 @@ def peer_error(error: RuntimeError, phase: str) -> OSError:
     """What a collective's `error` says of the other ranks, as TimeoutError or ConnectionError."""
     text = str(error)  # gloo and nccl raise nothing more specific
     timed_out = "imed out" in text or "imeout" in text
-    what = "waited too long for" if timed_out else "lost"
-    return (TimeoutError if timed_out else ConnectionError)(
-        f"rank {get_rank()} of {get_world_size()} {what} the other ranks in phase"
-        f" {phase!r}; look at their logs for the first error ({text.splitlines()[0]})"
-    )
+    kind, what = (TimeoutError, "waited too long for") if timed_out else (ConnectionError, "lost")
+    where = f"rank {get_rank()} of {get_world_size()} {what} the other ranks in phase {phase!r}"
+    return kind(f"{where}; look at their logs for the first error ({text.splitlines()[0]})")
 
 
 def comes_from_a_collective(error: RuntimeError) -> bool:
@@ -186,9 +177,8 @@ def any_rank(flag: bool, phase: str = "any_rank") -> bool:
 
 def barrier(phase: str = "barrier") -> None:
     """Wait until every rank is here."""
-    if get_world_size() > 1:
-        # A gloo reduction: dist.barrier would take the GPU of a mixed group and not time out.
-        _all_reduce({"here": 0.0}, dist.ReduceOp.SUM, phase)
+    # A gloo reduction: dist.barrier would take the GPU of a mixed group and not time out.
+    _all_reduce({"here": 0.0}, dist.ReduceOp.SUM, phase)
 
 
 def on_main(function: Callable[[], T], phase: str) -> T:

@@ -27,16 +27,13 @@ def setup_logging(rank: int = 0) -> None:
     Rank 0 shows INFO and above, the others only warnings, each marked with its rank. Calling it
     again replaces the handler.
     """
-    for earlier in list(logger.handlers):
-        logger.removeHandler(earlier)
+    logger.handlers.clear()
     line = "%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"
-    handler: logging.Handler
+    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+    formatter = logging.Formatter(f"%(asctime)s %(levelname)s {line}", "%Y-%m-%d %H:%M:%S")
     if on_terminal():
         handler = RichHandler(console=terminal(), show_path=False)
-        handler.setFormatter(logging.Formatter(line, datefmt="%H:%M:%S"))
-    else:
-        handler = logging.StreamHandler(sys.stderr)
-        line = f"%(asctime)s %(levelname)s {line}"
-        handler.setFormatter(logging.Formatter(line, datefmt="%Y-%m-%d %H:%M:%S"))
+        formatter = logging.Formatter(line, "%H:%M:%S")
+    handler.setFormatter(formatter)
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)

@@ -22,13 +22,7 @@ def derive_seed(*parts: int) -> int:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, numpy and torch (CPU and every CUDA device).
-
-    Raises:
-        ValueError: `seed` is negative.
-    """
-    if seed < 0:
-        raise ValueError(f"seed must not be negative, got {seed}")
+    """Seed Python, numpy and torch (CPU and every CUDA device); `seed` is 0 or more."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

@@ -44,10 +44,8 @@ class StopSignal:
         now = time.monotonic()
         if self.received is None:
             self.received, self._received_at = signum, now
-            line = (
-                f"rank {get_rank()}: received {signal.Signals(signum).name},"
-                " saving at the end of this step\n"
-            )
+            name = signal.Signals(signum).name
+            line = f"rank {get_rank()}: received {name}, saving at the end of this step\n"
             # Not through logging: a handler may interrupt a write to the very same stream.
             os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, line.encode())
         elif signum == signal.SIGINT and now - self._received_at > SECONDS_BETWEEN_KEY_PRESSES:
