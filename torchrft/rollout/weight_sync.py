@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig
 
 from torchrft.models.loader import auto_class
-from torchrft.rollout.canary import Canary, Held, WeightSyncError, fingerprint
+from torchrft.rollout.canary import Canary, Held, fingerprint
 
 _BUCKET = 256 << 20  # bytes held at a time while weights are written
 
@@ -107,11 +107,6 @@ class WeightFiles:
         except (OSError, SafetensorError) as error:
             self.failure = f"weight update: {path} cannot be written ({error}); make room there, "
             self.failure += "or set weight_folder to another folder"
-
-    def check(self) -> None:
-        """Raises WeightSyncError if not everything was written."""
-        if self.failure is not None:
-            raise WeightSyncError(self.failure)
 
     def remove(self) -> None:
         for path in self.paths:
