@@ -135,14 +135,11 @@ class Collector:
         self.prompts.next()
         with self.timer.phase("reward"):
             # A reward that fails on one rank ends the job on all.
-            gathered = distributed.on_all(
-                lambda: self._score(prompts, completions, places), "reward"
-            )
-        groups: dict[int, list[Sample]] = {}
+            parts = distributed.on_all(lambda: self._score(prompts, completions, places), "reward")
         # In the order of the stream, so that statistics do not depend on the number of ranks.
-        for sample in self._shaped(
-            sorted((s for part in gathered for s in part), key=lambda s: s.group), sampling
-        ):
+        samples = sorted((s for part in parts for s in part), key=lambda s: s.group)
+        groups: dict[int, list[Sample]] = {}
+        for sample in self._shaped(samples, sampling):
             groups.setdefault(sample.group, []).append(sample)
         return list(groups.values())
 
@@ -154,20 +151,12 @@ class Collector:
         return prompts[mine], places[mine], self.sampling(places[mine])
 
     def _score(
-        self,
-        prompts: Sequence[Prompt],
-        completions: list[Completion],
-        places: list[int],
+        self, prompts: Sequence[Prompt], completions: list[Completion], places: list[int]
     ) -> list[Sample]:
         scores = self.scorer.score(prompts, completions)
         return [
-            Sample(
-                prompt=prompts[completion.prompt_index],
-                completion=completion,
-                score=score,
-                group=places[completion.prompt_index],
-            )
-            for completion, score in zip(completions, scores, strict=True)
+            Sample(prompts[c.prompt_index], c, score, group=places[c.prompt_index])
+            for c, score in zip(completions, scores, strict=True)
         ]
 
     def _shaped(self, samples: Sequence[Sample], sampling: SamplingParams) -> list[Sample]:
@@ -182,9 +171,9 @@ class Collector:
 
     def sampling(self, places: Sequence[int]) -> SamplingParams:
         """How to sample prompts at these places of the stream, which seed their samples."""
-        rollout = self.rollout
+        rollout, n = self.rollout, self.rollout.n_samples_per_prompt
         return SamplingParams(
-            n=rollout.n_samples_per_prompt,
+            n=n,
             temperature=rollout.temperature,
             first_token_temperature=rollout.first_token_temperature,
             top_p=rollout.top_p,
@@ -194,13 +183,7 @@ class Collector:
             min_new_tokens=rollout.min_new_tokens,
             stop_token_ids=tuple(rollout.stop_token_ids),
             stop=tuple(rollout.stop),
-            seeds=tuple(
-                tuple(
-                    derive_seed(self.seed, place, sample)
-                    for sample in range(rollout.n_samples_per_prompt)
-                )
-                for place in places
-            ),
+            seeds=tuple(tuple(derive_seed(self.seed, p, j) for j in range(n)) for p in places),
         )
 
 

@@ -69,7 +69,6 @@ class ModelBuilder:
         sharded = ShardedWeights.of(source) if several else None
         if sharded is None:
             loaded: Any = load_model(source, init, dtype, training.seed)
-            loaded = loaded.to(device)
         else:
             loaded = sharded.model(dtype)
         if images_column(self.config.data) is not None and not sees_images(loaded.config):
@@ -84,16 +83,9 @@ class ModelBuilder:
         model = wrap(loaded.eval())
         if sharded is None:
             model.to(device)
-        parallelize(
-            model,
-            self.dims,
-            self.config.parallel,
-            self.dtype,
-            gradient_checkpointing=(
-                training.checkpointing_mode if training.gradient_checkpointing else None
-            ),
-            compile=training.compile,
-        )
+        mode = training.checkpointing_mode if training.gradient_checkpointing else None
+        options: dict[str, Any] = {"gradient_checkpointing": mode, "compile": training.compile}
+        parallelize(model, self.dims, self.config.parallel, self.dtype, **options)
         if sharded is not None:
             sharded.fill(model, device)
         return model

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -92,16 +92,13 @@ def padded(
     Padding needs no mask: a causal query never looks to its right, and what the padding itself
     computes is never read.
     """
-    mask = causal_mask(query.shape[2], window, query.device)
-    out = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        is_causal=mask is None,
-        scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    return _sdpa(query, key, value, causal_mask(query.shape[2], window, query.device), scale)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """[B, T, H, D]; causal where there is no mask."""
+    options: dict[str, Any] = {"scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
+    out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, **options)
     return out.transpose(1, 2)
 
 
@@ -145,20 +142,14 @@ class Packed:
             start += prefix + sum(branches)
         before_start, before, own = torch.tensor(rows).unbind(1)
         own_start = own.cumsum(0) - own
-        queries, inside = _cells(own_start, own)
+        queries, inside = _cells(own_start, own, own_start, torch.zeros_like(own))
         keys, keys_inside = _cells(own_start, own, before_start, before)
         columns = torch.arange(queries.shape[1])
         is_prefix = before == 0
-        order = torch.cat(
-            [queries[is_prefix][inside[is_prefix]], queries[~is_prefix][inside[~is_prefix]]]
-        )
         prefixes, branches_ = _trim(queries, own, is_prefix), _trim(queries, own, ~is_prefix)
-        spots = torch.cat(
-            [
-                _trim(inside, own, is_prefix).flatten().nonzero().squeeze(1),
-                _trim(inside, own, ~is_prefix).flatten().nonzero().squeeze(1) + prefixes.numel(),
-            ]
-        )
+        nth = is_prefix.cumsum(0)  # prefixes so far; what else came before are branches
+        branch_cell = prefixes.numel() + (torch.arange(len(rows)) - nth) * branches_.shape[1]
+        first_cell = torch.where(is_prefix, (nth - 1) * prefixes.shape[1], branch_cell)
         return cls(
             positions=(before[:, None] + columns)[inside],
             cu_queries=F.pad(own.cumsum(0), (1, 0)).to(torch.int32),
@@ -169,15 +160,15 @@ class Packed:
             branches=branches_,
             branch_keys=_trim(keys, before + own, ~is_prefix),
             branch_starts=before[~is_prefix],
-            fold=torch.empty_like(order).index_copy_(0, order, spots),
+            fold=(first_cell[:, None] + columns)[inside],
         )
 
     def to(self, device: torch.device) -> Packed:
         """The same on `device`."""
-        values: dict[str, Any] = {n: getattr(self, n) for n in self.__dataclass_fields__}
-        for name, value in values.items():
-            values[name] = value.to(device) if isinstance(value, Tensor) else value
-        return Packed(**values)
+        tensors: dict[str, Any] = {
+            n: x.to(device) for n, x in vars(self).items() if isinstance(x, Tensor)
+        }
+        return replace(self, **tensors)
 
     def __call__(
         self,
@@ -191,8 +182,8 @@ class Packed:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, H, D]
         if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
             return self._varlen(q, k, v, scale, window).unsqueeze(0)
-        rows = [x[self.prefixes].transpose(1, 2) for x in (q, k, v)]
-        cells = padded(layer, rows[0], rows[1], rows[2], scale, window).flatten(0, 1)
+        query, key, value = (x[self.prefixes].transpose(1, 2) for x in (q, k, v))
+        cells = padded(layer, query, key, value, scale, window).flatten(0, 1)
         if self.branches.numel():
             cells = torch.cat([cells, self._branches(q, k, v, scale, window)])
         return cells[self.fold].unsqueeze(0)
@@ -206,15 +197,9 @@ class Packed:
         mask = columns <= last
         if window is not None:
             mask &= columns > last - window
-        out = F.scaled_dot_product_attention(
-            q[self.branches].transpose(1, 2),
-            k[self.branch_keys].transpose(1, 2),
-            v[self.branch_keys].transpose(1, 2),
-            attn_mask=mask[:, None],
-            scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        return out.transpose(1, 2).flatten(0, 1)
+        cells = (q[self.branches], k[self.branch_keys], v[self.branch_keys])
+        query, key, value = (x.transpose(1, 2) for x in cells)
+        return _sdpa(query, key, value, mask[:, None], scale).flatten(0, 1)
 
     def _varlen(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         if self.branches.numel():
@@ -232,22 +217,15 @@ class Packed:
 
 
 def _cells(
-    own_start: Tensor,
-    own: Tensor,
-    before_start: Tensor | None = None,
-    before: Tensor | None = None,
+    own_start: Tensor, own: Tensor, before_start: Tensor, before: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Positions of each segment's tokens, those it looks back to first, as int64 [R, longest]
     padded with 0; and bool [R, longest], which of them are not padding."""
-    before = torch.zeros_like(own) if before is None else before
-    before_start = own_start if before_start is None else before_start
     columns = torch.arange(int((before + own).max()))
     inside = columns < (before + own)[:, None]
     looking_back = columns < before[:, None]
-    cells = (
-        torch.where(looking_back, before_start[:, None], (own_start - before)[:, None]) + columns
-    )
-    return cells.where(inside, 0), inside
+    first = torch.where(looking_back, before_start[:, None], (own_start - before)[:, None])
+    return (first + columns).where(inside, 0), inside
 
 
 def _trim(table: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:

@@ -7,9 +7,8 @@ from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 
 from torchrft.models.loader import sees_images
-from torchrft.models.policy import Inputs
-from torchrft.models.split import joined, part_of, shared
-from torchrft.models.vision import hidden_states
+from torchrft.models.policy import Inputs, target_states
+from torchrft.models.split import joined
 from torchrft.parallel.mesh import ModelMesh
 
 
@@ -31,12 +30,8 @@ class ValueModel(nn.Module):
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Values float32 [M]: entry m is that of the state in which response token m was chosen."""
-        hidden = hidden_states(
-            self.model, inputs.input_ids, inputs.position_ids, inputs.layout, inputs.images
-        )
         ranks = None if self.mesh is None else self.mesh.all
-        rows = part_of(inputs.targets.numel(), ranks)
-        hidden = shared(hidden, ranks).flatten(0, 1)[inputs.targets[rows]]
+        hidden, rows = target_states(self.model, inputs, ranks, ranks)
         weight = self.head.weight
         if isinstance(weight, DTensor):  # each tp rank's gradient is that of its rows
             weight = weight.to_local(grad_placements=[Partial()])

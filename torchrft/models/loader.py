@@ -1,7 +1,7 @@
 """Models and tokenizers from a Hugging Face folder or hub id."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,12 +51,9 @@ def _attention_of(config: PreTrainedConfig) -> str | dict[str, str]:
     if not sees_images(config):
         return attention.NAME
     text = config.get_text_config()
-    names = {name: getattr(config, name, None) for name in config.sub_configs}
-    return {
-        name: attention.NAME if part is text else "sdpa"
-        for name, part in names.items()
-        if part is not None
-    }
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    found = {name: part for name, part in parts.items() if part is not None}
+    return {name: attention.NAME if part is text else "sdpa" for name, part in found.items()}
 
 
 def _with_attention(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -77,19 +74,18 @@ def load_model(
     missing from them or have another shape.
     """
     config = load_config(source)
+    auto = auto_class(config)
     if init == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = auto_class(config).from_config(config, dtype=dtype)
-    else:
-        try:
-            options = {"dtype": dtype, "attn_implementation": _attention_of(config)}
-            model = read_weights(auto_class(config), source, "pretrain =", config, **options)
-        except OSError as error:
-            raise ValueError(
-                _not_found(source, "weights") + '; [model] init = "random" makes fresh ones'
-            ) from error
-    return model
+            model: PreTrainedModel = auto.from_config(config, dtype=dtype)
+            return model
+    options = {"dtype": dtype, "attn_implementation": _attention_of(config)}
+    try:
+        return read_weights(auto, source, "pretrain =", config, **options)
+    except OSError as error:
+        remedy = '; [model] init = "random" makes fresh ones'
+        raise ValueError(_not_found(source, "weights") + remedy) from error
 
 
 def read_weights(
@@ -119,13 +115,19 @@ def empty_model(
     config = _with_attention(config)
     with parameters_on_meta():  # where drawing them costs nothing
         model: Any = auto_class(config).from_config(config, dtype=dtype)
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if id(parameter) not in made:
-                made[id(parameter)] = nn.Parameter(torch.zeros_like(parameter, device=device))
-            module.register_parameter(name, made[id(parameter)])
+    materialize(model.modules(), torch.device(device))
     return model.to(device)
+
+
+def materialize(modules: Iterable[nn.Module], device: torch.device) -> None:
+    """Gives the modules' own parameters memory on `device`, of zeros; tied ones stay tied."""
+    made: dict[int, nn.Parameter] = {}
+    for module in modules:
+        for name, old in list(module.named_parameters(recurse=False)):
+            if id(old) not in made:
+                zeros = torch.zeros_like(old, device=device)
+                made[id(old)] = nn.Parameter(zeros, requires_grad=old.requires_grad)
+            module.register_parameter(name, made[id(old)])
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:

@@ -110,13 +110,13 @@ def _split_statistics(
 
 def _logit_gradient(
     logits: Tensor,
+    temperature: float,
     lse: Tensor,
     entropy: Tensor,
     place: Tensor,
     grad_label: Tensor,
     grad_logprobs: Tensor,
     grad_entropy: Tensor,
-    temperature: float,
 ) -> Tensor:
     """The gradient of unscaled logits [N, V], in their dtype.
 
@@ -159,7 +159,7 @@ class _SplitLogprob(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         logits, place, here, lse, entropy = ctx.saved_tensors
         grad_label = grads[0].where(here, 0.0)
-        grad = _logit_gradient(logits, lse, entropy, place, grad_label, grads[0], grads[1], 1.0)
+        grad = _logit_gradient(logits, 1.0, lse, entropy, place, grad_label, *grads)
         return grad, None, None
 
 
@@ -195,9 +195,8 @@ class _FusedLinearLogprob(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_logprobs, grad_entropy = grads
         hidden, weight, place, here, lse, entropy = ctx.saved_tensors
-        grad_label = grad_logprobs.where(here, 0.0)
+        grad_label = grads[0].where(here, 0.0)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         # Summed in float32: with bf16 weights the chunks' sums would lose digits otherwise.
         grad_weight = (
@@ -207,16 +206,8 @@ class _FusedLinearLogprob(torch.autograd.Function):
         for start in range(0, hidden.shape[0], ctx.chunk):
             part = slice(start, start + ctx.chunk)
             logits = hidden[part] @ weight.t()
-            grad = gradient(
-                logits,
-                lse[part],
-                entropy[part],
-                place[part],
-                grad_label[part],
-                grad_logprobs[part],
-                grad_entropy[part],
-                ctx.temperature,
-            )
+            chunk = [x[part] for x in (lse, entropy, place, grad_label, *grads)]
+            grad = gradient(logits, ctx.temperature, *chunk)
             del logits
             if grad_hidden is not None:
                 grad_hidden[part] = grad @ weight

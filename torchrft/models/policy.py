@@ -4,6 +4,7 @@ from types import MethodType
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from torchrft.models.attention import Layout
@@ -57,6 +58,18 @@ class Inputs(Protocol):
     images: ImageBatch | None
 
 
+def target_states(
+    model: nn.Module, inputs: Inputs, ranks: DeviceMesh | None, among: DeviceMesh | None
+) -> tuple[Tensor, slice]:
+    """Hidden states [rows, D] at this rank's part of the targets, and which part that is: `ranks`
+    have the same inputs, `among` divide the targets."""
+    hidden = hidden_states(
+        model, inputs.input_ids, inputs.position_ids, inputs.layout, inputs.images
+    )
+    rows = part_of(inputs.targets.numel(), among)
+    return shared(hidden, ranks).flatten(0, 1)[inputs.targets[rows]], rows
+
+
 class PolicyModel(nn.Module):
     """Log-probs and entropies of the response tokens of a micro-batch.
 
@@ -75,21 +88,15 @@ class PolicyModel(nn.Module):
         refuse_unsupported(model)
         self.model = model
         self.mesh: ModelMesh | None = None  # set by torchrft.parallel.parallelize
-        self.temperature = temperature
-        self.fused = fused
-        self.chunk_size = chunk_size
+        self.temperature, self.fused, self.chunk_size = temperature, fused, chunk_size
         head: Any = model.get_output_embeddings()
         head.logprobs = MethodType(_logprobs, head)  # which parallelize makes one of FSDP2's
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Returns logprobs float32 [M] and entropy float32 [M] of `inputs.labels`."""
-        hidden = hidden_states(
-            self.model, inputs.input_ids, inputs.position_ids, inputs.layout, inputs.images
-        )
         # Over `sp` ranks each takes a part of the tokens, over `tp` ranks a part of the vocabulary.
         sp, ranks = (None, None) if self.mesh is None else (self.mesh.sp, self.mesh.all)
-        rows = part_of(inputs.targets.numel(), sp)
-        hidden = shared(hidden, ranks).flatten(0, 1)[inputs.targets[rows]]
+        hidden, rows = target_states(self.model, inputs, ranks, sp)
         head: Any = self.model.get_output_embeddings()
         chunk_size = self.chunk_size if self.fused else None
         values = head.logprobs(hidden, inputs.labels[rows], self.temperature, chunk_size)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from torchrft.models.loader import auto_class, load_config, parameters_on_meta
+from torchrft.models.loader import auto_class, load_config, materialize, parameters_on_meta
 from torchrft.tools.logging import logger
 
 Build = Callable[..., PreTrainedModel]
@@ -57,15 +57,11 @@ class ShardedWeights:
             config = load_config(source)
             build = partial(auto_class(config).from_config, config)
         weights = cls(source, folder, names, build)
-        missing = [
-            aliases
-            for aliases in weights._aliases(torch.float32)
-            if not aliases & weights.names.keys()
-        ]
-        if missing:
-            name = min(missing[0])
-            logger.info("%s: no file has %s; every rank loads the whole model", source, name)
-            return None
+        for aliases in weights._aliases():
+            if not aliases & weights.names.keys():
+                name = min(aliases)
+                logger.info("%s: no file has %s; every rank loads the whole model", source, name)
+                return None
         return weights
 
     def model(self, dtype: torch.dtype) -> PreTrainedModel:
@@ -81,23 +77,14 @@ class ShardedWeights:
 
         Raises ValueError for weights of another shape.
         """
-        inside = {id(module) for module in root.modules()}
-        made: dict[int, nn.Parameter] = {}
+        inside = set(root.modules())
+        owners = [(prefix, module) for prefix, module in self.owners if module in inside]
+        materialize((module for _, module in owners), device)
         state: dict[str, Tensor] = {}
-        for prefix, module in self.owners:
-            if id(module) not in inside:
-                continue
-            for key, parameter in list(module.named_parameters(recurse=False)):
-                if id(parameter) not in made:
-                    made[id(parameter)] = nn.Parameter(
-                        torch.empty_like(parameter, device=device),
-                        requires_grad=parameter.requires_grad,
-                    )
-                new = made[id(parameter)]
-                module.register_parameter(key, new)
-                name = f"{prefix}.{key}" if prefix else key
-                if name in self.names and not any(new is held for held in state.values()):
-                    state[self.names[name]] = new.data
+        for prefix, module in owners:
+            for key, parameter in module.named_parameters(prefix, recurse=False):
+                if key in self.names:
+                    state[self.names[key]] = parameter.data
         try:
             dcp.load(state, storage_reader=HuggingFaceStorageReader(str(self.folder)))
         except dcp.api.CheckpointException as error:
@@ -122,9 +109,9 @@ class ShardedWeights:
                 found[new] = name
         return found
 
-    def _aliases(self, dtype: torch.dtype) -> list[set[str]]:
+    def _aliases(self) -> list[set[str]]:
         """The names of each parameter; tied ones have several."""
         names: dict[int, set[str]] = {}
-        for name, parameter in self.model(dtype).named_parameters(remove_duplicate=False):
+        for name, parameter in self.model(torch.float32).named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), set()).add(name)
         return list(names.values())

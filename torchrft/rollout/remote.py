@@ -12,18 +12,19 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from torchrft.config.job_config import Rollout
 from torchrft.rollout.canary import Canary, WeightSyncError
 from torchrft.rollout.engine import check_prompts, completion
 from torchrft.rollout.server_client import Server, ServerError
 from torchrft.rollout.vllm import sampling_options
-from torchrft.rollout.weight_sync import WeightFiles, layout
+from torchrft.rollout.weight_sync import WeightFiles, expected_model, layout
 from torchrft.tools import distributed
 from torchrft.tools.logging import logger
 from torchrft.types import Completion, Prompt, SamplingParams
@@ -71,8 +72,7 @@ class RemoteVllmEngine:
         self.temperature = rollout.temperature
         self.version: int | None = None
         self.newest = -1  # the version that is on its way to the servers, or there
-        with torch.device("meta"):  # names, shapes and ties of what will be sent
-            self.expected = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        self.expected = expected_model(config)
         folder = rollout.weight_folder
         if folder is not None and not os.path.isdir(folder):
             raise ValueError(
@@ -181,10 +181,11 @@ class RemoteVllmEngine:
     def _send(self, files: WeightFiles, version: int) -> tuple[float, list[str | None]]:
         """The temperature of the logits, and for each server why it did not take the weights."""
         try:
-            files.check()
+            if files.failure is not None:
+                raise WeightSyncError(files.failure)
             with ThreadPoolExecutor(len(self.servers)) as pool:
-                push = [pool.submit(self._push, server, files, version) for server in self.servers]
-                return self.temperature, [failure.result() for failure in push]
+                push = partial(self._push, files=files, version=version)
+                return self.temperature, list(pool.map(push, self.servers))
         finally:
             files.remove()
 
@@ -261,10 +262,8 @@ class RemoteVllmEngine:
         with self._scaled(sampling.temperature or 1.0) as made_by:
             pool = ThreadPoolExecutor(min(threads, len(prompts)))
             try:
-                parts = pool.map(
-                    lambda place: self._complete(place, prompts[place], sampling, made_by),
-                    range(len(prompts)),
-                )
+                complete = partial(self._complete, sampling=sampling, made_by=made_by)
+                parts = pool.map(complete, range(len(prompts)), prompts)
                 return [completion for part in parts for completion in part]
             finally:
                 pool.shutdown(cancel_futures=True)

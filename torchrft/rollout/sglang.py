@@ -16,12 +16,13 @@ import httpx
 import torch
 import torch.multiprocessing  # its reductions let CUDA tensors travel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from torchrft.config.job_config import Rollout
 from torchrft.rollout import sglang_loader
 from torchrft.rollout.canary import Canary, WeightSyncError
 from torchrft.rollout.engine import check_prompts, completion, neighbors
+from torchrft.rollout.weight_sync import buckets, expected_model
 from torchrft.tools.distributed import get_rank, get_world_size
 from torchrft.types import Completion, Prompt, SamplingParams
 
@@ -96,8 +97,7 @@ class SglangEngine:
         self.ranks = neighbors(tp_size)
         self.version: int | None = None
         self.asleep = self.cache_asleep = False
-        with torch.device("meta"):
-            self.expected = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        self.expected = expected_model(config)
 
     def _post(self, path: str, **payload: Any) -> Any:
         return None if self.transport is None else self.transport.post(path, payload)
@@ -106,17 +106,11 @@ class SglangEngine:
         if self.asleep:
             raise ValueError("the engine sleeps: call wake before update_weights")
         self.version = None
-        bucket: list[tuple[str, Tensor]] = []
-        size = 0
         # SGLang's process compares what it holds; here it is what is missing or misshapen.
-        for name, tensor in Canary(self.expected, lambda name: []).watch(named_tensors):
-            bucket.append((name, tensor.to(self.device, self.dtype)))
-            size += bucket[-1][1].nbytes
-            if size >= _BUCKET:
-                self._send(bucket)
-                bucket, size = [], 0
-        if bucket:
-            self._send(bucket)
+        watched = Canary(self.expected, lambda name: []).watch(named_tensors)
+        pairs = ((name, tensor.to(self.device, self.dtype)) for name, tensor in watched)
+        for bucket in buckets(pairs, _BUCKET):
+            self._send(list(bucket.items()))
         if self.cache_asleep:
             self._post("/resume_memory_occupation", tags=["kv_cache"])
             self.cache_asleep = False

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from torchrft.config.job_config import Rollout
-from torchrft.models.loader import auto_class
 from torchrft.models.vision import Vision
 from torchrft.rollout.engine import check_prompts, completion, neighbors
 from torchrft.rollout.vllm_model import load, scale_logits
+from torchrft.rollout.weight_sync import expected_model
 from torchrft.tools.logging import logger
 from torchrft.tools.seeds import rng_state, set_rng_state
 from torchrft.types import Completion, Prompt, SamplingParams
@@ -70,34 +70,26 @@ class VllmEngine:
         self.asleep = self.cache_asleep = self.sleep_was_refused = False
         self.temperature = 1.0
         self.ranks = neighbors(rollout.engine_tp_size)
-        with torch.device("meta"):  # names, shapes and ties of what will be sent
-            self.expected = auto_class(config).from_config(config, dtype=dtype)
+        self.expected = expected_model(config)
         arguments: dict[str, Any] = {
-            "model": pretrain,
             "load_format": "dummy",
-            "dtype": str(dtype).removeprefix("torch."),
-            "max_model_len": max_len,
-            "max_num_seqs": rollout.max_num_seqs,
             "tensor_parallel_size": rollout.engine_tp_size,
             "logprobs_mode": "raw_logprobs",
             "skip_tokenizer_init": not rollout.stop and vision is None,
-            "seed": 0,
         }
         if vision is not None:
             # Its constants are buffers, in which "dummy" weights are random numbers.
             arguments["mm_device_do_normalize"] = False
         if self.on_cpu:
-            arguments["enforce_eager"] = True
             # A prompt cut in two with a seed ends in "CPU Generator does not use offset".
             arguments["enable_chunked_prefill"] = False
             arguments["max_num_batched_tokens"] = max(max_len, 8192)
             sequences = rollout.max_num_seqs
             arguments["kv_cache_memory_bytes"] = cache_bytes(config, dtype, sequences, max_len)
         else:
-            arguments["gpu_memory_utilization"] = rollout.engine_mem_util
             arguments["enable_sleep_mode"] = self.sleeps
-        self.llm = start({**arguments, **rollout.vllm}, rollout.engine_mem_util)
-        self.llm.apply_model(self._scale_logits)
+        self.llm = start(rollout, pretrain, max_len, dtype, self.on_cpu, arguments)
+        self.llm.apply_model(lambda model: scale_logits(model, self._temperature))
 
     # ---------------------------------------------------------------- weights
 
@@ -183,14 +175,12 @@ class VllmEngine:
 
         self.temperature = temperature or 1.0
         sampled = 1.0 if temperature else 0.0
-        return self.llm.generate(
-            [self._input(prompt) for prompt, _ in requests],
-            [
-                vllm.SamplingParams(temperature=sampled, flat_logprobs=True, **options)
-                for _, options in requests
-            ],
-            use_tqdm=False,
-        )
+        parameters = [
+            vllm.SamplingParams(temperature=sampled, flat_logprobs=True, **options)
+            for _, options in requests
+        ]
+        inputs = [self._input(prompt) for prompt, _ in requests]
+        return self.llm.generate(inputs, parameters, use_tqdm=False)
 
     def _input(self, prompt: Prompt) -> dict[str, Any]:
         if not prompt.images:
@@ -201,8 +191,8 @@ class VllmEngine:
             "multi_modal_data": {"image": self.vision.pictures(prompt)},
         }
 
-    def _scale_logits(self, model: Any) -> None:
-        scale_logits(model, lambda: self.temperature)
+    def _temperature(self) -> float:
+        return self.temperature
 
     def _completion(self, place: int, output: Any, sampling: SamplingParams) -> Completion:
         rows = zip(output.token_ids, output.logprobs.logprobs, strict=True)
@@ -231,9 +221,26 @@ def sampling_options(
     }
 
 
-def start(arguments: dict[str, Any], memory: float) -> Any:
-    """`vllm.LLM(**arguments)` of this rank, with its errors in a sentence and the random state as
-    it was. `memory` is engine_mem_util, for the message."""
+def start(
+    rollout: Rollout,
+    pretrain: str,
+    max_len: int,
+    dtype: torch.dtype,
+    on_cpu: bool,
+    own: dict[str, Any],
+) -> Any:
+    """`vllm.LLM` of this rank, with `own` arguments of its kind, with its errors in a sentence and
+    the random state as it was."""
+    arguments: dict[str, Any] = {
+        "model": pretrain,
+        "dtype": str(dtype).removeprefix("torch."),
+        "max_model_len": max_len,
+        "max_num_seqs": rollout.max_num_seqs,
+        "seed": 0,
+    }
+    memory = rollout.engine_mem_util
+    device = {"enforce_eager": True} if on_cpu else {"gpu_memory_utilization": memory}
+    arguments |= {**device, **own, **rollout.vllm}
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from vllm import LLM, EngineArgs
@@ -246,17 +253,16 @@ def start(arguments: dict[str, Any], memory: float) -> Any:
     try:
         llm = LLM(**arguments)
     except TypeError as error:
-        raise ValueError(
-            f"[rollout.vllm] holds an argument that vLLM does not know: {error}"
-        ) from error
+        said = f"[rollout.vllm] holds an argument that vLLM does not know: {error}"
+        raise ValueError(said) from error
     except (ValueError, RuntimeError) as error:
         text = " ".join(str(error).split())
-        remedy = ""
+        said = f"vLLM did not start: {text[:600]}"
         if "memory" in text.lower():
-            remedy = (
+            said += (
                 f"; engine_mem_util = {memory} does not fit beside what the GPU holds: change it"
             )
-        raise ValueError(f"vLLM did not start: {text[:600]}{remedy}") from error
+        raise ValueError(said) from error
     finally:
         set_rng_state(state)
     if dist.is_initialized():

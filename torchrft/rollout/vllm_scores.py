@@ -1,7 +1,6 @@
 """Scalar reward models in vLLM, as pooling models in the trainer's own process."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -40,21 +39,9 @@ class VllmScores:
             )
         config = reward_config(pretrain)
         self.pad = config.get_text_config().pad_token_id
-        arguments: dict[str, Any] = {
-            "model": pretrain,
-            "tokenizer": tokenizer,
-            "runner": "pooling",
-            "dtype": str(dtype).removeprefix("torch."),
-            "max_model_len": max_len,
-            "max_num_seqs": rollout.max_num_seqs,
-            "kv_cache_memory_bytes": cache_bytes(config, dtype, 2 + _TOKENS // max_len, max_len),
-            "seed": 0,
-        }
-        if device.type == "cpu":
-            arguments["enforce_eager"] = True
-        else:
-            arguments["gpu_memory_utilization"] = rollout.engine_mem_util
-        self.llm = start({**arguments, **rollout.vllm}, rollout.engine_mem_util)
+        cache = cache_bytes(config, dtype, 2 + _TOKENS // max_len, max_len)
+        own = {"tokenizer": tokenizer, "runner": "pooling", "kv_cache_memory_bytes": cache}
+        self.llm = start(rollout, pretrain, max_len, dtype, device.type == "cpu", own)
 
     def __call__(self, groups: Sequence[Sequence[Sequence[int]]]) -> list[float]:
         """The scores of all groups' samples, in their order."""
@@ -64,12 +51,8 @@ class VllmScores:
         samples = [{"prompt_token_ids": part} for part in parts]
         if not samples:
             return []
-        outputs = self.llm.encode(
-            samples,
-            pooling_params=PoolingParams(use_activation=False),
-            pooling_task="classify",
-            use_tqdm=False,
-        )
+        raw = PoolingParams(use_activation=False)
+        outputs = self.llm.encode(samples, raw, pooling_task="classify", use_tqdm=False)
         return [float(output.outputs.data) for output in outputs]
 
     def close(self) -> None:

@@ -9,16 +9,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory, base
 from vllm.model_executor.model_loader import reload as layerwise
 
 from torchrft.rollout.canary import Canary, WeightSyncError, fingerprint
 from torchrft.rollout.vllm_model import load, scale_logits
-from torchrft.rollout.weight_sync import layout
+from torchrft.rollout.weight_sync import expected_model, layout
 
 
 class Extension:
@@ -35,7 +33,7 @@ class Extension:
             "model": str(model.model),
             "dtype": str(model.dtype).removeprefix("torch."),
             "max_len": model.max_model_len,
-            "layout": layout(_expected(model)),
+            "layout": layout(expected_model(model.hf_config)),
             "logprobs_mode": str(getattr(model.logprobs_mode, "value", model.logprobs_mode)),
             "backend": transfer.backend if transfer else None,
             "sees_folder": os.path.exists(probe),
@@ -52,11 +50,6 @@ class Extension:
 
 
 @dataclass
-class Nothing(base.WeightTransferInitInfo):
-    """There is nothing to set up."""
-
-
-@dataclass
 class Files(base.WeightTransferUpdateInfo):
     """All weights: safetensors files, and the mark of each tensor as the trainer sent it."""
 
@@ -64,13 +57,13 @@ class Files(base.WeightTransferUpdateInfo):
     marks: dict[str, int]
 
 
-class FileTransfer(base.WeightTransferEngine[Nothing, Files]):
+class FileTransfer(base.WeightTransferEngine[base.WeightTransferInitInfo, Files]):
     """Loads weights from files that the trainer wrote, all in one go, and checks them."""
 
-    init_info_cls = Nothing
+    init_info_cls = base.WeightTransferInitInfo
     update_info_cls = Files
 
-    def init_transfer_engine(self, init_info: Nothing) -> None:
+    def init_transfer_engine(self, init_info: base.WeightTransferInitInfo) -> None:
         pass
 
     def start_weight_update(self) -> None:
@@ -81,7 +74,7 @@ class FileTransfer(base.WeightTransferEngine[Nothing, Files]):
 
     def receive_weights(self, update_info: Files) -> None:
         """Raises WeightSyncError for a tensor that the model does not hold as it was sent."""
-        expected = _expected(self.model_config)
+        expected = expected_model(self.model_config.hf_config)
         # First without the model, which does not recover from a load that breaks off.
         for _ in Canary(expected, lambda name: []).watch(_read(update_info)):
             pass
@@ -110,13 +103,6 @@ def _read(files: Files) -> Iterator[tuple[str, Tensor]]:
                         f'weight update: "{name}" in the files is not what the trainer sent'
                     )
                 yield name, tensor
-
-
-def _expected(config: Any) -> torch.nn.Module:
-    """Names, shapes and ties of the tensors that the trainer sends."""
-    with torch.device("meta"):
-        model: torch.nn.Module = AutoModelForCausalLM.from_config(config.hf_config)
-    return model
 
 
 WeightTransferEngineFactory.register_engine("torchrft", FileTransfer)

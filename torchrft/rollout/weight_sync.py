@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Self
 
 import torch
@@ -11,8 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedConfig
 
-from torchrft.rollout.canary import Canary, Held, WeightSyncError, fingerprint
+from torchrft.models.loader import auto_class
+from torchrft.rollout.canary import Canary, Held, fingerprint
 
 _BUCKET = 256 << 20  # bytes held at a time while weights are written
 
@@ -26,6 +29,25 @@ def named_full_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
         tensor = parameter.detach()
         yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def expected_model(config: PreTrainedConfig) -> nn.Module:
+    """On the meta device: names, shapes and ties of what the trainer sends."""
+    with torch.device("meta"):
+        model: nn.Module = auto_class(config).from_config(config)
+    return model
+
+
+def buckets(pairs: Iterable[tuple[str, Tensor]], size: int) -> Iterator[dict[str, Tensor]]:
+    """The named tensors in parts, each full once it holds `size` bytes."""
+    bucket: dict[str, Tensor] = {}
+    for name, tensor in pairs:
+        bucket[name] = tensor
+        if sum(held.nbytes for held in bucket.values()) >= size:
+            yield bucket
+            bucket = {}
+    if bucket:
+        yield bucket
 
 
 @torch.no_grad()
@@ -64,18 +86,16 @@ class WeightFiles:
         Gathering them is collective, so all are taken, even when the disk is full: that is told in
         `failure`.
         """
-        files, bucket, size = cls(), dict[str, Tensor](), 0
-        for name, tensor in pairs:
-            if files.failure is not None:
-                continue
-            tensor = tensor.to(dtype)
-            files.marks[name] = int(fingerprint(tensor))
-            bucket[name] = tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
-            size += tensor.nbytes
-            if size >= _BUCKET:
-                files._save(bucket, folder)
-                bucket, size = {}, 0
-        if bucket and files.failure is None:
+        files = cls()
+
+        def on_host() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in pairs:
+                if files.failure is None:
+                    tensor = tensor.to(dtype)
+                    files.marks[name] = int(fingerprint(tensor))
+                    yield name, tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+        for bucket in buckets(on_host(), _BUCKET):
             files._save(bucket, folder)
         return files
 
@@ -88,12 +108,6 @@ class WeightFiles:
             self.failure = f"weight update: {path} cannot be written ({error}); make room there, "
             self.failure += "or set weight_folder to another folder"
 
-    def check(self) -> None:
-        """Raises WeightSyncError if not everything was written."""
-        if self.failure is not None:
-            raise WeightSyncError(self.failure)
-
     def remove(self) -> None:
         for path in self.paths:
-            if os.path.exists(path):
-                os.remove(path)
+            Path(path).unlink(missing_ok=True)
