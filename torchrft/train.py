@@ -19,8 +19,8 @@ def main(argv: list[str] | None = None) -> int:
     from torchrft.tools.logging import setup_logging
     from torchrft.trainer import Trainer
 
-    told = (RewardError, WeightSyncError, ImageError, distributed.RankError)
-    told += (TimeoutError, ConnectionError)
+    of_ranks = (distributed.RankError, TimeoutError, ConnectionError)
+    told = (RewardError, WeightSyncError, ImageError, *of_ranks)
     world = distributed.setup(config.parallel.collective_timeout)
     setup_logging(world.rank)
     try:

@@ -199,9 +199,8 @@ class _Reader:
             raise ValueError(f"{what} holds chat messages; they need apply_chat_template = true")
         else:
             text, messages = prompt, []
-        video = (
-            None if self._vision is None else getattr(self._vision.processor, "video_token", None)
-        )
+        processor = None if self._vision is None else self._vision.processor
+        video = getattr(processor, "video_token", None)
         if video is not None and video in text:
             raise ValueError(f"{what} has a place for a video ({video}), which are not taken")
         mark = None if self._vision is None else self._vision.placeholder
