@@ -1,6 +1,6 @@
 """The critic of PPO: values of the samples before the update, and its own optimizer steps."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import Tensor
@@ -13,19 +13,14 @@ from torchrft.optimizer_step import Mean, OptimizerStep
 from torchrft.types import RolloutBatch
 
 
+@dataclass
 class CriticUpdate:
     """Trains the critic on the returns of rollouts."""
 
-    def __init__(
-        self,
-        stepper: OptimizerStep,
-        algorithm: Algorithm,
-        loss_aggregation: str,
-        max_response_length: int,
-    ) -> None:
-        self.stepper, self.algorithm = stepper, algorithm
-        self.loss_aggregation = loss_aggregation
-        self.max_response_length = float(max_response_length)
+    stepper: OptimizerStep
+    algorithm: Algorithm
+    loss_aggregation: str
+    max_response_length: int
 
     def with_values(self, batch: RolloutBatch) -> RolloutBatch:
         """Adds the critic's values [B, T] of the states in which the tokens were chosen."""

@@ -18,6 +18,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from torchrft.tools.distributed import is_main, on_main
 
 MAX_SHARD_BYTES = 5 * 10**9
+Tensors = dict[str, Tensor]
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
 
@@ -59,9 +60,7 @@ def export_hf(
     on_main(finish, "write export")
 
 
-def _write_weights(
-    model: PreTrainedModel, gathered: dict[str, Tensor], path: Path
-) -> dict[str, int]:
+def _write_weights(model: PreTrainedModel, gathered: Tensors, path: Path) -> dict[str, int]:
     """Writes one file; returns the bytes of each tensor by its published name."""
     # From the names and layout of the module tree to those of the published format.
     converted = revert_weight_conversion(model, gathered)
@@ -105,8 +104,8 @@ def _plan(tensors: dict[str, Tensor], dtype: torch.dtype, max_bytes: int) -> lis
     shards: list[list[str]] = [[]]
     size = 0
     for name, tensor in tensors.items():
-        itemsize = dtype.itemsize if tensor.is_floating_point() else tensor.dtype.itemsize
-        needed = tensor.numel() * itemsize
+        kept = dtype if tensor.is_floating_point() else tensor.dtype
+        needed = tensor.numel() * kept.itemsize
         if shards[-1] and size + needed > max_bytes:
             shards.append([])
             size = 0
@@ -139,8 +138,7 @@ def _write_configs(
 ) -> None:
     config = copy.deepcopy(model.config)
     # fully_shard replaces the class of a module by one of its own, derived from both.
-    classes = type(model).__mro__
-    architecture = next(cls for cls in classes if not issubclass(cls, FSDPModule))
+    architecture = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
     config.architectures = [architecture.__name__]
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         if part is not None:

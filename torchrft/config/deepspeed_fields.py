@@ -34,34 +34,27 @@ def wanted(judged: Judged, ranks: int | None) -> Iterator[Wanted]:
     for name, only in TRAINER["only"].items():
         if values.get(name, only["value"]) != only["value"]:
             raise _refusal(name, values[name], only["remedy"])
+    all_offload = values.get(f"{_ZERO}offload_param.device") == "cpu"
+    all_offload = all_offload or values.get(f"{_ZERO}cpu_offload_param", False)
     for name, field in FIELD_OF.items():
         if name in values and field not in ("lr_decay", "dp_shard"):
-            value = values[name]
-            if name.endswith(".device"):
-                value = value == "cpu"
-            if field == "adam_offload" and value and _offloads_all(values):
+            value = values[name] == "cpu" if name.endswith(".device") else values[name]
+            if field == "adam_offload" and value and all_offload:
                 continue  # fsdp_cpu_offload moves the optimizer's state as well
             if field == "zero_stage" and value == 0:
                 raise _refusal(name, 0, "use 1, 2 or 3, or dp_replicate")
             yield Wanted(field, value, f"{name} = {show(values[name])}")
     if values.get(f"{_ADAM}torch_adam") and f"{_ADAM}weight_decay" not in judged.values:
         yield Wanted("l2", 0.01, f"{_ADAM}torch_adam = true")
-    checkpointing = [name for name in values if name.startswith("activation_checkpointing.")]
-    if any(values[name] for name in checkpointing):
+    if any(values[name] for name in values if name.startswith("activation_checkpointing.")):
         yield Wanted("gradient_checkpointing", True, "the section activation_checkpointing")
     yield from _layout(values, ranks)
     yield from _schedule(values)
 
 
 def _refusal(name: str, value: Any, remedy: str) -> ValueError:
-    return ValueError(
-        f"DeepSpeed key {name} = {show(value)} is not supported by the trainer: {remedy}"
-    )
-
-
-def _offloads_all(values: dict[str, Any]) -> bool:
-    switch = values.get(f"{_ZERO}cpu_offload_param")
-    return bool(switch) or values.get(f"{_ZERO}offload_param.device") == "cpu"
+    key = f"DeepSpeed key {name} = {show(value)}"
+    return ValueError(f"{key} is not supported by the trainer: {remedy}")
 
 
 def _layout(values: dict[str, Any], ranks: int | None) -> Iterator[Wanted]:
