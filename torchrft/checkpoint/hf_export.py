@@ -19,7 +19,6 @@ from torchrft.tools.distributed import is_main, on_main
 
 MAX_SHARD_BYTES = 5 * 10**9
 Tensors = dict[str, Tensor]
-WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
 
 def export_hf(
@@ -78,25 +77,12 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """
     dropped = getattr(model, "_tied_weights_keys", None) or {}
     chosen: dict[int, tuple[str, Tensor]] = {}
-    for raw_name, parameter in model.named_parameters(remove_duplicate=False):
-        name = strip_wrappers(raw_name)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) not in chosen or chosen[id(parameter)][0] in dropped:
             chosen[id(parameter)] = (name, parameter)
-    tensors = dict(chosen.values())
     persistent = model.state_dict().keys()
-    tensors |= {strip_wrappers(key): b for key, b in model.named_buffers() if key in persistent}
-    return tensors
-
-
-def strip_wrappers(name: str) -> str:
-    """Parameter name without what torch.compile and activation checkpointing insert.
-
-    >>> strip_wrappers("model.layers.0._checkpoint_wrapped_module.mlp.up_proj.weight")
-    'model.layers.0.mlp.up_proj.weight'
-    """
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    buffers = {name: value for name, value in model.named_buffers() if name in persistent}
+    return dict(chosen.values()) | buffers
 
 
 def _plan(tensors: dict[str, Tensor], dtype: torch.dtype, max_bytes: int) -> list[list[str]]:
