@@ -313,11 +313,9 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a run needs to go on as if it had never stopped."""
-        state = {
-            "policy": self.update.stepper.state_dict(),
-            "coefficients": self.update.state_dict(),
+        return {
+            **{name: part.state_dict() for name, part in self._stateful().items()},
             "reward": {**self.shaper.state_dict(), "sources": self.scorer.state_dict()},
-            "data": self.prompts.state_dict(),
             "progress": {
                 "step": self.step,
                 "pending": self.collector.unshare(self.pending),
@@ -326,9 +324,10 @@ class Trainer:
             },
             "rng": {f"rank{self.world.rank}": rng_state()},
         }
-        if self.critic is not None:
-            state["critic"] = self.critic.stepper.state_dict()
-        return state
+
+    def _stateful(self) -> dict[str, Any]:
+        parts = {"policy": self.update.stepper, "coefficients": self.update, "data": self.prompts}
+        return parts if self.critic is None else {**parts, "critic": self.critic.stepper}
 
     def _batches(self) -> dict[str, int]:
         """What decides how pending samples become optimizer steps."""
@@ -355,13 +354,10 @@ class Trainer:
         own = path.resolve().parent == self.checkpoints.checkpoints.resolve()
         state = self.state_dict()
         self.checkpoints.load(path, state)
-        self.update.stepper.load_state_dict(state["policy"])
-        if self.critic is not None:
-            self.critic.stepper.load_state_dict(state["critic"])
-        self.update.load_state_dict(state["coefficients"])
+        for name, part in self._stateful().items():
+            part.load_state_dict(state[name])
         self.shaper.load_state_dict(state["reward"])
         self.scorer.load_state_dict(state["reward"].get("sources", {}))
-        self.prompts.load_state_dict(state["data"])
         progress = state["progress"]
         saved, pending = progress["batches"], progress["pending"]
         waiting = " and holds samples that wait for their optimizer step" if pending else ""
