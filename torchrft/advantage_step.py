@@ -34,17 +34,15 @@ class AdvantageStep:
         settings = {**config.algorithm.model_dump(), "values": None}
         options_of(self.estimator, settings, config.algorithm.advantage_options, 1)
         taken = inspect.signature(self.estimator).parameters
-        idle = [name for name in ("gamma", "lambd") if is_set(config, name) and name not in taken]
-        if idle:
+        set_names = [name for name in ("gamma", "lambd") if is_set(config, name)]
+        idle = [(name, "does not take it", name) for name in set_names if name not in taken]
+        if not self.needs_values:
+            critics = [name for name in CRITIC_FIELDS if is_chosen(config, name)]
+            idle += [(name, "needs no critic", "values") for name in critics]
+        for name, why, parameter in idle:
             raise ValueError(
-                f"{idle[0]} has no effect: {config.algorithm.advantage_estimator} does not take "
-                f"it; leave it out, or give the function a parameter {idle[0]}"
-            )
-        idle = [name for name in CRITIC_FIELDS if is_chosen(config, name)]
-        if idle and not self.needs_values:
-            raise ValueError(
-                f"{idle[0]} has no effect: {config.algorithm.advantage_estimator} needs no "
-                f"critic; leave it out, or give the function a parameter values"
+                f"{name} has no effect: {config.algorithm.advantage_estimator} {why}; leave it "
+                f"out, or give the function a parameter {parameter}"
             )
 
     def add(

@@ -1,8 +1,9 @@
 """The critic of PPO: values of the samples before the update, and its own optimizer steps."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from torchrft.algorithms.aggregation import Denominators
@@ -13,19 +14,14 @@ from torchrft.optimizer_step import Mean, OptimizerStep
 from torchrft.types import RolloutBatch
 
 
+@dataclass
 class CriticUpdate:
     """Trains the critic on the returns of rollouts."""
 
-    def __init__(
-        self,
-        stepper: OptimizerStep,
-        algorithm: Algorithm,
-        loss_aggregation: str,
-        max_response_length: int,
-    ) -> None:
-        self.stepper, self.algorithm = stepper, algorithm
-        self.loss_aggregation = loss_aggregation
-        self.max_response_length = float(max_response_length)
+    stepper: OptimizerStep
+    algorithm: Algorithm
+    loss_aggregation: str
+    max_response_length: int
 
     def with_values(self, batch: RolloutBatch) -> RolloutBatch:
         """Adds the critic's values [B, T] of the states in which the tokens were chosen."""
@@ -69,13 +65,9 @@ class CriticUpdate:
         assert batch.returns is not None
         returns = batch.returns[batch.mask].double()
         errors = returns - batch.old_values[batch.mask].double()
-        sums = {"count": float(returns.numel())}
-        for name, values in (("returns", returns), ("errors", errors)):
-            sums[name], sums[f"{name}^2"] = float(values.sum()), float(values.square().sum())
-        total = self.stepper.ranks.sum(sums, "update")
-        count = max(total["count"], 1.0)
-        of_errors, of_returns = (
-            total[f"{name}^2"] / count - (total[name] / count) ** 2
-            for name in ("errors", "returns")
-        )
+        parts = (torch.ones_like(returns), returns, returns.square(), errors, errors.square())
+        sums = torch.stack([part.sum() for part in parts])
+        count, *moments = self.stepper.ranks.sum_tensor(sums).tolist()
+        mean, square, error, error_square = (moment / max(count, 1.0) for moment in moments)
+        of_returns, of_errors = square - mean**2, error_square - error**2
         return 1.0 - of_errors / of_returns if of_returns > 1e-12 else 0.0

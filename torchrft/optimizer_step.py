@@ -4,6 +4,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torchrft.types import RolloutBatch
 Loss = Callable[[MicroBatch, RolloutBatch, Tensor], tuple[Tensor, dict[str, Tensor]]]
 
 
+@dataclass
 class OptimizerStep:
     """What the policy and the critic share: micro-batches, gradients, the step itself.
 
@@ -34,28 +36,22 @@ class OptimizerStep:
     images.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        scheduler: torch.optim.lr_scheduler.LambdaLR,
-        training: Training,
-        rollout: Rollout,
-        max_norm: float,
-        max_len: int,
-        reduce_every_micro_batch: bool,
-        ranks: DataRanks | None = None,
-        tp: int = 1,
-        adam_offload: bool = False,
-        vision: Vision | None = None,
-    ) -> None:
-        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
-        self.training, self.rollout = training, rollout
-        self.max_norm, self.max_len, self.vision = max_norm, max_len, vision
-        self.reduce_every_micro_batch = reduce_every_micro_batch
-        self.offload = StateOffload(optimizer) if adam_offload else None
-        self.ranks = ranks or DataRanks.all()
-        self.gradient_ranks = get_world_size() // tp  # that FSDP2 averages gradients over
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LambdaLR
+    training: Training
+    rollout: Rollout
+    max_norm: float
+    max_len: int
+    reduce_every_micro_batch: bool
+    ranks: DataRanks = field(default_factory=DataRanks.all)
+    tp: int = 1
+    adam_offload: bool = False
+    vision: Vision | None = None
+
+    def __post_init__(self) -> None:
+        self.offload = StateOffload(self.optimizer) if self.adam_offload else None
+        self.gradient_ranks = get_world_size() // self.tp  # that FSDP2 averages gradients over
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, optimizer state and schedule, sharded as they are."""
@@ -75,18 +71,12 @@ class OptimizerStep:
             for group in self.optimizer.param_groups
         ]
         peaks = list(self.scheduler.base_lrs)
-        set_state_dict(
-            self.model,
-            self.optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-        )
+        parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
+        set_state_dict(self.model, self.optimizer, **parts)
         self.scheduler.load_state_dict({**state["scheduler"], "base_lrs": peaks})
         # As LambdaLR computes them, so that equal options give equal bits.
-        rates = [
-            peak * factor(self.scheduler.last_epoch)
-            for peak, factor in zip(peaks, self.scheduler.lr_lambdas, strict=True)
-        ]
+        factors = [factor(self.scheduler.last_epoch) for factor in self.scheduler.lr_lambdas]
+        rates = [peak * factor for peak, factor in zip(peaks, factors, strict=True)]
         self.scheduler._last_lr = rates
         for group, saved, rate in zip(self.optimizer.param_groups, options, rates, strict=True):
             group.update(saved, lr=rate)
@@ -116,7 +106,7 @@ class OptimizerStep:
         tables = tuple(torch.zeros_like(batch.rollout_logprobs) for _ in range(outputs))
         samples = self.rollout.micro_rollout_batch_size
         for rows, counted in self._micro_batches(batch, list(range(len(batch))), samples):
-            micro = build(batch, rows, self.training.packing_samples, width, self.vision)
+            micro = self._build(batch, rows)
             values = model(micro)
             values = values if isinstance(values, tuple) else (values,)
             if counted:
@@ -169,8 +159,7 @@ class OptimizerStep:
             last = index == len(micro_batches) - 1
             set_gradient_sync(self.model, last or self.reduce_every_micro_batch)
             part = batch.select(micro_rows)
-            packed, width = self.training.packing_samples, batch.mask.shape[1]
-            micro = build(batch, micro_rows, packed, width, self.vision)
+            micro = self._build(batch, micro_rows)
             mask = part.mask if counted else torch.zeros_like(part.mask)
             value, metrics = loss(micro, part, mask)
             if value.requires_grad:
@@ -185,6 +174,10 @@ class OptimizerStep:
         totals = self.ranks.sum(totals, "update")
         return totals | (all_reduce_max(maxima, "update") if maxima else {})
 
+    def _build(self, batch: RolloutBatch, rows: list[int]) -> MicroBatch:
+        width, packed = batch.mask.shape[1], self.training.packing_samples
+        return build(batch, rows, packed, width, self.vision)
+
     def _micro_batches(
         self, batch: RolloutBatch, rows: list[int], samples: int
     ) -> Iterator[tuple[list[int], bool]]:
@@ -196,11 +189,8 @@ class OptimizerStep:
         budget = self.training.max_tokens_per_microbatch or samples * self.max_len
         bins = plan(batch, rows, self.training.packing_samples, samples, budget)
         count = int(all_reduce_max({"micro_batches": len(bins)}, "update")["micro_batches"])
-        for index in range(count):
-            if index < len(bins):
-                yield bins[index], True
-            else:
-                yield rows[:1], False
+        yield from ((part, True) for part in bins)
+        yield from [(rows[:1], False)] * (count - len(bins))
 
 
 class Mean:

@@ -37,17 +37,14 @@ class PolicyUpdate:
         max_response_length: int,
     ) -> None:
         self.stepper, self.reference, self.algorithm = stepper, reference, algorithm
+        self.policy = stepper.model
         self.preset = resolve(algorithm)
         self.loss = LOSSES.get(self.preset.policy_loss)
         own = algorithm.policy_loss_options
         options_of(self.loss, algorithm.model_dump(), own, 4)  # fails early
-        self.max_response_length = float(max_response_length)
+        self.max_response_length = max_response_length
         self.kl_coef = algorithm.init_kl_coef
         self.drift_coef = algorithm.cpgd_drift_coef
-
-    @property
-    def policy(self) -> nn.Module:
-        return self.stepper.model
 
     def with_logprobs(self, batch: RolloutBatch) -> RolloutBatch:
         """Adds the log-probs of the reference, and of the policy where they are needed.
@@ -69,15 +66,13 @@ class PolicyUpdate:
 
     def waiting(self) -> dict[str, float]:
         """The metrics of a rollout whose samples wait for more: no update, so no numbers."""
-        names = (
-            *("policy/loss", "policy/kl", "policy/approx_kl", "policy/entropy"),
-            *("policy/clip_fraction", "grad_norm", "mismatch/logprob_abs_mean"),
-            *("mismatch/logprob_abs_max", "mismatch/kl", "mismatch/effective_sample_size"),
-        )
+        policy = ("loss", "kl", "approx_kl", "entropy", "clip_fraction")
+        engine = ("logprob_abs_mean", "logprob_abs_max", "kl", "effective_sample_size")
+        names = [*(f"policy/{name}" for name in policy), *(f"mismatch/{name}" for name in engine)]
         lr = float(self.stepper.scheduler.get_last_lr()[0])
         counts = {"update/optimizer_steps": 0.0, "update/skipped_steps": 0.0}
         known = {**counts, "lr": lr, "policy/kl_coef": self.kl_coef}
-        return {**dict.fromkeys(names, math.nan), **known}
+        return {**dict.fromkeys([*names, "grad_norm"], math.nan), **known}
 
     def run(self, batch: RolloutBatch, frozen: bool = False) -> dict[str, float]:
         """All optimizer steps on a rollout: `max_epochs` passes in steps of train_batch_size.
@@ -109,9 +104,8 @@ class PolicyUpdate:
         denominators = self.stepper.denominators(mask, self.max_response_length)
         kept = None
         if batch.entropy is not None and self.algorithm.high_entropy_token_ratio < 1:
-            keep = high_entropy_mask(
-                batch.entropy[rows], mask, self.algorithm.high_entropy_token_ratio, self._gather
-            )
+            ratio = self.algorithm.high_entropy_token_ratio
+            keep = high_entropy_mask(batch.entropy[rows], mask, ratio, self._gather)
             kept = self.stepper.denominators(keep, self.max_response_length)
             full = torch.zeros_like(batch.mask)
             full[rows] = keep
@@ -165,14 +159,11 @@ class PolicyUpdate:
         return loss, metrics
 
     def _adapt(self, metrics: Mapping[str, float], samples: int) -> None:
-        algorithm = self.algorithm
-        target, horizon = algorithm.kl_target, algorithm.kl_horizon
-        if algorithm.kl_controller == "adaptive":
-            kl = metrics["policy/kl"]
-            self.kl_coef = adapt_coefficient(self.kl_coef, kl, target, samples, horizon)
+        rest = self.algorithm.kl_target, samples, self.algorithm.kl_horizon
+        if self.algorithm.kl_controller == "adaptive":
+            self.kl_coef = adapt_coefficient(self.kl_coef, metrics["policy/kl"], *rest)
         if "policy/drift" in metrics:
-            drift = metrics["policy/drift"]
-            self.drift_coef = adapt_coefficient(self.drift_coef, drift, target, samples, horizon)
+            self.drift_coef = adapt_coefficient(self.drift_coef, metrics["policy/drift"], *rest)
 
     def state_dict(self) -> dict[str, float]:
         return {"kl_coef": self.kl_coef, "drift_coef": self.drift_coef, **self._started_from()}

@@ -1,5 +1,6 @@
 """The training loop. `train_step` is the whole algorithm, in the order data flows."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ class Trainer:
         self.processor = self.tokenizer if self.vision is None else self.vision.processor
         prompts = load_prompts(data.prompt_data or "", data, self.tokenizer, vision=self.vision)
         size, ranks = config.rollout.rollout_batch_size, self.ranks
+        self.samples_per_rollout = size * config.rollout.n_samples_per_prompt
         self.prompts = PromptLoader(prompts, size, config.training.seed, ranks.rank, ranks.size)
         self.eval_prompts: list[Prompt] = []
         if (source := config.evaluation.eval_data) is not None:
@@ -114,15 +116,15 @@ class Trainer:
     def _stepper(self, model: nn.Module, learning_rate: float) -> OptimizerStep:
         """Optimizer and schedule of a model, over the whole run."""
         config, training = self.config, self.config.training
-        samples = config.rollout.rollout_batch_size * config.rollout.n_samples_per_prompt
-        optimizer_steps = self.schedule_steps * samples * training.max_epochs
-        total = max(1, -(-optimizer_steps // training.train_batch_size))
+        samples = self.schedule_steps * self.samples_per_rollout * training.max_epochs
+        total = max(1, -(-samples // training.train_batch_size))
         masters = config.optimizer.use_mp_opt
         optimizer = build_optimizer(model, config.optimizer, learning_rate, masters)
+        scheduler = build_scheduler(optimizer, config.optimizer, total)
         return OptimizerStep(
             model,
             optimizer,
-            build_scheduler(optimizer, config.optimizer, total),
+            scheduler,
             training,
             config.rollout,
             max_norm=config.optimizer.max_norm,
@@ -151,35 +153,24 @@ class Trainer:
         self.sleeps = config.rollout.enable_engine_sleep and not config.rollout.async_level
         if self.sleeps:
             self.engine.sleep()
+        ranks, helpers = self.ranks, self.dims.model_ranks
         self.collector = Collector(
-            config,
-            self.engine,
-            self.prompts,
-            self.scorer,
-            self.shaper,
-            self.timer,
-            self.ranks,
-            helpers=self.dims.model_ranks,
+            config, self.engine, self.prompts, self.scorer, self.shaper, self.timer, ranks, helpers
         )
 
     def _build_output(self) -> None:
         config = self.config
         save_path = Path(config.checkpoint.save_path)
         self.log_dir = Path(config.logging.log_dir or save_path / "logs")
-        self.checkpoints = CheckpointManager(
-            save_path, config.checkpoint.max_ckpt_num, config.checkpoint.max_ckpt_mem * 10**9
-        )
+        most, size = config.checkpoint.max_ckpt_num, config.checkpoint.max_ckpt_mem * 10**9
+        self.checkpoints = CheckpointManager(save_path, most, size)
         if not (config.checkpoint.load_checkpoint and self._resume()):
             set_aside(save_path, self.log_dir)
         if self.world.is_main:
             save_path.mkdir(parents=True, exist_ok=True)
             (save_path / "config.toml").write_text(to_toml(config))
-        self.logger = MetricLogger(
-            config.logging,
-            self.log_dir,
-            config.model_dump(mode="json"),
-            resume_step=self.step if self.step else None,
-        )
+        settings, began = config.model_dump(mode="json"), self.step or None
+        self.logger = MetricLogger(config.logging, self.log_dir, settings, resume_step=began)
         self.console = Console(self.last_step, self.step)
 
     def train(self) -> int | None:
@@ -223,17 +214,15 @@ class Trainer:
         if self._batch_is_full():
             for stepper in self._steppers():
                 stepper.prepare()
-            batch = make_batch(
-                self.pending, self.world.device, self.config.algorithm.overlong_filtering
-            )
+            filtering = self.config.algorithm.overlong_filtering
+            batch = make_batch(self.pending, self.world.device, filtering)
             self.pending, self.pending_rollouts = [], 0
             with self.timer.phase("logprob"):
                 batch = self.update.with_logprobs(batch)
                 if self.critic is not None:
                     batch = self.critic.with_values(batch)
-            batch, shaped = self.advantages.add(
-                batch, self.update.kl_coef, self.collector.splits_groups
-            )
+            split = self.collector.splits_groups
+            batch, shaped = self.advantages.add(batch, self.update.kl_coef, split)
             metrics |= shaped
             with self.timer.phase("update"):
                 if self.critic is not None:
@@ -278,8 +267,8 @@ class Trainer:
 
     def _batch_is_full(self) -> bool:
         """Whether an optimizer step is due; what is left over at the end of the run makes one."""
-        samples = self.config.rollout.rollout_batch_size * self.config.rollout.n_samples_per_prompt
-        enough = self.pending_rollouts * samples >= self.config.training.train_batch_size
+        samples = self.pending_rollouts * self.samples_per_rollout
+        enough = samples >= self.config.training.train_batch_size
         return enough or self.step + 1 == self.schedule_steps
 
     def _sync_weights(self) -> None:
@@ -318,19 +307,15 @@ class Trainer:
 
     def save(self) -> None:
         """Writes checkpoints/step-N and hf/step-N."""
+        export = partial(export_hf, self.policy.model, self.processor, dtype=self.dtype)
         with self.timer.phase("checkpoint"):
-            self.checkpoints.save(self.step, self.state_dict(), self._export)
-
-    def _export(self, folder: Path) -> None:
-        export_hf(self.policy.model, self.processor, folder, self.dtype)
+            self.checkpoints.save(self.step, self.state_dict(), export)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a run needs to go on as if it had never stopped."""
-        state = {
-            "policy": self.update.stepper.state_dict(),
-            "coefficients": self.update.state_dict(),
+        return {
+            **{name: part.state_dict() for name, part in self._stateful().items()},
             "reward": {**self.shaper.state_dict(), "sources": self.scorer.state_dict()},
-            "data": self.prompts.state_dict(),
             "progress": {
                 "step": self.step,
                 "pending": self.collector.unshare(self.pending),
@@ -339,9 +324,10 @@ class Trainer:
             },
             "rng": {f"rank{self.world.rank}": rng_state()},
         }
-        if self.critic is not None:
-            state["critic"] = self.critic.stepper.state_dict()
-        return state
+
+    def _stateful(self) -> dict[str, Any]:
+        parts = {"policy": self.update.stepper, "coefficients": self.update, "data": self.prompts}
+        return parts if self.critic is None else {**parts, "critic": self.critic.stepper}
 
     def _batches(self) -> dict[str, int]:
         """What decides how pending samples become optimizer steps."""
@@ -368,23 +354,20 @@ class Trainer:
         own = path.resolve().parent == self.checkpoints.checkpoints.resolve()
         state = self.state_dict()
         self.checkpoints.load(path, state)
-        self.update.stepper.load_state_dict(state["policy"])
-        if self.critic is not None:
-            self.critic.stepper.load_state_dict(state["critic"])
-        self.update.load_state_dict(state["coefficients"])
+        for name, part in self._stateful().items():
+            part.load_state_dict(state[name])
         self.shaper.load_state_dict(state["reward"])
         self.scorer.load_state_dict(state["reward"].get("sources", {}))
-        self.prompts.load_state_dict(state["data"])
         progress = state["progress"]
         saved, pending = progress["batches"], progress["pending"]
+        waiting = " and holds samples that wait for their optimizer step" if pending else ""
         for name, value in self._batches().items():
             # A step is a rollout: with others, the steps done and those left would not add up.
             fixed = name == "rollout_batch_size" or (pending and name != "data_parallel_ranks")
             if fixed and saved[name] != value:
                 raise ValueError(
-                    f"{path} was saved with {name} = {saved[name]}"
-                    + (" and holds samples that wait for their optimizer step" if pending else "")
-                    + f"; this run has {value}: resume with {saved[name]}"
+                    f"{path} was saved with {name} = {saved[name]}{waiting}; this run has {value}: "
+                    f"resume with {saved[name]}"
                 )
         if saved["data_parallel_ranks"] != self.ranks.size:
             pending = [sample for sample in pending if not sample.filler]

@@ -18,7 +18,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from torchrft.tools.distributed import is_main, on_main
 
 MAX_SHARD_BYTES = 5 * 10**9
-WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+Tensors = dict[str, Tensor]
 
 
 def export_hf(
@@ -59,9 +59,7 @@ def export_hf(
     on_main(finish, "write export")
 
 
-def _write_weights(
-    model: PreTrainedModel, gathered: dict[str, Tensor], path: Path
-) -> dict[str, int]:
+def _write_weights(model: PreTrainedModel, gathered: Tensors, path: Path) -> dict[str, int]:
     """Writes one file; returns the bytes of each tensor by its published name."""
     # From the names and layout of the module tree to those of the published format.
     converted = revert_weight_conversion(model, gathered)
@@ -79,25 +77,12 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """
     dropped = getattr(model, "_tied_weights_keys", None) or {}
     chosen: dict[int, tuple[str, Tensor]] = {}
-    for raw_name, parameter in model.named_parameters(remove_duplicate=False):
-        name = strip_wrappers(raw_name)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) not in chosen or chosen[id(parameter)][0] in dropped:
             chosen[id(parameter)] = (name, parameter)
-    tensors = dict(chosen.values())
     persistent = model.state_dict().keys()
-    tensors |= {strip_wrappers(key): b for key, b in model.named_buffers() if key in persistent}
-    return tensors
-
-
-def strip_wrappers(name: str) -> str:
-    """Parameter name without what torch.compile and activation checkpointing insert.
-
-    >>> strip_wrappers("model.layers.0._checkpoint_wrapped_module.mlp.up_proj.weight")
-    'model.layers.0.mlp.up_proj.weight'
-    """
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    buffers = {name: value for name, value in model.named_buffers() if name in persistent}
+    return dict(chosen.values()) | buffers
 
 
 def _plan(tensors: dict[str, Tensor], dtype: torch.dtype, max_bytes: int) -> list[list[str]]:
@@ -105,8 +90,8 @@ def _plan(tensors: dict[str, Tensor], dtype: torch.dtype, max_bytes: int) -> lis
     shards: list[list[str]] = [[]]
     size = 0
     for name, tensor in tensors.items():
-        itemsize = dtype.itemsize if tensor.is_floating_point() else tensor.dtype.itemsize
-        needed = tensor.numel() * itemsize
+        kept = dtype if tensor.is_floating_point() else tensor.dtype
+        needed = tensor.numel() * kept.itemsize
         if shards[-1] and size + needed > max_bytes:
             shards.append([])
             size = 0
@@ -139,8 +124,7 @@ def _write_configs(
 ) -> None:
     config = copy.deepcopy(model.config)
     # fully_shard replaces the class of a module by one of its own, derived from both.
-    classes = type(model).__mro__
-    architecture = next(cls for cls in classes if not issubclass(cls, FSDPModule))
+    architecture = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
     config.architectures = [architecture.__name__]
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         if part is not None:

@@ -53,9 +53,8 @@ class CheckpointManager:
         save_state(temporary, state)
         records = on_all(lambda: _fingerprint_own_files(temporary), "checksum checkpoint")
         files = {name: record for part in records for name, record in part.items()}
-        on_main(
-            lambda: manifest.write(temporary, step, get_world_size(), files), "write the manifest"
-        )
+        ranks = get_world_size()
+        on_main(lambda: manifest.write(temporary, step, ranks, files), "write the manifest")
         if export is not None:
             self._export(step, export)
         on_main(lambda: folders.publish(temporary, final), "publish checkpoint")
@@ -123,12 +122,10 @@ class CheckpointManager:
 
     def _set_aside_after(self, step: int) -> None:
         self._restore_interrupted()
-        later = [
-            f"{parent.name}/{folder.name}"
-            for parent in (self.checkpoints, self.exports)
-            for number, folder in folders.steps_in(parent).items()
-            if number > step
-        ]
+        later = []
+        for parent in (self.checkpoints, self.exports):
+            numbers = [number for number in folders.steps_in(parent) if number > step]
+            later += [f"{parent.name}/step-{number}" for number in numbers]
         if moved := move_to_previous(self.save_path, later):
             logger.warning("%s: later than step %d", moved, step)
 
@@ -184,8 +181,7 @@ def verify(folder: Path) -> str | None:
         names = sorted(content["files"])[get_rank() :: get_world_size()]
         return manifest.find_fault(folder, {name: content["files"][name] for name in names})
 
-    faults = on_all(check, "verify checkpoint")
-    return next((fault for fault in faults if fault is not None), None)
+    return next(filter(None, on_all(check, "verify checkpoint")), None)
 
 
 def _newest_complete(parent: Path) -> tuple[Path | None, list[str]]:
@@ -196,8 +192,7 @@ def _newest_complete(parent: Path) -> tuple[Path | None, list[str]]:
     faults = [f"{path} is half-written" for path in half_written]
     newest = None
     for folder in reversed(candidates.values()):
-        fault = verify(folder)
-        if fault is None:
+        if (fault := verify(folder)) is None:
             newest = folder
             break
         faults.append(f"{folder} is not complete: {fault}")
@@ -211,6 +206,5 @@ def _fingerprint_own_files(folder: Path) -> dict[str, dict[str, Any]]:
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     rank = get_rank()
     own = [name for name in names if name.startswith(f"__{rank}_")]
-    if rank == 0:
-        own += [name for name in names if not name.startswith("__")]
-    return manifest.fingerprint(folder, own)
+    rest = [name for name in names if not name.startswith("__")]
+    return manifest.fingerprint(folder, own if rank else own + rest)

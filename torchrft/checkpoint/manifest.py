@@ -23,12 +23,8 @@ def fingerprint(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
 
 def write(folder: Path, step: int, world_size: int, files: dict[str, dict[str, Any]]) -> None:
     """Write the manifest of `folder` and force it, and the folder's entries, to disk."""
-    content: dict[str, Any] = {
-        "format": FORMAT,
-        "step": step,
-        "world_size": world_size,
-        "files": dict(sorted(files.items())),
-    }
+    content: dict[str, Any] = {"format": FORMAT, "step": step, "world_size": world_size}
+    content["files"] = dict(sorted(files.items()))
     content["sha256"] = _own_digest(content)
     (folder / FILE_NAME).write_text(json.dumps(content, indent=1) + "\n")
     sync(folder / FILE_NAME)

@@ -21,10 +21,8 @@ def set_aside(save_path: str | Path, log_dir: str | Path | None = None) -> None:
 
 
 def _set_aside(save_path: Path, log_dir: str | Path | None) -> None:
-    default_logs = save_path / "logs"
-    names = [*WRITTEN_TO_SAVE_PATH, *(f"logs/{name}" for name in WRITTEN_TO_LOG_DIR)]
-    _move(save_path, names)
-    if log_dir is not None and Path(log_dir).resolve() != default_logs.resolve():
+    _move(save_path, [*WRITTEN_TO_SAVE_PATH, *(f"logs/{name}" for name in WRITTEN_TO_LOG_DIR)])
+    if log_dir is not None and Path(log_dir).resolve() != (save_path / "logs").resolve():
         _move(Path(log_dir), list(WRITTEN_TO_LOG_DIR))
 
 

@@ -20,6 +20,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchrft.tools.distributed import is_main, on_all
 from torchrft.tools.logging import logger
 
+Tree = dict[Any, Any]
+Leaves = dict[str, tuple[Tree, Any]]
+
 RANK_KEY = re.compile(r"rank\d+")
 MAX_FAULTS_SHOWN = 10
 
@@ -35,12 +38,9 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
         for path, (container, key) in _leaves(state).items()
         if is_main() or isinstance(container[key], Tensor) or _belongs_to_rank(path)
     }
+    planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with _quiet_without_group():
-        dcp.save(
-            mine,
-            storage_writer=dcp.FileSystemWriter(folder),
-            planner=dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-        )
+        dcp.save(mine, storage_writer=dcp.FileSystemWriter(folder), planner=planner)
 
 
 def load_state(folder: Path, state: dict[str, Any]) -> None:
@@ -67,42 +67,31 @@ def load_state(folder: Path, state: dict[str, Any]) -> None:
         if faults:
             raise ValueError(_describe(folder, faults))
     flat = {path: container[key] for path, (container, key) in leaves.items()}
+    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with _quiet_without_group():
-        dcp.load(
-            flat,
-            storage_reader=reader,
-            planner=dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-        )
+        dcp.load(flat, storage_reader=reader, planner=planner)
     for path, (container, key) in leaves.items():
         if not isinstance(container[key], Tensor):
             container[key] = flat[path]
 
 
-def _leaves(state: dict[Any, Any]) -> dict[str, tuple[dict[Any, Any], Any]]:
+def _leaves(tree: Tree, prefix: str = "") -> Leaves:
     """Path -> (dict that holds the leaf, its key there), in the order of the tree."""
-    leaves: dict[str, tuple[dict[Any, Any], Any]] = {}
-
-    def walk(tree: dict[Any, Any], prefix: str) -> None:
-        for key, value in tree.items():
-            if type(key) not in (str, int):
-                raise ValueError(f"checkpoint key {prefix}{key!r} must be a string or an integer")
-            path = f"{prefix}{key}"
-            if _is_tree(value):
-                walk(value, f"{path}/")
-            elif path in leaves:
-                raise ValueError(f"two checkpoint keys give the path {path!r}")
-            else:
-                leaves[path] = (tree, key)
-
-    walk(state, "")
+    leaves: Leaves = {}
+    for key, value in tree.items():
+        if type(key) not in (str, int):
+            raise ValueError(f"checkpoint key {prefix}{key!r} must be a string or an integer")
+        path = f"{prefix}{key}"
+        found = _leaves(value, f"{path}/") if _is_tree(value) else {path: (tree, key)}
+        if twice := leaves.keys() & found.keys():
+            raise ValueError(f"two checkpoint keys give the path {min(twice)!r}")
+        leaves.update(found)
     return leaves
 
 
 def _is_tree(value: Any) -> bool:
     return isinstance(value, dict) and any(
-        isinstance(item, Tensor)
-        or (isinstance(key, str) and RANK_KEY.fullmatch(key) is not None)
-        or _is_tree(item)
+        isinstance(item, Tensor) or RANK_KEY.fullmatch(str(key)) or _is_tree(item)
         for key, item in value.items()
     )
 
@@ -111,9 +100,7 @@ def _belongs_to_rank(path: str) -> bool:
     return any(RANK_KEY.fullmatch(part) for part in path.split("/"))
 
 
-def _faults(
-    leaves: dict[str, tuple[dict[Any, Any], Any]], sections: set[str], saved: dict[str, Any]
-) -> list[str]:
+def _faults(leaves: Leaves, sections: set[str], saved: dict[str, Any]) -> list[str]:
     faults = [f"{path} is not in the checkpoint" for path in leaves if path not in saved]
     for path, entry in saved.items():
         if path in leaves:
@@ -130,10 +117,8 @@ def _misfit(path: str, value: Any, entry: Any) -> str | None:
         return f"{path} is a tensor in one of the two, an object in the other"
     if not isinstance(value, Tensor):
         return None
-    for what, old, new in (
-        ("shape", list(entry.size), list(value.shape)),
-        ("dtype", entry.properties.dtype, value.dtype),
-    ):
+    shapes, dtypes = (list(entry.size), list(value.shape)), (entry.properties.dtype, value.dtype)
+    for what, (old, new) in (("shape", shapes), ("dtype", dtypes)):
         if old != new:
             return f"{path} has {what} {old} in the checkpoint, {new} in this run"
     return None
@@ -143,10 +128,8 @@ def _describe(folder: Path, faults: list[str]) -> str:
     shown = faults[:MAX_FAULTS_SHOWN]
     if len(faults) > len(shown):
         shown.append(f"... and {len(faults) - len(shown)} more")
-    return (
-        f"checkpoint {folder} does not fit this run (resume with the model and optimizer options"
-        " it was saved with):\n  " + "\n  ".join(shown)
-    )
+    remedy = "resume with the model and optimizer options it was saved with"
+    return "\n  ".join([f"checkpoint {folder} does not fit this run ({remedy}):", *shown])
 
 
 @contextmanager

@@ -50,24 +50,15 @@ class MasterAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             trained = [p for p in group["params"] if p.grad is not None]
             states = [self.state[p] for p in trained]
-            adamw(
-                [state["master"] for state in states],
-                [p.grad.float() for p in trained],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [],
-                [state["step"] for state in states],
-                fused=True,
-                amsgrad=False,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
-            for parameter, state in zip(trained, states, strict=True):
-                parameter.copy_(state["master"])
+            names = ("master", "exp_avg", "exp_avg_sq", "step")
+            masters, means, squares, steps = ([s[name] for s in states] for name in names)
+            gradients = [p.grad.float() for p in trained]
+            same = ("lr", "weight_decay", "eps", "amsgrad", "maximize", "fused")
+            options = {name: group[name] for name in same}
+            options["beta1"], options["beta2"] = group["betas"]
+            adamw(masters, gradients, means, squares, [], steps, **options)
+            for parameter, master in zip(trained, masters, strict=True):
+                parameter.copy_(master)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As AdamW's, which would round the state to the parameters' dtype."""

@@ -73,21 +73,16 @@ def parallelize(
     return model
 
 
-def _check_layers(
-    model: nn.Module, gradient_checkpointing: str | None, compile: bool, tp: int
-) -> None:
-    if gradient_checkpointing not in (None, "full", "selective"):
-        raise ValueError(
-            f'gradient_checkpointing = "{gradient_checkpointing}" must be "full", "selective" or '
-            "None"
-        )
-    if compile and tp > 1 and gradient_checkpointing is None:
+def _check_layers(model: nn.Module, mode: str | None, compile: bool, tp: int) -> None:
+    if mode not in (None, "full", "selective"):
+        raise ValueError(f'gradient_checkpointing = "{mode}" must be "full", "selective" or None')
+    if compile and tp > 1 and mode is None:
         raise ValueError(
             f"compile with tp_size = {tp} needs gradient_checkpointing: without it, torch.compile "
             "does not end on DTensor's backward pass with dynamic lengths (torch 2.13)"
         )
-    if (gradient_checkpointing or compile) and not decoder_layers(model):
-        what = "gradient_checkpointing" if gradient_checkpointing else "compile"
+    if (mode or compile) and not decoder_layers(model):
+        what = "gradient_checkpointing" if mode else "compile"
         raise ValueError(
             f"{what} works on repeated layers, of which {type(model).__name__} has none that "
             "transformers names in _no_split_modules; leave it out"

@@ -21,6 +21,8 @@ _KEPT = {
     _aten._flash_attention_forward.default,
     torch.ops.torch_attn._varlen_attn.default,
 }
+_SAVE = checkpoint.CheckpointPolicy.MUST_SAVE
+_RECOMPUTE = checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
 _MATMULS = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default}
 
 
@@ -67,10 +69,6 @@ def _contexts() -> Any:
             # The same ones in the forward pass and when it is computed again.
             turn = seen[op, context.is_recompute] = seen.get((op, context.is_recompute), 0) + 1
             kept = turn % 2 == 0
-        return (
-            checkpoint.CheckpointPolicy.MUST_SAVE
-            if kept
-            else checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
-        )
+        return _SAVE if kept else _RECOMPUTE
 
     return checkpoint.create_selective_checkpoint_contexts(policy)

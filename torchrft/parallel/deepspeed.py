@@ -69,7 +69,8 @@ def initialize(
     groups = _named_groups(model, model_parameters if own is None else own)
     _check(settings, optimizer, lr_scheduler)
     engine = DeepSpeedEngine(model, settings, world.device)
-    engine.optimizer = _make_optimizer(settings, optimizer, _sharded(model, groups))
+    groups = [{**g, "params": [model.get_parameter(name) for name in g["params"]]} for g in groups]
+    engine.optimizer = _make_optimizer(settings, optimizer, groups)
     engine.lr_scheduler = _make_schedule(settings, lr_scheduler, engine.optimizer)
     if training_data is not None:
         drop_last = settings.get("dataloader_drop_last", False)
@@ -94,8 +95,8 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
 def _named_groups(model: nn.Module, given: Iterable[Any] | None) -> Groups:
     """Parameter groups, with names in place of the parameters, which sharding replaces."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    items: list[Any] = trained if given is None else list(given)
+    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    items: list[Any] = list(trained if given is None else given)
     groups = items if items and isinstance(items[0], dict) else [{"params": items}]
     named = []
     for group in groups:
@@ -110,10 +111,6 @@ def _named_groups(model: nn.Module, given: Iterable[Any] | None) -> Groups:
                 )
         named.append({**group, "params": [names[id(parameter)] for parameter in parameters]})
     return named
-
-
-def _sharded(model: nn.Module, groups: Groups) -> Groups:
-    return [{**g, "params": [model.get_parameter(name) for name in g["params"]]} for g in groups]
 
 
 def _check(settings: Settings, optimizer: Any, lr_scheduler: Any) -> None:
@@ -149,14 +146,10 @@ def _make_optimizer(settings: Settings, given: Any, groups: Groups) -> Any:
     decoupled = kind.lower() == "adamw" or options.get("adam_w_mode", True)
     # As DeepSpeed: its own kernels do not decay by default, torch's AdamW does.
     decay = 0.01 if options.get("torch_adam", False) and decoupled else 0.0
-    taken = {name: value for name, value in options.items() if name in ("lr", "eps", "amsgrad")}
+    known = ("lr", "eps", "amsgrad", "weight_decay")
+    taken = {"weight_decay": decay} | {k: v for k, v in options.items() if k in known}
     make = torch.optim.AdamW if decoupled else torch.optim.Adam
-    return make(
-        plain,
-        betas=tuple(options.get("betas", (0.9, 0.999))),
-        weight_decay=options.get("weight_decay", decay),
-        **taken,
-    )
+    return make(plain, betas=tuple(options.get("betas", (0.9, 0.999))), **taken)
 
 
 def _make_schedule(settings: Settings, given: Any, optimizer: Any) -> Any:

@@ -56,10 +56,10 @@ class WholeWeights:
         """Names and whole tensors, one after the other; collective."""
         with self.as_shards():
             state = self.module.state_dict()
-        frozen = _frozen(self.module) if exclude_frozen else set()
+        for name in _frozen(self.module) if exclude_frozen else ():
+            state.pop(name, None)
         for name, value in state.items():
-            if name not in frozen:
-                yield name, value.full_tensor() if isinstance(value, DTensor) else value
+            yield name, value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _frozen(module: nn.Module) -> set[str]:
@@ -90,9 +90,9 @@ class Checkpoints:
         whole = {}
         for name, value in self.weights.gathered(exclude_frozen_parameters):
             if distributed.is_main():
-                floating = isinstance(value, Tensor) and value.is_floating_point()
-                value = value.bfloat16() if floating else value
-                whole[name] = value.cpu() if isinstance(value, Tensor) else value
+                if isinstance(value, Tensor):
+                    value = (value.bfloat16() if value.is_floating_point() else value).cpu()
+                whole[name] = value
 
         def write() -> None:
             Path(save_dir).mkdir(parents=True, exist_ok=True)
@@ -197,16 +197,15 @@ class Checkpoints:
 def _fit(model: dict[str, Any], folder: Path, strict: bool) -> None:
     """Compares names and shapes with the checkpoint's; unless `strict`, drops what it lacks."""
     entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    saved = {
-        name.removeprefix("model."): getattr(entry, "size", None)
-        for name, entry in entries.items()
-        if name.startswith("model.")
-    }
+    start = "model."
+    held = {name.removeprefix(start): e for name, e in entries.items() if name.startswith(start)}
+    saved = {name: getattr(entry, "size", None) for name, entry in held.items()}
     lacks = [name for name in model if name not in saved]
+    shapes = {name: value.shape for name, value in model.items() if isinstance(value, Tensor)}
     reshaped = [
-        f"{name} {tuple(saved[name] or ())} instead of {tuple(value.shape)}"
-        for name, value in model.items()
-        if isinstance(value, Tensor) and saved.get(name, value.shape) != value.shape
+        f"{name} {tuple(saved[name] or ())} instead of {tuple(shape)}"
+        for name, shape in shapes.items()
+        if saved.get(name, shape) != shape
     ]
     faults = [f"has {', '.join(reshaped[:3])}"] if reshaped else []
     if strict:
@@ -216,8 +215,7 @@ def _fit(model: dict[str, Any], folder: Path, strict: bool) -> None:
             faults += [f"{verb} {', '.join(names[:3])}{more}"] if names else []
     if faults:
         remedy = "" if reshaped else "; load_module_strict=False loads what both have"
-        raise ValueError(
-            f"checkpoint {folder} does not fit the model: it {', '.join(faults)}{remedy}"
-        )
+        what = ", ".join(faults) + remedy
+        raise ValueError(f"checkpoint {folder} does not fit the model: it {what}")
     for name in lacks:
         del model[name]

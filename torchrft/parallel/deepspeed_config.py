@@ -40,13 +40,9 @@ def read(config: Mapping[str, Any] | str | Path, world_size: int) -> Settings:
 
 def offloads(settings: Settings) -> bool:
     """Whether parameters, gradients and optimizer state live in host memory."""
-    zero = "zero_optimization."
-    devices = [
-        settings.get(f"{zero}{section}.device")
-        for section in ("offload_optimizer", "offload_param")
-    ]
-    switches = [settings.get(f"{zero}{name}") for name in ("cpu_offload", "cpu_offload_param")]
-    return "cpu" in devices or any(switches)
+    zero = settings.judged.section("zero_optimization")
+    devices = [zero.get(f"{name}.device") for name in ("offload_optimizer", "offload_param")]
+    return "cpu" in devices or any(zero.get(k) for k in ("cpu_offload", "cpu_offload_param"))
 
 
 def _batches(judged: Judged, world_size: int) -> tuple[int, int, int]:

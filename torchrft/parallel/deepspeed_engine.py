@@ -64,10 +64,9 @@ class DeepSpeedEngine(Checkpoints, nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's."""
-        context: Any = contextlib.nullcontext()
-        if self.settings.get("torch_autocast.enabled", False):
-            context = torch.autocast(self.device.type, torch.bfloat16)
-        with context:
+        if not self.settings.get("torch_autocast.enabled", False):
+            return self.module(*args, **kwargs)
+        with torch.autocast(self.device.type, torch.bfloat16):
             return self.module(*args, **kwargs)
 
     def backward(
@@ -126,11 +125,9 @@ class DeepSpeedEngine(Checkpoints, nn.Module):
         micro_batches = self.settings.accumulation if self._managed else self._backwards
         self.global_samples += micro_batches * self.settings.micro_batch_size * self.world_size
         self._backwards = 0
-        every = self.settings.get("steps_per_print")
-        if every and self.global_steps % every == 0:
-            logger.info(
-                "step=%d, skipped=%d, lr=%s", self.global_steps, self.skipped_steps, self.get_lr()
-            )
+        every, step = self.settings.get("steps_per_print"), self.global_steps
+        if every and step % every == 0:
+            logger.info("step=%d, skipped=%d, lr=%s", step, self.skipped_steps, self.get_lr())
 
     @property
     def _managed(self) -> bool:
@@ -156,9 +153,9 @@ class DeepSpeedEngine(Checkpoints, nn.Module):
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
         """Backward passes within it leave gradients unreduced; stages 0 and 1 only."""
-        if self.zero_optimization_stage() > 1:
+        if (stage := self.zero_optimization_stage()) > 1:
             raise ValueError(
-                f"no_sync() does not go with ZeRO stage {self.zero_optimization_stage()}, which "
+                f"no_sync() does not go with ZeRO stage {stage}, which "
                 "shards gradients after every backward pass; use stage 0 or 1, or leave it out"
             )
         self._in_no_sync = True
@@ -227,9 +224,11 @@ class DeepSpeedEngine(Checkpoints, nn.Module):
 
     def set_lr(self, lr: float) -> None:
         """Of every parameter group, until a schedule sets it again."""
-        for group in [] if self.optimizer is None else self.optimizer.param_groups:
+        for group in self._groups():
             group["lr"] = lr
 
+    def _groups(self) -> list[dict[str, Any]]:
+        return [] if self.optimizer is None else self.optimizer.param_groups
+
     def _of_groups(self, name: str) -> list[Any]:
-        groups = [] if self.optimizer is None else self.optimizer.param_groups
-        return [group[name] for group in groups if name in group]
+        return [group[name] for group in self._groups() if name in group]

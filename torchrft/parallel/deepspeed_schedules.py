@@ -9,7 +9,7 @@ from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
-import torch
+from torch.optim import Optimizer
 
 
 @dataclass(kw_only=True)
@@ -159,10 +159,7 @@ class Schedule:
     steps of a warm-up have its lowest learning rate.
     """
 
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, kind: str, options: dict[str, Any]
-    ) -> None:
-        check_options(kind, options)
+    def __init__(self, optimizer: Optimizer, kind: str, options: dict[str, Any]) -> None:
         options = dict(options)
         self.optimizer = optimizer
         self.last_batch_iteration = int(options.pop("last_batch_iteration", -1))
@@ -180,7 +177,7 @@ class Schedule:
             SCHEDULES[kind](**{name: values[index] for name, values in options.items()})
             for index in range(count)
         ]
-        self._apply()
+        self.step(self.last_batch_iteration)
 
     def get_lr(self) -> list[float]:
         """The learning rate of every group now."""
@@ -190,22 +187,17 @@ class Schedule:
 
     def step(self, last_batch_iteration: int | None = None) -> None:
         """Goes on by one optimizer step, or to the given one."""
-        following = self.last_batch_iteration + 1
-        self.last_batch_iteration = (
-            following if last_batch_iteration is None else last_batch_iteration
-        )
-        self._apply()
+        if (step := last_batch_iteration) is None:
+            step = self.last_batch_iteration + 1
+        self.last_batch_iteration = step
+        groups = zip(self.optimizer.param_groups, self.base_lrs, self.rules, strict=True)
+        for group, base_lr, rule in groups:
+            group["lr"] = rule(step, base_lr)
+            if isinstance(rule, OneCycle) and rule.cycle_momentum:
+                group["betas"] = (rule.momentum(step), 0.99)
 
     def state_dict(self) -> dict[str, Any]:
         return {"last_batch_iteration": self.last_batch_iteration}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.step(state_dict["last_batch_iteration"])
-
-    def _apply(self) -> None:
-        step = self.last_batch_iteration
-        groups = zip(self.optimizer.param_groups, self.base_lrs, self.rules, strict=True)
-        for group, base_lr, rule in groups:
-            group["lr"] = rule(step, base_lr)
-            if isinstance(rule, OneCycle) and rule.cycle_momentum:
-                group["betas"] = (rule.momentum(step), 0.99)

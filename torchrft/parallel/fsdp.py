@@ -1,5 +1,7 @@
 """FSDP2 on any transformers model."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.distributed import fsdp
@@ -26,14 +28,10 @@ def apply_fsdp(
     offload = fsdp.CPUOffloadPolicy(pin_memory=pinned) if cpu_offload else fsdp.OffloadPolicy()
     policy = fsdp.MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     vocabulary = vocabulary_modules(model)
+    again = sharding.reshard_after_forward
+    options: dict[str, Any] = {"mp_policy": policy, "offload_policy": offload}
     for module in (*vocabulary, *decoder_layers(model), model):  # inner ones first
-        fsdp.fully_shard(
-            module,
-            mesh=mesh,
-            mp_policy=policy,
-            reshard_after_forward=sharding.reshard_after_forward,
-            offload_policy=offload,
-        )
+        fsdp.fully_shard(module, mesh=mesh, reshard_after_forward=again, **options)
     for module in vocabulary:
         if hasattr(module, "logprobs"):  # a policy's head, instead of its forward
             fsdp.register_fsdp_forward_method(module, "logprobs")

@@ -46,10 +46,10 @@ class ParallelDims:
         dp_shard = world_size // others if config.dp_shard == -1 else config.dp_shard
         dims = cls(config.dp_replicate, dp_shard, config.sp_size, config.tp_size)
         if dims.world_size != world_size:
+            sizes = f"{dims.dp_replicate} x {dims.dp_shard} x {dims.sp} x {dims.tp}"
             raise ValueError(
-                f"dp_replicate x dp_shard x sp_size x tp_size = {dims.dp_replicate} x "
-                f"{dims.dp_shard} x {dims.sp} x {dims.tp} = {dims.world_size} must be world_size = "
-                f"{world_size}"
+                f"dp_replicate x dp_shard x sp_size x tp_size = {sizes} = {dims.world_size} must "
+                f"be world_size = {world_size}"
             )
         return dims
 

@@ -71,12 +71,11 @@ def prepare_plain(model: nn.Module, tp: int) -> None:
     """
     decoder = decoder_of(model)
     _check(model, decoder)
-    heads = [m for m in outside(model) if not isinstance(m, nn.Linear)]
+    heads = [type(m).__name__ for m in outside(model) if not isinstance(m, nn.Linear)]
     if tp > 1 and heads:
         raise ValueError(
-            f"tp_size = {tp}: {type(model).__name__} has parameters of "
-            f"{type(heads[0]).__name__} outside of its decoder, where only Linear can "
-            "be split; use sp_size or dp_shard"
+            f"tp_size = {tp}: {type(model).__name__} has parameters of {heads[0]} outside of its "
+            "decoder, where only Linear can be split; use sp_size or dp_shard"
         )
     memo: dict[int, Any] = {}
     for module in model.modules():

@@ -21,13 +21,8 @@ from torchrft.parallel.mesh import ModelMesh
 from torchrft.parallel.modules import decoder_of
 
 # What the decoder would take or return for whole sequences, and each rank has for its part only.
-_NOT_SPLIT = (
-    "inputs_embeds",
-    "past_key_values",
-    "use_cache",
-    "output_hidden_states",
-    "output_attentions",
-)
+_NOT_SPLIT = ("inputs_embeds", "past_key_values", "use_cache")
+_NOT_RETURNED = ("output_hidden_states", "output_attentions")
 
 
 def apply_sequence_parallel(model: nn.Module, mesh: ModelMesh, plain: bool = False) -> None:
@@ -79,9 +74,8 @@ class _Hooks:
     def after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        hidden = DTensor.from_local(
-            output.last_hidden_state, self.mesh.all, [Shard(1)], run_check=False
-        )
+        own = output.last_hidden_state
+        hidden = DTensor.from_local(own, self.mesh.all, [Shard(1)], run_check=False)
         whole = hidden.redistribute(placements=[Replicate()]).to_local()
         if self.plain and whole.requires_grad:
             # Each sp rank's parameters get the gradient of its part, which FSDP2 will average.
@@ -97,10 +91,9 @@ def _parts(kwargs: dict[str, Any], mesh: ModelMesh) -> dict[str, Any]:
     length = kwargs["position_ids"].shape[-1]
     pad = -length % mesh.all.size()
     parts, part = mesh.sp.size(), mesh.sp.get_local_rank()
-    own: dict[str, Any] = {}
-    for name in ("input_ids", "position_ids", "visual_pos_masks"):
-        if kwargs.get(name) is not None:
-            own[name] = F.pad(kwargs[name], (0, pad)).chunk(parts, dim=-1)[part]
+    along = ("input_ids", "position_ids", "visual_pos_masks")
+    given = {name: kwargs[name] for name in along if kwargs.get(name) is not None}
+    own: dict[str, Any] = {k: F.pad(v, (0, pad)).chunk(parts, -1)[part] for k, v in given.items()}
     if kwargs.get("inputs_embeds") is not None:
         own["inputs_embeds"] = F.pad(kwargs["inputs_embeds"], (0, 0, 0, pad)).chunk(parts, 1)[part]
     if kwargs.get("visual_pos_masks") is not None:  # rows of what its marks are added to
@@ -113,12 +106,9 @@ def _parts(kwargs: dict[str, Any], mesh: ModelMesh) -> dict[str, Any]:
 
 def _refuse_what_is_not_split(module: Any, kwargs: dict[str, Any]) -> None:
     known = {"input_ids", "position_ids", "attention_mask"}
-    found = [
-        name
-        for name in _NOT_SPLIT
-        if kwargs.get(name, getattr(module.config, name, None) if name[:3] == "out" else None)
-        not in (None, False)
-    ]
+    asked = {name: kwargs.get(name) for name in _NOT_SPLIT}
+    asked |= {name: kwargs.get(name, getattr(module.config, name, None)) for name in _NOT_RETURNED}
+    found = [name for name, value in asked.items() if value is not None and value is not False]
     found += [k for k, v in kwargs.items() if isinstance(v, Tensor) and k not in known]
     if found or kwargs.get("input_ids") is None:
         raise ValueError(
@@ -164,16 +154,14 @@ class Split:
             mask = mask & (self.segments[:, None, :, None] == self.segments[:, None, None, :])
         return mask
 
-    def whole(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def whole(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """[B, H, part, D] of this rank's part of the sequence as [B, H / ranks, length, D]."""
         # Fewer key heads than ranks: repeated until every rank has one. Query head h still finds
         # its own, at h // (queries per key).
         times = self.mesh.size() // math.gcd(self.mesh.size(), key.shape[1])
         key, value = (x.repeat_interleave(times, dim=1) if times > 1 else x for x in (key, value))
-        query, key, value = (
-            self._move(x, Shard(2), Shard(1))[:, :, : self.length] for x in (query, key, value)
-        )
-        return query, key, value
+        moved = [self._move(x, Shard(2), Shard(1)) for x in (query, key, value)]
+        return tuple(x[:, :, : self.length] for x in moved)
 
     def part(self, out: Tensor) -> Tensor:
         """[B, length, H / ranks, D] as [B, part, H, D]."""

@@ -7,14 +7,19 @@ the projections in `base_model_tp_plan`, all else follows from the shape of a de
 
 import logging
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, parallel
 from transformers import PreTrainedModel
 
-from torchrft.parallel.modules import decoder_layers, decoder_of, language_part
+from torchrft.parallel.modules import (
+    decoder_layers,
+    decoder_of,
+    language_part,
+    transformers_part,
+)
 
 _SEQUENCE = Shard(1)
 _LAYOUTS = ("input_layouts", "desired_input_layouts", "output_layouts", "desired_output_layouts")
@@ -22,17 +27,15 @@ _LAYOUTS = ("input_layouts", "desired_input_layouts", "output_layouts", "desired
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
 
-def _style(name: str) -> parallel.ParallelStyle | None:
-    """The DTensor style that transformers calls `name`."""
-    styles: dict[str, parallel.ParallelStyle] = {
-        "colwise": parallel.ColwiseParallel(),
-        "rowwise": parallel.RowwiseParallel(output_layouts=_SEQUENCE),
-        # Norms of single heads: each rank has its own heads, and a part of the gradient.
-        "replicated_with_grad_allreduce": parallel.SequenceParallel(
-            sequence_dim=2, use_local_output=True
-        ),
-    }
-    return styles.get(name)
+# What transformers calls the styles of DTensor.
+_STYLES: dict[str, parallel.ParallelStyle] = {
+    "colwise": parallel.ColwiseParallel(),
+    "rowwise": parallel.RowwiseParallel(output_layouts=_SEQUENCE),
+    # Norms of single heads: each rank has its own heads, and a part of the gradient.
+    "replicated_with_grad_allreduce": parallel.SequenceParallel(
+        sequence_dim=2, use_local_output=True
+    ),
+}
 
 
 def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -53,27 +56,22 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
     _check(decoder, plan, mesh.size())
     trained = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
     inner = {pattern.split(".")[2] for pattern in plan}
-    styles = {pattern: style for pattern, name in plan.items() if (style := _style(name))}
+    styles = {pattern: _STYLES[name] for pattern, name in plan.items()}
     parallel.parallelize_module(decoder, mesh, styles)
     for layer in decoder_layers(decoder):
         parallel.parallelize_module(layer, mesh, _layer_plan(layer, inner))
-    embedding, head = decoder.get_input_embeddings(), _head_of(model)
+    embedding = decoder.get_input_embeddings()
+    head: Any = cast(PreTrainedModel, transformers_part(model)).get_output_embeddings()
     tied = head is not None and head.weight is embedding.weight
-    tops: dict[str, parallel.ParallelStyle] = {
-        name: parallel.SequenceParallel(use_local_output=True)
-        for name, child in decoder.named_children()
-        if "Norm" in type(child).__name__
-    }
-    parallel.parallelize_module(decoder, mesh, tops)
+    parallel.parallelize_module(decoder, mesh, _layer_plan(decoder, set()))
     row = parallel.RowwiseParallel(input_layouts=Replicate(), output_layouts=_SEQUENCE)
     parallel.parallelize_module(embedding, mesh, row)
     for module in outside(model):
         if module is head:
             if tied:
                 head.register_parameter("weight", embedding.weight)
-            parallel.parallelize_module(
-                head, mesh, parallel.ColwiseParallel(output_layouts=Replicate())
-            )
+            column = parallel.ColwiseParallel(output_layouts=Replicate())
+            parallel.parallelize_module(head, mesh, column)
             if tied:  # the call before made a parameter of its own
                 head.register_parameter("weight", embedding.weight)
             # The logits are a view, on which FSDP2 would lose its hooks in an in-place operation.
@@ -96,16 +94,13 @@ def layer_plan_of(decoder: PreTrainedModel) -> dict[str, str]:
 def outside(model: nn.Module) -> list[nn.Module]:
     """The modules with parameters of their own that are not in the decoder."""
     inside = set(decoder_of(model).modules())
-    return [
-        module
-        for module in model.modules()
-        if module not in inside and any(True for _ in module.parameters(recurse=False))
-    ]
+    around = [module for module in model.modules() if module not in inside]
+    return [module for module in around if any(True for _ in module.parameters(recurse=False))]
 
 
 def _check(decoder: PreTrainedModel, plan: dict[str, str], size: int) -> None:
     kind = type(decoder).__name__
-    unknown = sorted({name for name in plan.values() if _style(name) is None})
+    unknown = sorted(set(plan.values()) - _STYLES.keys())
     if not plan or unknown:
         what = f"has {', '.join(unknown)} in its" if unknown else "has no"
         raise ValueError(
@@ -121,9 +116,8 @@ def _check(decoder: PreTrainedModel, plan: dict[str, str], size: int) -> None:
             )
     for name, module in decoder.named_modules():
         style = next((plan[pattern] for pattern in plan if fnmatchcase(name, pattern)), "")
-        count = {"colwise": "out_features", "rowwise": "in_features"}.get(style)
-        if count is not None and getattr(module, count, 0) % size:
-            width = getattr(module, count)
+        count = {"colwise": "out_features", "rowwise": "in_features"}.get(style, "")
+        if (width := getattr(module, count, 0)) % size:
             raise ValueError(
                 f"tp_size = {size} must divide {count} = {width} of {name} in {kind}: {width} % "
                 f"{size} = {width % size}; use a divisor of {width}, or dp_shard instead"
@@ -148,18 +142,10 @@ def _layer_plan(layer: nn.Module, inner: set[str]) -> dict[str, parallel.Paralle
     return plan
 
 
-def _head_of(model: nn.Module) -> Any:
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            return module.get_output_embeddings()
-    return None
-
-
 def _replicate_the_rest(model: nn.Module, mesh: DeviceMesh) -> None:
     """All parameters on one mesh, which clipping by their joint norm needs."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if not isinstance(parameter, DTensor):
                 whole = distribute_tensor(parameter.detach(), mesh, [Replicate()])
-                new = nn.Parameter(whole, requires_grad=parameter.requires_grad)
-                module.register_parameter(name, new)
+                module.register_parameter(name, nn.Parameter(whole, parameter.requires_grad))

@@ -18,18 +18,11 @@ class Sharding:
     reduce_every_micro_batch: bool
 
 
-_STAGES = {
-    1: Sharding(reshard_after_forward=False, reduce_every_micro_batch=False),
-    2: Sharding(reshard_after_forward=False, reduce_every_micro_batch=True),
-    3: Sharding(reshard_after_forward=True, reduce_every_micro_batch=True),
-}
-
-
 def stage(number: int) -> Sharding:
     """Stage 0 keeps replicas, which the mesh says; for the rest it is like stage 1."""
-    return _STAGES[max(number, 1)]
+    return Sharding(reshard_after_forward=number == 3, reduce_every_micro_batch=number >= 2)
 
 
 def sharding(config: Parallel) -> Sharding:
     """Full sharding with `fsdp`, else that of `zero_stage`."""
-    return _STAGES[3 if config.fsdp else config.zero_stage]
+    return stage(3 if config.fsdp else config.zero_stage)
