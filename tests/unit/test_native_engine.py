@@ -11,7 +11,7 @@ import torch
 from torchrft.models.loader import load_tokenizer
 from torchrft.rollout.native import kv_cache
 from torchrft.rollout.native.engine import NativeEngine
-from torchrft.rollout.native.generation import Generation, _order
+from torchrft.rollout.native.generation import Generation, _Active
 from torchrft.rollout.native.kv_cache import SlotCache
 from torchrft.rollout.weight_sync import named_full_tensors
 from torchrft.types import Prompt, SamplingParams
@@ -462,13 +462,11 @@ def watch(engine):
     """Lists that fill with the shape of every prefill and the batch size of every decode step."""
     prefills, decodes = [], []
 
-    def hook(module, args, kwargs):
-        shape = tuple(kwargs["input_ids"].shape)
-        decoding = type(kwargs["layout"]).__name__ == "Decode"
-        assert not decoding or shape[1] == 1
-        decodes.append(shape[0]) if decoding else prefills.append(shape)
+    def hook(module, args):
+        shape = tuple(args[0].shape)  # a step's tokens come without a dimension for the length
+        decodes.append(shape[0]) if len(shape) == 1 else prefills.append(shape)
 
-    engine.model.get_decoder().register_forward_pre_hook(hook, with_kwargs=True)
+    engine.model.get_input_embeddings().register_forward_pre_hook(hook)
     return prefills, decodes
 
 
@@ -682,33 +680,37 @@ def test_the_example_of_the_docs(capsys, monkeypatch):
     assert {line.split()[1] for line in lines} <= {"stop", "length"}
 
 
-def test_short_and_long_sequences_stay_apart():
-    """Long ones in front, as few moves as possible; by hand."""
+@pytest.mark.parametrize(
+    ("finished", "order"),
+    [
+        ([0, 0, 0, 0], [0, 1, 2, 3]),
+        ([1, 0, 0, 0], [3, 1, 2]),
+        ([0, 1, 0, 1, 0, 0], [0, 4, 2, 5]),
+        ([0, 0, 1], [0, 1]),
+        ([1, 1], []),
+    ],
+)
+def test_the_last_sequences_fill_the_holes(flat, finished, order):
+    """Of those that end, by hand: state and cache move alike, and no more than must."""
+    engine = flat[0]
+    generation = Generation(
+        engine.model, prompts(RAGGED), SamplingParams(n=2), (EOS,), len(finished), str
+    )
+    numbers = torch.arange(len(finished))
+    generation.active = _Active(*(numbers + 10 * i for i in range(6)))
+    generation.cache.keys = [numbers.view(-1, 1, 1, 1).clone()]
+    generation.cache.clean = 1
+    generation.retire(torch.tensor(finished).bool())
+    assert generation.active.request.tolist() == order
+    assert generation.active.seed.tolist() == [50 + row for row in order]
+    assert generation.cache.keys[0].flatten()[: len(order)].tolist() == order
 
-    def order(keep, long):
-        slots, split = _order(torch.tensor(keep).bool(), torch.tensor(long).bool())
-        return slots.tolist(), split
 
-    assert order([1, 1, 1, 1], [0, 0, 0, 0]) == ([0, 1, 2, 3], 0)
-    assert order([0, 1, 1, 1], [0, 0, 0, 0]) == ([3, 1, 2], 0)  # the last fills the hole
-    assert order([1, 1, 1, 1], [0, 0, 1, 0]) == ([2, 1, 0, 3], 1)  # 2 grew long: changes with 0
-    assert order([1, 0, 1, 1, 1], [1, 1, 1, 0, 0]) == ([0, 2, 4, 3], 2)
-    assert order([0, 0], [1, 0]) == ([], 0)
-
-
-def test_short_and_long_sequences_give_the_same_tokens(monkeypatch):
-    """Few slots and many samples of ragged lengths: both kinds are active, and migrate."""
+def test_short_beside_long_sequences(monkeypatch):
+    """Few slots and many samples of ragged lengths give the same tokens as one slot."""
     monkeypatch.setattr(kv_cache, "_GROWTH", 16)
     engine, model = make(stop=(), initializer_range=0.1)
     engine.max_num_seqs = 5
-    splits = []
-    step = Generation.decode_step
-
-    def spy(self):
-        splits.append((self.split, self.active.request.numel()))
-        step(self)
-
-    monkeypatch.setattr(Generation, "decode_step", spy)
     stops = (3, 5, 7, 11, 13)
     sampling = SamplingParams(
         n=6,
@@ -717,8 +719,7 @@ def test_short_and_long_sequences_give_the_same_tokens(monkeypatch):
         seeds=tuple(tuple(range(6 * i, 6 * i + 6)) for i in range(len(RAGGED))),
     )
     got = engine.generate(prompts(RAGGED), sampling)
-    assert any(0 < split < active for split, active in splits)
-    engine.max_num_seqs = 1  # one after the other: nothing to keep apart
+    engine.max_num_seqs = 1  # one after the other
     alone = engine.generate(prompts(RAGGED), sampling)
     assert [c.token_ids for c in got] == [c.token_ids for c in alone]
     assert len({len(c.token_ids) for c in got}) > 5

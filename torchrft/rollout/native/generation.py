@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from torchrft.models.attention import Layout
 from torchrft.models.vision import Vision, hidden_states
 from torchrft.rollout.native.kv_cache import Decode, Prefill, SlotCache
+from torchrft.rollout.native.lean import is_plain, lean_step
 from torchrft.rollout.native.sampler import sample
 from torchrft.types import Prompt, SamplingParams
 
@@ -36,7 +37,7 @@ class _Active:
     seed: Tensor
 
     def select(self, rows: Tensor) -> _Active:
-        return _Active(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+        return _Active(*torch.stack([getattr(self, n) for n in self.__dataclass_fields__])[:, rows])
 
     def extend(self, other: _Active) -> _Active:
         names = self.__dataclass_fields__
@@ -58,6 +59,7 @@ class Generation:
     ) -> None:
         self.model, self.vision = model, vision
         self.base, self.head = model.get_decoder(), model.get_output_embeddings()
+        self.plain = is_plain(self.base)
         self.num_layers = model.config.get_text_config().num_hidden_layers
         self.device = self.head.weight.device
         self.prompts, self.sampling, self.decode = prompts, sampling, decode
@@ -82,7 +84,6 @@ class Generation:
             self.shifts = torch.tensor([vision.shift(p) for p in prompts], device=self.device)
         empty = torch.empty(0, dtype=torch.long, device=self.device)
         self.active = _Active(empty, empty, empty, empty, empty, empty)
-        self.split = 0  # so many active slots in front hold the long sequences
 
     def _seeds(self, count: int) -> Tensor:
         if self.sampling.seeds is None:
@@ -141,7 +142,7 @@ class Generation:
             seed=self.seeds[request],
         )
         old, self.active = self.active, new
-        finished = self.take(self.prefill_logits[rows])
+        finished = self.take(self.prefill_logits[rows], self.sampling.first_token_temperature)
         self.active = old.extend(self.active)
         self.retire(torch.cat([torch.zeros_like(old.request, dtype=torch.bool), finished]))
         return True
@@ -183,7 +184,7 @@ class Generation:
         """One token for every active sequence."""
         active = self.active
         self.cache.reserve(int(active.length.max()) + 1, active.length.numel(), self.prefill)
-        layout = Decode(self.cache, active.length, self.split)
+        layout = Decode(self.cache, active.length)
         positions = active.length
         if self.shifts is not None:
             positions = positions + self.shifts[active.request // self.sampling.n]
@@ -192,9 +193,11 @@ class Generation:
         self.retire(self.take(self.head(hidden[:, 0])))
 
     def _forward(self, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
+        if self.plain:
+            return lean_step(self.base, ids[:, 0], positions, layout)[:, None]
         return hidden_states(self.model, ids, positions, layout, None)
 
-    def take(self, logits: Tensor) -> Tensor:
+    def take(self, logits: Tensor, draw_temperature: float | None = None) -> Tensor:
         """Samples a token for every active sequence, records it, and says which have finished."""
         active, sampling = self.active, self.sampling
         forbidden = None
@@ -202,8 +205,6 @@ class Generation:
             early = active.generated < sampling.min_new_tokens
             forbidden = torch.zeros_like(logits, dtype=torch.bool)
             forbidden[:, self.stop_ids] = early[:, None]
-        # A prompt's logits are sampled at admission, so all rows are at the same place.
-        first = sampling.first_token_temperature if not bool(active.generated.any()) else None
         token, logprob = sample(
             logits,
             active.seed,
@@ -212,7 +213,7 @@ class Generation:
             sampling.top_p,
             sampling.top_k,
             forbidden,
-            draw_temperature=first,
+            draw_temperature=draw_temperature,
         )
         self.log.append((active.request, token, logprob))
         active.token, active.generated = token, active.generated + 1
@@ -241,30 +242,13 @@ class Generation:
         return torch.tensor(ended, device=self.device)
 
     def retire(self, finished: Tensor) -> None:
-        """Lets finished sequences go; others move into the holes."""
-        if not self.waiting and not bool(finished.any()):
+        """Lets finished sequences go; the last others move into the holes."""
+        left = (~finished).nonzero().squeeze(1)
+        count = left.numel()
+        if count == finished.numel():
             return
-        # As waiting ones come in, short sequences mix with long ones; kept apart, the short ones
-        # are not read to the length of the long.
-        if self.waiting:
-            long = self.active.length > self.cache.capacity // 2
-        else:
-            long = torch.arange(finished.numel(), device=self.device) < self.split
-        order, self.split = _order(~finished, long)
-        moved = (order != torch.arange(order.numel(), device=self.device)).nonzero().squeeze(1)
-        if moved.numel():
-            self.cache.move(order[moved], moved)
-        if order.numel() < finished.numel() or moved.numel():
-            self.active = self.active.select(order)
-
-
-def _order(keep: Tensor, long: Tensor) -> tuple[Tensor, int]:
-    """Which old slot each new one holds, int64: the long ones that stay, then the others that do;
-    and how many long ones there are. As many as possible stay where they are."""
-    split, count = int((keep & long).sum()), int(keep.sum())
-    slots = torch.arange(keep.numel(), device=keep.device)
-    fits = keep & (long == (slots < split)) & (slots < count)
-    order = slots[:count].clone()
-    for region, kind in ((slots[:split], long), (slots[split:count], ~long)):
-        order[region[~fits[region]]] = (keep & kind & ~fits).nonzero().squeeze(1)
-    return order, split
+        holes = finished[:count].nonzero().squeeze(1)
+        moved = left[count - holes.numel() :]
+        self.cache.move(moved, holes)
+        order = torch.arange(count, device=self.device).index_copy_(0, holes, moved)
+        self.active = self.active.select(order)

@@ -46,6 +46,11 @@ def _join(linears: list[nn.Linear]) -> None:
     first.__dict__.update(sizes=sizes, followers=tuple(linears[1:]))
 
 
+def is_joined(linear: nn.Module) -> bool:
+    """Whether the layer's `whole(input)` gives its outputs and its followers'."""
+    return isinstance(linear, _Leader)
+
+
 class _Leader(nn.Linear):
     """Computes its own output and those of the layers that follow."""
 
@@ -54,9 +59,12 @@ class _Leader(nn.Linear):
     sizes: list[int]
     followers: tuple[_Follower, ...]
 
+    def whole(self, input: Tensor) -> Tensor:
+        """All outputs, one behind the other."""
+        return F.linear(input, self.joined_weight, self.joined_bias)
+
     def forward(self, input: Tensor) -> Tensor:
-        out = F.linear(input, self.joined_weight, self.joined_bias)
-        own, *others = out.split(self.sizes, dim=-1)
+        own, *others = self.whole(input).split(self.sizes, dim=-1)
         for follower, part in zip(self.followers, others, strict=True):
             follower.ready = (input, part)
         return own
