@@ -29,25 +29,29 @@ def poison(monkeypatch):
     )
 
 
-def test_growth_keeps_what_is_there_and_stops_at_the_limit(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_growth_keeps_what_is_there_and_stops_at_the_limit(monkeypatch, dtype):
     poison(monkeypatch)
     prompts = prefill(2, 5)
+    for tensors in (prompts.keys, prompts.values):
+        tensors[:] = [tensor.to(dtype) for tensor in tensors]
     cache = SlotCache(3, limit=600)
     assert cache.capacity == 0
     cache.reserve(6, 0, prompts)
-    assert (cache.capacity, cache.clean) == (256, 22)  # the smallest step; 16 columns ahead
+    assert cache.capacity == 256  # the smallest step
     cache.admit(0, prompts, torch.tensor([1, 0]))
     before = [x.clone() for x in (*cache.keys, *cache.values)]
     cache.reserve(256, 2, prompts)
-    assert (cache.capacity, cache.clean) == (256, 256)
+    assert cache.capacity == 256
     for length, capacity in ((257, 384), (385, 576), (577, 600)):
         cache.reserve(length, 2, prompts)
         assert cache.capacity == capacity
     for old, new in zip(before, (*cache.keys, *cache.values), strict=True):
         assert new.shape == (3, HEADS, 600, DIM)
-        assert torch.equal(new[:2, :, :22], old[:2, :, :22])
-        assert not new[:2, :, 22 : cache.clean].any()  # NaN would count as something
-        assert new[2].isnan().all()  # nobody's slot: not worth the time
+        assert torch.equal(new[:2, :, :5], old[:2, :, :5])
+        # Only where float32 runs on a CPU may memory hold what was there before.
+        fresh = torch.full_like(new[2], 0.0 if dtype == torch.bfloat16 else torch.nan)
+        assert torch.equal(new[2].nan_to_num(7.0), fresh.nan_to_num(7.0))
 
 
 def test_no_more_than_the_limit_from_the_start():
@@ -65,8 +69,7 @@ def test_admit_and_move(monkeypatch):
     for layer in range(2):
         assert torch.equal(cache.keys[layer][1, :, :4], prompts.keys[layer][2])
         assert torch.equal(cache.values[layer][2, :, :4], prompts.values[layer][0])
-        assert not cache.keys[layer][:3, :, 4:].any()
-    cache.move(torch.tensor([2, 1]), torch.tensor([0, 2]))  # 2 is read before it is written
+    cache.move(torch.tensor([2, 1]), torch.tensor([0, 2]), 4)  # 2 is read before it is written
     for layer in range(2):
         assert torch.equal(cache.keys[layer][0, :, :4], prompts.keys[layer][0])
         assert torch.equal(cache.values[layer][2, :, :4], prompts.values[layer][2])
@@ -92,6 +95,8 @@ def test_decode_against_a_loop(window, dtype):
     cache.keys[0].normal_()
     cache.values[0].normal_()
     lengths = torch.tensor([5, 0])
+    if dtype != torch.bfloat16:  # what is behind the end of a sequence is never read
+        cache.keys[0][1, :, 1:] = cache.values[0][1, :, 1:] = torch.nan
     query = torch.randn(2, 4, 1, DIM, dtype=dtype)
     key, value = (torch.randn(2, HEADS, 1, DIM, dtype=dtype) for _ in range(2))
     keys, values = cache.keys[0].clone(), cache.values[0].clone()
@@ -107,5 +112,5 @@ def test_decode_against_a_loop(window, dtype):
             expected = weights @ values[row, head // 2, seen].double()
             wide = {"rtol": 0.01, "atol": 0.01} if dtype == torch.bfloat16 else {}
             torch.testing.assert_close(out[row, 0, head], expected.to(dtype), **wide)
-    assert torch.equal(cache.keys[0], keys)
-    assert torch.equal(cache.values[0], values)
+    for after, expected in ((cache.keys[0], keys), (cache.values[0], values)):
+        torch.testing.assert_close(after, expected, rtol=0, atol=0, equal_nan=True)

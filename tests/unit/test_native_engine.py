@@ -698,8 +698,8 @@ def test_the_last_sequences_fill_the_holes(flat, finished, order):
     )
     numbers = torch.arange(len(finished))
     generation.active = _Active(*(numbers + 10 * i for i in range(6)))
+    generation.active.length = torch.ones_like(numbers)
     generation.cache.keys = [numbers.view(-1, 1, 1, 1).clone()]
-    generation.cache.clean = 1
     generation.retire(torch.tensor(finished).bool())
     assert generation.active.request.tolist() == order
     assert generation.active.seed.tolist() == [50 + row for row in order]

@@ -121,10 +121,11 @@ class Generation:
         """Fills free slots with waiting samples; false when there is nothing to admit."""
         first = self.active.request.numel()
         free = self.slots - first
-        if not free or not self.waiting:
+        # A sixteenth of the slots at once, since every time costs some calls.
+        if not free or not self.waiting or (first and free < self.slots // 16):
             return False
         if not self.waiting_samples:
-            self.prefill_prompts(free)
+            self.prefill_prompts()
         taken = [
             self.waiting_samples.popleft() for _ in range(min(free, len(self.waiting_samples)))
         ]
@@ -147,9 +148,9 @@ class Generation:
         self.retire(torch.cat([torch.zeros_like(old.request, dtype=torch.bool), finished]))
         return True
 
-    def prefill_prompts(self, free: int) -> None:
-        """Runs the next waiting prompts, as many as fill the free slots, and keeps their keys."""
-        count = -(-free // self.sampling.n)
+    def prefill_prompts(self) -> None:
+        """Runs the next waiting prompts, as many as fill all slots, and keeps their keys."""
+        count = -(-self.slots // self.sampling.n)
         batch: list[int] = []
         longest = 0
         while self.waiting_prompts and len(batch) < count:
@@ -249,6 +250,7 @@ class Generation:
             return
         holes = finished[:count].nonzero().squeeze(1)
         moved = left[count - holes.numel() :]
-        self.cache.move(moved, holes)
+        if moved.numel():
+            self.cache.move(moved, holes, int(self.active.length[moved].max()))
         order = torch.arange(count, device=self.device).index_copy_(0, holes, moved)
         self.active = self.active.select(order)

@@ -174,7 +174,7 @@ class GraphGeneration(Generation):
         """Waiting samples take free slots; their first tokens come from the prompts' logits."""
         free = [slot for slot, request in enumerate(self.request) if request < 0]
         if not self.waiting_samples:
-            self.prefill_prompts(len(free))
+            self.prefill_prompts()
         if not self.keys.numel():
             self.keys, self.values = map(self.allocate, (self.prefill.keys, self.prefill.values))
         count = min(len(free), len(self.waiting_samples))

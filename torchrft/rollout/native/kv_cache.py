@@ -7,7 +7,6 @@ from torch import Tensor
 from torchrft.models.attention import padded
 
 _GROWTH = 256  # tokens a slot has room for at first: growing later copies what is there
-_CLEAN = 16  # columns are cleared so many at a time
 
 
 class Prefill:
@@ -37,18 +36,12 @@ class Prefill:
 
 
 class SlotCache:
-    """`keys[layer]`, `values[layer]`: [slots, Hkv, T, D]; T grows with the sequences to `limit`.
-
-    Memory is cleared only as far as sequences come: fresh columns of the slots in use, and the rest
-    of a slot when a prompt enters it. Cells behind a sequence's end are masked but still take part
-    in products, so they must not hold NaN.
-    """
+    """`keys[layer]`, `values[layer]`: [slots, Hkv, T, D]; T grows with the sequences to `limit`."""
 
     def __init__(self, slots: int, limit: int) -> None:
         self.slots, self.limit = slots, limit
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
-        self.clean = 0  # columns of the slots in use that hold numbers
 
     @property
     def capacity(self) -> int:
@@ -57,27 +50,11 @@ class SlotCache:
 
     def reserve(self, length: int, used: int, like: Prefill) -> None:
         """Room for `length` tokens in every slot; what the first `used` slots hold stays."""
-        if length > self.capacity:
-            self._grow(min(max(length, int(self.capacity * 1.5), _GROWTH), self.limit), used, like)
-        if length > self.clean:
-            end = min(length + _CLEAN, self.capacity)
-            for tensor in (*self.keys, *self.values):
-                tensor[:used, :, self.clean : end] = 0
-            self.clean = end
-
-    def _grow(self, length: int, used: int, like: Prefill) -> None:
-        grown: list[list[Tensor]] = []
-        for old, example in ((self.keys, like.keys), (self.values, like.values)):
-            new = []
-            for layer, tensor in enumerate(example):
-                _, heads, _, dim = tensor.shape
-                slot = tensor.new_empty(self.slots, heads, length, dim)
-                if old:
-                    slot[:used, :, : self.clean] = old[layer][:used, :, : self.clean]
-                    old[layer] = tensor.new_empty(0)  # free layer by layer
-                new.append(slot)
-            grown.append(new)
-        self.keys, self.values = grown
+        room = self.capacity
+        if length > room:
+            length = min(max(length, int(room * 1.5), _GROWTH), self.limit)
+            self.keys = _grown(self.keys, like.keys, used, self.slots, length)
+            self.values = _grown(self.values, like.values, used, self.slots, length)
 
     def admit(self, first_slot: int, prompts: Prefill, rows: Tensor) -> None:
         """Copies the prompts `rows` (int64 [k]) into the slots from `first_slot` on."""
@@ -85,13 +62,35 @@ class SlotCache:
         for cache, source in ((self.keys, prompts.keys), (self.values, prompts.values)):
             for slot, tensor in zip(cache, source, strict=True):
                 slot[first_slot:end, :, : tensor.shape[2]] = tensor[rows]
-                slot[first_slot:end, :, tensor.shape[2] : self.clean] = 0
 
-    def move(self, source: Tensor, target: Tensor) -> None:
-        """Copies the slots `source` to `target` (int64 [k] each), reading all before writing."""
+    def move(self, source: Tensor, target: Tensor, length: int) -> None:
+        """Copies `length` tokens of the slots `source` to `target` (int64 [k] each), reading all
+        before writing."""
         for tensor in (*self.keys, *self.values):
-            held = tensor[:, :, : self.clean]
+            held = tensor[:, :, :length]
             held[target] = held[source]
+
+
+def _grown(
+    old: list[Tensor], like: list[Tensor], used: int, slots: int, length: int
+) -> list[Tensor]:
+    """Layer by layer, [slots, Hkv, length, D]; the old memory is freed meanwhile."""
+    new = []
+    for layer, tensor in enumerate(like):
+        _, heads, _, dim = tensor.shape
+        # A CPU touches memory only as far as sequences come; others multiply what is behind their
+        # ends by zero, so it must not be NaN.
+        make = tensor.new_empty if _sums_bags(tensor) else tensor.new_zeros
+        new.append(make(slots, heads, length, dim))
+        if old:
+            new[layer][:used, :, : old[layer].shape[2]] = old[layer][:used]
+            old[layer] = tensor.new_empty(0)
+    return new
+
+
+def _sums_bags(tensor: Tensor) -> bool:
+    """Whether attention to few queries is computed in parts, which a CPU does faster."""
+    return not tensor.is_cuda and tensor.dtype in (torch.float32, torch.float64)
 
 
 class Decode:
@@ -105,14 +104,8 @@ class Decode:
         self.slots = torch.arange(lengths.shape[0], device=lengths.device)
         self.width = int(lengths.max()) + 1
         self.columns = torch.arange(self.width, device=lengths.device)
-        self.masks: dict[int | None, Tensor] = {}
+        self.outside: dict[int | None, Tensor] = {}  # bool [B, 1, 1, width], by window
         self.rows = torch.empty(0)
-
-    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """Additive [B, 1, 1, width]; made once per step, not once per layer."""
-        if window not in self.masks:
-            self.masks[window] = _mask(self.columns, self.lengths, window, dtype)
-        return self.masks[window]
 
     def __call__(
         self,
@@ -130,14 +123,16 @@ class Decode:
         values[self.slots, :, self.lengths] = value[:, :, 0]
         # The query heads of a group become query tokens, so that keys are read once per group.
         query = query.reshape(batch, kv_heads, heads // kv_heads, dim)
-        mask, held = self.mask(window, query.dtype), keys[:batch, :, : self.width]
-        if query.is_cuda or query.dtype not in (torch.float32, torch.float64):
-            out = F.scaled_dot_product_attention(
-                query, held, values[:batch, :, : self.width], attn_mask=mask, scale=scale
-            )
+        if window not in self.outside:  # once per step, not once per layer
+            self.outside[window] = _outside(self.columns, self.lengths, window)
+        outside, held = self.outside[window], keys[:batch, :, : self.width]
+        if _sums_bags(query):
+            scores = torch.matmul(query * scale, held.transpose(-1, -2))
+            out = self.weigh(scores.masked_fill_(outside, -torch.inf).softmax(-1), values)
         else:
-            scores = torch.matmul(query * scale, held.transpose(-1, -2)).add_(mask)
-            out = self.weigh(scores.softmax(-1), values)
+            out = F.scaled_dot_product_attention(
+                query, held, values[:batch, :, : self.width], attn_mask=~outside, scale=scale
+            )
         return out.reshape(batch, 1, heads, dim)
 
     def weigh(self, weights: Tensor, values: Tensor) -> Tensor:
@@ -160,18 +155,17 @@ class Decode:
         )
 
 
-def _mask(columns: Tensor, last: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
-    """Additive [B, 1, 1, columns]: those up to and with `last` [B], within the window."""
+def _outside(columns: Tensor, last: Tensor, window: int | None) -> Tensor:
+    """Bool [B, 1, 1, columns], true behind column `last` [B] or before the window."""
     outside = columns > last[:, None]
     if window is not None:
         outside |= columns <= last[:, None] - window
-    zero = torch.zeros(outside.shape, dtype=dtype, device=outside.device)
-    return zero.masked_fill_(outside, -torch.inf)[:, None, None, :]
+    return outside[:, None, None]
 
 
 def attend_masked(
     query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float
 ) -> Tensor:
     """Attention of query [B, Hkv, G, D] to keys [B, Hkv, T, D] up to and with column `lengths`."""
-    mask = _mask(torch.arange(keys.shape[2], device=keys.device), lengths, None, query.dtype)
-    return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
+    inside = ~_outside(torch.arange(keys.shape[2], device=keys.device), lengths, None)
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=inside, scale=scale)
