@@ -1,12 +1,13 @@
 """Tokens per second of torchrft's native engine beside `transformers.generate`.
 
-    OMP_NUM_THREADS=1 python benchmarks/rollout.py [--repeats 5] [--threads 1]
+    OMP_NUM_THREADS=1 python benchmarks/rollout.py [--repeats 5] [--threads 1] [--cpu-time]
 
 Both sides get the same weights, prompts (4 to 24 tokens), number of samples and sampling options,
 and run alternately in this process. Lengths are ragged because the random weights draw the
 end-of-sequence token after about 60 tokens, by chance, up to 128 tokens; or equal, because it is
 forbidden until the last of 64. Tokens are those of the responses, without padding. The native
 engine always returns the log-probs of its tokens; `generate` is timed without and with them.
+With --cpu-time a second is one of this process, for a machine that other jobs use as well.
 `generate` runs with SDPA attention and 256 rows a call (eager attention, 64 and 128 rows were tried
 and slower), its dynamic cache, and top-k off (its default of 50 costs a sort).
 """
@@ -19,9 +20,10 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
+from time import perf_counter, process_time
 
 import torch
-from common import DEBUG_MODEL, machine, middle, seconds, table
+from common import DEBUG_MODEL, machine, middle, table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -169,7 +171,7 @@ def logprob_error(model: PreTrainedModel, prompts: Sequence[Prompt], completion)
     return float((exact - torch.tensor(completion.logprobs)).abs().max())
 
 
-def compare(pair: Pair, workload: Workload, repeats: int) -> list[str]:
+def compare(pair: Pair, workload: Workload, repeats: int, clock: Callable[[], float]) -> list[str]:
     """A row of the table: tokens/s of the three ways, measured alternately, and ratios."""
     prompts = make_prompts(workload.prompts)
     ways: list[tuple[Callable[[], list], Callable[[list], int]]] = [
@@ -180,8 +182,9 @@ def compare(pair: Pair, workload: Workload, repeats: int) -> list[str]:
     rates: list[list[float]] = [[], [], []]
     for repeat in range(repeats + 1):
         for way, (generate, count) in enumerate(ways):
-            out: list = []
-            spent = seconds(lambda generate=generate, out=out: out.extend(generate()))
+            start = clock()
+            out = generate()
+            spent = clock() - start
             if repeat:  # the first round warms up
                 rates[way].append(count(out) / spent)
     native, *peers = rates
@@ -205,7 +208,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cpu-time", action="store_true")
     options = parser.parse_args()
+    clock = process_time if options.cpu_time else perf_counter
     torch.set_num_threads(options.threads)
     print(f"{machine('torch', 'transformers')}; {options.threads} thread(s), fp32")
     rows = []
@@ -213,7 +218,7 @@ def main() -> None:
         print(f"{name}: {check(config)}")
         pair = Pair(config)
         chosen = WORKLOADS if name == "debug" else WORKLOADS[::2]
-        rows += [[name, *compare(pair, workload, options.repeats)] for workload in chosen]
+        rows += [[name, *compare(pair, workload, options.repeats, clock)] for workload in chosen]
     print("\nTokens/s, median (lowest-highest) of", options.repeats, "alternating runs\n")
     header = ["model", "workload", "native", "generate", "generate + log-probs"]
     print(table([*header, "native/generate", "with log-probs"], rows))
