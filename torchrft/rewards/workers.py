@@ -215,7 +215,10 @@ def serve(fd: int, lifeline: int, current: int) -> None:
     def send(*message: Any) -> None:
         if os.getpid() != own:  # a child that a function forked has come back from it
             os._exit(0)
-        connection.send(message)
+        try:
+            connection.send(message)
+        except BrokenPipeError:  # the trainer has ended
+            os._exit(0)
 
     try:
         tasks, memory = connection.recv()
