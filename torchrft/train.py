@@ -1,5 +1,7 @@
 """Entry point: `python -m torchrft.train --config_file job.toml [--any.option value]`."""
 
+import atexit
+import os
 import sys
 
 from torchrft.config.manager import read
@@ -45,5 +47,18 @@ def main(argv: list[str] | None = None) -> int:
         distributed.teardown()
 
 
+def _end(codes: list[int]) -> None:
+    """Ends the process of a job that has ended, its exit code in `codes`, without torch's own
+    destructors: threads of gloo that are still at it abort a rank there now and then, and torchrun
+    then ends the others, whatever they are about to save."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if codes:
+        os._exit(codes[0])
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    ended: list[int] = []
+    atexit.register(_end, ended)  # the first to be registered is the last to run
+    ended.append(main())
+    sys.exit(ended[0])
