@@ -15,7 +15,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from torchrft.checkpoint.hf_export import export_hf, named_tensors
+from torchrft.checkpoint.hf_export import export_hf, named_tensors, strip_wrappers
 
 
 class FakeTokenizer:
@@ -119,11 +119,14 @@ def test_large_models_are_split_into_shards_of_bounded_size(tmp_path):
     assert torch.equal(load(tmp_path)(IDS).logits, model(IDS).logits)
 
 
-def test_persistent_buffers_stay():
+def test_names_lose_wrappers_and_persistent_buffers_stay():
+    assert strip_wrappers("_orig_mod.model.layers.0._checkpoint_wrapped_module.w") == (
+        "model.layers.0.w"
+    )
     model = make_model(tied=True)
     model.model.register_buffer("kept", torch.ones(2))
     model.model.register_buffer("scratch", torch.ones(2), persistent=False)
-    names = named_tensors(model)
+    names = named_tensors(torch.compile(model))
     assert set(names) == set(model.state_dict()) - {"lm_head.weight"}
     assert "model.kept" in names
     assert "model.scratch" not in names

@@ -18,6 +18,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from torchrft.tools.distributed import is_main, on_main
 
 MAX_SHARD_BYTES = 5 * 10**9
+WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 Tensors = dict[str, Tensor]
 
 
@@ -77,12 +78,25 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """
     dropped = getattr(model, "_tied_weights_keys", None) or {}
     chosen: dict[int, tuple[str, Tensor]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for raw_name, parameter in model.named_parameters(remove_duplicate=False):
+        name = strip_wrappers(raw_name)
         if id(parameter) not in chosen or chosen[id(parameter)][0] in dropped:
             chosen[id(parameter)] = (name, parameter)
     persistent = model.state_dict().keys()
-    buffers = {name: value for name, value in model.named_buffers() if name in persistent}
+    buffers = {strip_wrappers(n): b for n, b in model.named_buffers() if n in persistent}
     return dict(chosen.values()) | buffers
+
+
+def strip_wrappers(name: str) -> str:
+    """Parameter name without what torch.compile and activation checkpointing insert around a model
+    of the caller's own.
+
+    >>> strip_wrappers("model.layers.0._checkpoint_wrapped_module.mlp.up_proj.weight")
+    'model.layers.0.mlp.up_proj.weight'
+    """
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
 
 
 def _plan(tensors: dict[str, Tensor], dtype: torch.dtype, max_bytes: int) -> list[list[str]]:
