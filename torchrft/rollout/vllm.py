@@ -4,8 +4,11 @@ Tried with vLLM 0.25 (torch 2.11, CUDA) and 0.32 (torch 2.13, CPU).
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -17,6 +20,7 @@ from torchrft.models.vision import Vision
 from torchrft.rollout.engine import check_prompts, completion, neighbors
 from torchrft.rollout.vllm_model import load, scale_logits
 from torchrft.rollout.weight_sync import expected_model
+from torchrft.tools.distributed import DataRanks
 from torchrft.tools.logging import logger
 from torchrft.tools.seeds import rng_state, set_rng_state
 from torchrft.types import Completion, Prompt, SamplingParams
@@ -31,6 +35,7 @@ _ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
 _Request = tuple[Prompt, dict[str, Any]]
+_ALONE = DataRanks()
 
 
 class VllmEngine:
@@ -88,7 +93,7 @@ class VllmEngine:
             arguments["kv_cache_memory_bytes"] = cache_bytes(config, dtype, sequences, max_len)
         else:
             arguments["enable_sleep_mode"] = self.sleeps
-        self.llm = start(rollout, pretrain, max_len, dtype, self.on_cpu, arguments)
+        self.llm = start(rollout, pretrain, max_len, dtype, self.on_cpu, arguments, self.ranks)
         self.llm.apply_model(lambda model: scale_logits(model, self._temperature))
 
     # ---------------------------------------------------------------- weights
@@ -228,9 +233,10 @@ def start(
     dtype: torch.dtype,
     on_cpu: bool,
     own: dict[str, Any],
+    ranks: DataRanks = _ALONE,
 ) -> Any:
-    """`vllm.LLM` of this rank, with `own` arguments of its kind, with its errors in a sentence and
-    the random state as it was."""
+    """`vllm.LLM` of this rank, one of the engine's `ranks`, with `own` arguments of its kind, with
+    its errors in a sentence and the random state as it was."""
     arguments: dict[str, Any] = {
         "model": pretrain,
         "dtype": str(dtype).removeprefix("torch."),
@@ -251,7 +257,8 @@ def start(
         arguments = {"distributed_executor_backend": "external_launcher", **arguments}
     state = rng_state()  # vLLM seeds the whole process
     try:
-        llm = LLM(**arguments)
+        with _shared_memory(ranks) if on_cpu and ranks.size > 1 else nullcontext():
+            llm = LLM(**arguments)
     except TypeError as error:
         said = f"[rollout.vllm] holds an argument that vLLM does not know: {error}"
         raise ValueError(said) from error
@@ -265,12 +272,43 @@ def start(
         raise ValueError(said) from error
     finally:
         set_rng_state(state)
+    if ranks.size > 1:
+        _unlink_queue()
     if dist.is_initialized():
         # vLLM's own end, at exit, destroys every process group: the trainer's, too.
         finalizer = getattr(llm.llm_engine.engine_core, "_finalizer", None)
         if finalizer is not None:
             finalizer.detach()
     return llm
+
+
+@contextmanager
+def _shared_memory(ranks: DataRanks) -> Iterator[None]:
+    """Memory of this engine's own for the ranks that share it on a CPU. vLLM names it after the
+    ranks alone, so that a job beside this one, or one that was killed, had taken the name. The name
+    goes when all ranks are joined: no end of a process leaves it behind."""
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+    own = f"torchrft-{ranks.gather(uuid4().hex, 'start of vLLM')[0]}"
+    named = _CPUSHMDistributed.make_group_name
+    _CPUSHMDistributed.make_group_name = staticmethod(lambda c: own + named(c).lstrip("/"))
+    try:
+        yield
+    finally:
+        _CPUSHMDistributed.make_group_name = staticmethod(named)
+        for file in Path("/dev/shm").glob(f"{own}*"):
+            file.unlink(missing_ok=True)
+
+
+def _unlink_queue() -> None:
+    """Takes the name of the queue between the engine's ranks, who all have it: processes that are
+    killed, or end at once, do not leave it behind."""
+    from vllm.distributed.parallel_state import get_tp_group
+
+    buffer: Any = getattr(getattr(get_tp_group(), "mq_broadcaster", None), "buffer", None)
+    if getattr(buffer, "is_creator", False):
+        buffer.shared_memory.unlink()
+        buffer.is_creator = False
 
 
 def cache_bytes(config: PreTrainedConfig, dtype: torch.dtype, sequences: int, length: int) -> int:
