@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import sys
@@ -16,10 +17,28 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# Its processes are forked from one that has imported what most of them need, which takes seconds.
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(
+    [
+        *("torchrft.trainer", "torchrft.parallel.deepspeed", "torch.distributed.checkpoint"),
+        *(f"transformers.models.{x}.modeling_{x}" for x in ("llama", "qwen2", "qwen3")),
+        *("matplotlib.figure", "matplotlib.backends.backend_agg"),
+    ]
+)
+
 
 def _rank_main(
-    rank: int, function: Callable[..., Any], nproc: int, folder: str, seconds: float, args: tuple
+    rank: int,
+    function: Callable[..., Any],
+    nproc: int,
+    folder: str,
+    seconds: float,
+    args: tuple,
+    environment: dict[str, str],
 ) -> None:
+    os.environ.clear()
+    os.environ.update(environment)  # not what it was when the first of these processes started
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -42,7 +61,7 @@ def _rank_main(
 def run_ranks(
     function: Callable[..., Any], nproc: int, *args: Any, timeout: float = 120.0
 ) -> list[Any]:
-    """Run `function(rank, *args)` in `nproc` fresh processes joined in a gloo group.
+    """Run `function(rank, *args)` in `nproc` new processes joined in a gloo group.
 
     `function` must be defined at a module's top level (the processes import it), its arguments
     and result must be picklable. Returns the results in rank order.
@@ -54,10 +73,10 @@ def run_ranks(
     with tempfile.TemporaryDirectory() as folder:
         context = mp.start_processes(
             _rank_main,
-            args=(function, nproc, folder, timeout, args),
+            args=(function, nproc, folder, timeout, args, dict(os.environ)),
             nprocs=nproc,
             join=False,
-            start_method="spawn",
+            start_method="forkserver",
         )
         deadline = time.monotonic() + timeout
         try:

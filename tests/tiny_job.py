@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from helpers import FORKSERVER
 
 from torchrft.config.job_config import JobConfig
 from torchrft.config.manager import load
@@ -109,14 +109,6 @@ def prompt_file(path: Path, count: int) -> Path:
 
 # ------------------------------------------------------------ a process of its own
 
-_FORKSERVER = multiprocessing.get_context("forkserver")
-_FORKSERVER.set_forkserver_preload(
-    [
-        *("torchrft.trainer", "tiny_job", "transformers.models.qwen2.modeling_qwen2"),
-        *("matplotlib.figure", "matplotlib.backends.backend_agg"),
-    ]
-)
-
 
 def run_process(words: list[str], log: Path, interruption: tuple | None = None) -> int:
     """`python -m torchrft.train WORDS` in a process forked from one that has imported everything.
@@ -125,7 +117,7 @@ def run_process(words: list[str], log: Path, interruption: tuple | None = None) 
     "after" the count-th call of the function `where`, as in ("torchrft.trainer:Trainer.save", 2,
     signal.SIGKILL, "before"). Output goes to `log`. Returns the exit code, negative for a signal.
     """
-    process = _FORKSERVER.Process(target=_main, args=(words, str(log), interruption))
+    process = FORKSERVER.Process(target=_main, args=(words, str(log), interruption))
     process.start()
     process.join(120)
     if process.is_alive():

@@ -7,7 +7,9 @@ Both functions compute, for row i with logits z = temperature^-1 * (hidden_i @ w
 in float32, differentiable in `hidden` and `weight`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -130,9 +132,10 @@ def _logit_gradient(
     return (grad / temperature).to(logits.dtype)
 
 
-# One kernel instead of a dozen, each of which would read and write all logits.
-_statistics_on_gpu = torch.compile(_statistics, dynamic=True)
-_logit_gradient_on_gpu = torch.compile(_logit_gradient, dynamic=True)
+@cache
+def _one_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled for a GPU: instead of a dozen kernels, each of which reads and writes all logits."""
+    return torch.compile(function, dynamic=True)  # not at import, where it costs a second
 
 
 def _place(labels: Tensor, vocabulary: Vocabulary, size: int) -> tuple[Tensor, Tensor]:
@@ -176,7 +179,7 @@ class _FusedLinearLogprob(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         rows = hidden.shape[0]
         logprobs, entropy, lse = (hidden.new_empty(rows, dtype=torch.float32) for _ in range(3))
-        statistics = _statistics_on_gpu if hidden.is_cuda else _statistics
+        statistics = _one_kernel(_statistics) if hidden.is_cuda else _statistics
         for start in range(0, rows, chunk):
             part = slice(start, start + chunk)
             logits = hidden[part] @ weight.t()
@@ -202,7 +205,7 @@ class _FusedLinearLogprob(torch.autograd.Function):
         grad_weight = (
             torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         )
-        gradient = _logit_gradient_on_gpu if hidden.is_cuda else _logit_gradient
+        gradient = _one_kernel(_logit_gradient) if hidden.is_cuda else _logit_gradient
         for start in range(0, hidden.shape[0], ctx.chunk):
             part = slice(start, start + ctx.chunk)
             logits = hidden[part] @ weight.t()
