@@ -39,8 +39,7 @@ def policy_loss(
     keep_denominators: Denominators | None = None,
     **options: Any,
 ) -> tuple[Tensor, Metrics]:
-    """agg(w * token losses of the registered loss `name`) + init_kl_coef * agg(KL to the reference)
-    - entropy_coef * agg(entropy).
+    """agg(w * token losses of `name`) + init_kl_coef * agg(KL) - entropy_coef * agg(entropy).
 
     Args: logprobs, old_logprobs, advantages, ref_logprobs, rollout_logprobs, entropy float32
         [B, T]; mask bool [B, T] of response tokens. Left out, loss_aggregation is that of the
@@ -53,9 +52,8 @@ def policy_loss(
         policy) and the loss's own.
     Raises: ValueError for an unknown loss, option or aggregation, or unequal shapes.
     """
-    for other in (old_logprobs, advantages, mask, ref_logprobs, rollout_logprobs, entropy, keep):
-        if other is not None and other.shape != logprobs.shape:
-            raise ValueError(f"shape {tuple(other.shape)} differs from {tuple(logprobs.shape)}")
+    optional = (ref_logprobs, rollout_logprobs, entropy, keep)
+    _check_shapes(logprobs, old_logprobs, advantages, mask, *optional)
     function = LOSSES.get(name)
     check_options(function, options, f'policy loss "{name}"')
     how = loss_aggregation or ("token_mean" if name in _TOKEN_MEAN else "seq_mean_token_mean")
@@ -64,25 +62,34 @@ def policy_loss(
     logprobs, old_logprobs = logprobs.where(mask, 0.0), old_logprobs.where(mask, 0.0)
     losses, extra = function(logprobs, old_logprobs, advantages.where(mask, 0.0), mask, **options)
     if rollout_correction != "none":
-        if rollout_logprobs is None:
-            raise ValueError(f'rollout_correction "{rollout_correction}" needs rollout_logprobs')
-        losses = losses * correction_weights(
-            rollout_correction, old_logprobs, rollout_logprobs, mask, rollout_correction_cap
-        )
+        what = f'rollout_correction "{rollout_correction}" needs rollout_logprobs'
+        engine, cap = _given(rollout_logprobs, what), rollout_correction_cap
+        losses = losses * correction_weights(rollout_correction, old_logprobs, engine, mask, cap)
     counted, below = (mask, denominators) if keep is None else (keep & mask, keep_denominators)
     loss = aggregate(losses, counted, how, below or Denominators.of(counted))
     extra["policy/approx_kl"] = kl_divergence(old_logprobs, logprobs.detach(), "k3")
     extra["policy/kl"] = torch.zeros_like(logprobs)
     if ref_logprobs is not None:
-        ref_logprobs = ref_logprobs.where(mask, 0.0)
-        kl = extra["policy/kl"] = kl_divergence(logprobs, ref_logprobs, kl_estimator)
+        reference = ref_logprobs.where(mask, 0.0)
+        kl = extra["policy/kl"] = kl_divergence(logprobs, reference, kl_estimator)
         loss = loss + init_kl_coef * aggregate(kl, mask, how, denominators)
     if entropy_coef:
-        if entropy is None:
-            raise ValueError(f"entropy_coef = {entropy_coef} needs the tokens' entropy")
-        loss = loss - entropy_coef * aggregate(entropy, mask, how, denominators)
+        given = _given(entropy, f"entropy_coef = {entropy_coef} needs the tokens' entropy")
+        loss = loss - entropy_coef * aggregate(given, mask, how, denominators)
     metrics = {key: token_mean(value, mask, denominators) for key, value in extra.items()}
-    return loss, {**metrics, "policy/loss": loss.detach()}
+    return loss, metrics | {"policy/loss": loss.detach()}
+
+
+def _check_shapes(logprobs: Tensor, *others: Tensor | None) -> None:
+    for other in others:
+        if other is not None and other.shape != logprobs.shape:
+            raise ValueError(f"shape {tuple(other.shape)} differs from {tuple(logprobs.shape)}")
+
+
+def _given(tensor: Tensor | None, missing: str) -> Tensor:
+    if tensor is None:
+        raise ValueError(missing)
+    return tensor
 
 
 def value_loss(
