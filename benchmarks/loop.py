@@ -3,7 +3,7 @@
     pip install trl accelerate && OMP_NUM_THREADS=1 python benchmarks/loop.py [--steps 12]
 
 Both train the model of the default job from the same weights on the same prompts in the same
-order, 32 prompts x 16 samples and one optimizer step a rollout, in fp32. First loss and gradient
+order, 64 prompts x 16 samples and one optimizer step a rollout, in fp32. First loss and gradient
 norm must agree on the same completions. Then the two take steps alternately in this process. The
 workloads change train_configs/debug_model.toml only as `WORKLOADS` says and leave out evaluation,
 plots and checkpoints; torchrft still writes its metrics and rollouts.
@@ -31,7 +31,7 @@ except ModuleNotFoundError as missing:
 
 from torchrft.config.job_config import JobConfig
 from torchrft.data.batch import make_batch
-from torchrft.rollout.weight_sync import named_full_tensors
+from torchrft.rewards.registry import REWARDS
 from torchrft.tools import distributed
 from torchrft.tools.distributed import World
 from torchrft.tools.seeds import derive_seed
@@ -105,7 +105,7 @@ class Torchrft:
         self.trainer = Trainer(config, world)
         self.steps: list[dict[str, float]] = []
         trainer = self.trainer
-        trainer.engine.update_weights(named_full_tensors(trainer.policy.model), version=0)
+        trainer._sync_weights()
 
     def step(self) -> None:
         """What `Trainer.train` does in a step, but for console, plots, evaluation and saving."""
@@ -131,7 +131,7 @@ def sampled_batch(trainer: Trainer, config: JobConfig) -> RolloutBatch:
         seeds=tuple(tuple(derive_seed(0, i, j) for j in range(n)) for i in range(len(prompts))),
     )
     completions = trainer.engine.generate(prompts, sampling)
-    reward = peer_trl.resolve(config.reward.functions[0].name)
+    reward = REWARDS.get(config.reward.functions[0].name)
     samples = [
         Sample(prompts[c.prompt_index], c, Score(reward(c.text)), c.prompt_index)
         for c in completions

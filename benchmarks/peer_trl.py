@@ -21,7 +21,7 @@ from torchrft.config.job_config import JobConfig
 from torchrft.data.loader import PromptLoader
 from torchrft.data.prompts import load_prompts
 from torchrft.models.loader import load_tokenizer
-from torchrft.rewards.registry import resolve
+from torchrft.rewards.registry import REWARDS
 from torchrft.trainer import Trainer
 from torchrft.types import RolloutBatch
 
@@ -160,7 +160,7 @@ def _dataset(mine: Trainer, config: JobConfig, steps: int) -> Dataset:
 def _reward(config: JobConfig) -> Callable[..., list[float]]:
     """The job's one reward function, called as TRL calls them."""
     (entry,) = config.reward.functions
-    function = resolve(entry.name)
+    function = REWARDS.get(entry.name)
     if entry.name == "exact_match":
         return lambda completions, label, **kwargs: [
             function(text, wanted) for text, wanted in zip(completions, label, strict=True)
