@@ -6,7 +6,8 @@ Random weights in the shape of Qwen2.5, bf16, prompts of 128 tokens, 8 samples e
 equal (512 tokens) or ragged: so many tokens end a response that its length is drawn, 512 at most.
 Every engine runs in a process of its own, beside a float32 copy of the model as the trainer's. The
 hand-over casts and copies it, with the canary; the copy rate is that of a large tensor on the same
-GPU. `--model tiny --device cpu` runs on a CPU.
+GPU; "asleep GiB" is what stays beyond the memory of a process that has trained without an engine.
+`--model tiny --device cpu` runs on a CPU.
 """
 
 from __future__ import annotations
@@ -78,8 +79,7 @@ class Bench:
                 **OPTIONS[options.engine],
             }
         )
-        if self.device.type == "cuda":
-            torch.ones(64, 64, device=self.device).matmul(torch.ones(64, 64, device=self.device))
+        self.load_trainers_kernels()
         self.unused = free = self.free()
         start = time.perf_counter()
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
@@ -100,6 +100,17 @@ class Bench:
             torch.manual_seed(0)
             self.model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         self.vocabulary = config.vocab_size
+
+    def load_trainers_kernels(self) -> None:
+        """CUDA's context and the kernels of a step: a run without an engine holds them as well."""
+        if self.device.type != "cuda":
+            return
+        config = Qwen2Config(**{**SHAPES[self.options.model], "num_hidden_layers": 1})
+        with self.device:
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            ids = torch.zeros(4, 512, dtype=torch.long)
+        model(ids, labels=ids).loss.backward()
+        torch.optim.AdamW(model.parameters()).step()
 
     def free(self) -> int:
         if self.device.type != "cuda":

@@ -110,10 +110,12 @@ def steps_of(words: list[str], save_path: Path, count: int) -> list[dict[str, fl
 
 
 def gpu_memory_gib() -> float:
-    """What is in use on the fullest GPU, by whatever process; 0 without one."""
+    """What is in use on the fullest GPU that is visible, by whatever process; 0 without one."""
     if not shutil.which("nvidia-smi"):
         return 0.0
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        query.append(f"--id={visible}")
     output = subprocess.run(query, capture_output=True, text=True).stdout.split()
     return max((float(used) / 1024 for used in output if used.isdigit()), default=0.0)
 

@@ -1,5 +1,7 @@
 """The canary: marks that depend on every bit and its place, and faults that must be named."""
 
+import sys
+
 import pytest
 import tiny
 import torch
@@ -7,41 +9,49 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchrft.rollout import canary as canary_module
-from torchrft.rollout.canary import Canary, Held, Packed, WeightSyncError, fingerprint
+from torchrft.rollout.canary import Canary, Held, Marks, Packed, WeightSyncError, fingerprint
 from torchrft.rollout.weight_sync import copy_weights, named_full_tensors
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.int8]
 
 
-def reference(tensor, block):
-    """The same sum in Python's integers."""
-    size = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    bits = tensor.contiguous().view(-1).view(size)
-    if size == torch.int16 and bits.numel() % 2 == 0:
-        bits = bits.view(torch.int32)
-    width = 8 * bits.element_size()
+def signed(value, width):
+    value %= 1 << width
+    return value - (1 << width) if value >= 1 << (width - 1) else value
 
-    def wrap(value, width):
-        value %= 1 << width
-        return value - (1 << width) if value >= 1 << (width - 1) else value
 
-    weights = canary_module._weights(torch.device("cpu")).tolist()
+def odd(place):
+    """A number for a place, in Python's integers."""
+    mixed = signed((place + 1) * 6364136223846793005, 64)
+    mixed = signed((mixed ^ (mixed >> 29)) * -7046029254386353131, 64)
+    return mixed ^ (mixed >> 32) | 1
+
+
+def reference(tensor):
+    """The same sums in Python's integers."""
+    raw = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    raw += bytes(-len(raw) % 4)
+    numbers = [int.from_bytes(raw[i : i + 4], sys.byteorder) for i in range(0, len(raw), 4)]
     total = 0
-    width = max(width, 32)  # integers of one or two bytes are promoted to the weights' four
-    numbers = bits.tolist()
-    for start in range(0, len(numbers), block):
-        part = sum(x * w for x, w in zip(numbers[start : start + block], weights, strict=False))
-        total = wrap((total * 6364136223846793005 if start else 0) + wrap(part, width), 64)
-    return total
+    for row in range(0, len(numbers), 1024):
+        products = (x * odd(i) for i, x in enumerate(numbers[row : row + 1024]))
+        total += signed(sum(products), 32) * odd(row // 1024)
+    return signed(total, 64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [1, 7, 64, 65])
-def test_fingerprint_is_the_weighted_sum_of_the_bits(dtype, size, monkeypatch):
-    monkeypatch.setattr(canary_module, "_BLOCK", 16)
-    monkeypatch.setattr(canary_module, "_weights_of", {})
-    tensor = (torch.randn(size, generator=torch.Generator().manual_seed(size)) * 50).to(dtype)
-    assert int(fingerprint(tensor)) == reference(tensor, 16)
+@pytest.mark.parametrize("alone", [0, 3000, 1 << 18])
+@pytest.mark.parametrize("group", [1024, 4096, 1 << 24])
+def test_marks_are_the_weighted_sums_of_the_bits(dtype, alone, group, monkeypatch):
+    """Whether tensors are marked alone, in blocks, or together with others."""
+    monkeypatch.setattr(canary_module, "_ALONE", alone)
+    monkeypatch.setattr(canary_module, "_GROUP", group)
+    draw = torch.Generator().manual_seed(0)
+    sizes = [1, 7, 5000, 0, 64, 65, 4096, 3]
+    tensors = [(torch.randn(size, generator=draw) * 50).to(dtype) for size in sizes]
+    expected = [reference(tensor) for tensor in tensors]
+    assert Marks.of(tensors).result().tolist() == expected
+    assert [int(fingerprint(tensor)) for tensor in tensors] == expected
 
 
 @settings(max_examples=60, deadline=None)

@@ -6,48 +6,115 @@ compared. A tensor that was dropped, is stale or lies in another order changes i
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-_BLOCK = 1 << 24  # elements marked at a time: bounds the memory, and the weights are made once
-_INTS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_ROW = 1024  # integers that are weighted and summed together
+_GROUP = 1 << 24  # integers marked at a time: bounds the memory
+_ALONE = 1 << 18  # fewer wait until others have come: a GPU is faster with all of them at once
 
 
 class WeightSyncError(RuntimeError):
     """An engine does not hold the weights that it was sent."""
 
 
-def fingerprint(tensor: Tensor) -> Tensor:
-    """int64 scalar that depends on every bit of `tensor` and on its place, on the same device.
+class Marks:
+    """Marks of tensors on one device: numbers that depend on every bit and on its place.
 
-    The bits, as integers, are weighted by their places and summed; overflow wraps. Two different
-    tensors of one shape agree by chance about once in 2^32 times.
+    The bits, as int32, are weighted by their places in a row of 1,024 and summed, then the rows by
+    theirs; overflow wraps. Two different tensors of one shape agree by chance about once in 2^32
+    times. Small tensors are kept and must stay as they are until `result`.
+
+    >>> marks = Marks.of([torch.ones(3), torch.ones(2), torch.ones(3)])
+    >>> first, second, third = marks.result().tolist()
+    >>> first == third, first == second
+    (True, False)
     """
-    flat = tensor.detach().contiguous().view(-1)
-    bits = flat.view(_INTS[flat.element_size()])
-    if bits.dtype == torch.int16 and bits.numel() % 2 == 0:  # two at a time: half the work
-        bits = (bits if bits.storage_offset() % 2 == 0 else bits.clone()).view(torch.int32)
-    total: Tensor | None = None
-    for block in bits.split(_BLOCK):
-        # Summed in its own type: int32 overflows, and is read once.
-        weighted = block * _weights(block.device)[: block.numel()]
-        part = weighted.sum(dtype=weighted.dtype).long()
-        total = part if total is None else total * 6364136223846793005 + part
-    return torch.zeros((), dtype=torch.int64, device=tensor.device) if total is None else total
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.sums: list[Tensor] = []  # int32, one for every row
+        self.rows: list[tuple[int, int, int]] = []  # (tensor, its first row, rows), as in `sums`
+        self.waiting: list[Tensor] = []  # to be summed together
+        self.waiting_rows: list[tuple[int, int, int]] = []
+        self.size = 0  # rows that wait
+
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor]) -> Self:
+        marks = cls()
+        for tensor in tensors:
+            marks.add(tensor)
+        return marks
+
+    def add(self, tensor: Tensor) -> None:
+        bits = _integers(tensor)
+        whole = bits.numel() // _ROW if bits.numel() >= _ALONE else 0
+        if whole:
+            for block in bits[: whole * _ROW].split(_GROUP):
+                self._sum(block)
+            self.rows.append((self.count, 0, whole))
+            bits = bits[whole * _ROW :].clone()  # which does not keep the others alive
+        if bits.numel():
+            rows = -(-bits.numel() // _ROW)
+            self.waiting += [bits, bits.new_zeros(rows * _ROW - bits.numel())]
+            self.waiting_rows.append((self.count, whole, rows))
+            self.size += rows
+            if self.size * _ROW >= _GROUP:
+                self._flush()
+        self.count += 1
+
+    def _sum(self, bits: Tensor) -> None:
+        # In its own type: int32 overflows, and is read once.
+        weighted = bits.view(-1, _ROW) * _weights(bits.device)
+        self.sums.append(weighted.sum(1, dtype=torch.int32))
+
+    def _flush(self) -> None:
+        if self.waiting:
+            self._sum(torch.cat(self.waiting))
+            self.rows += self.waiting_rows
+            self.waiting, self.waiting_rows, self.size = [], [], 0
+
+    def result(self) -> Tensor:
+        """int64 [n], in the order of `add`."""
+        self._flush()
+        if not self.sums:
+            return torch.zeros(self.count, dtype=torch.long)
+        sums = torch.cat(self.sums).long()
+        tensor, first, size = torch.tensor(self.rows, device=sums.device).unbind(1)
+        part = torch.repeat_interleave(size, output_size=len(sums))
+        row = torch.arange(len(sums), device=sums.device) - (size.cumsum(0) - size - first)[part]
+        marks = sums.new_zeros(self.count)
+        return marks.index_add_(0, tensor[part], sums * _odd(row))
 
 
-_weights_of: dict[torch.device, Tensor] = {}
+def fingerprint(tensor: Tensor) -> Tensor:
+    """The mark of a single tensor: int64 scalar, on the same device."""
+    return Marks.of([tensor]).result()[0]
 
 
+def _integers(tensor: Tensor) -> Tensor:
+    """The tensor's bits, int32 [k]; zeros fill the last one up."""
+    raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    missing = -raw.numel() % 4
+    if missing or raw.storage_offset() % 4:
+        raw = torch.cat([raw, raw.new_zeros(missing)])
+    return raw.view(torch.int32)
+
+
+def _odd(place: Tensor) -> Tensor:
+    """Odd int64 numbers, as good as random, one for each place (int64)."""
+    mixed = (place + 1) * 6364136223846793005
+    mixed = (mixed ^ (mixed >> 29)) * -7046029254386353131
+    return mixed ^ (mixed >> 32) | 1
+
+
+@cache
 def _weights(device: torch.device) -> Tensor:
-    """Odd int32 numbers, as good as random, one for each place in a block."""
-    if device not in _weights_of:
-        place = torch.arange(_BLOCK, dtype=torch.int64, device=device)
-        mixed = (place * 2654435761 + 40503) & 0xFFFFFFFF
-        mixed = (mixed ^ (mixed >> 15)) * 2246822519 & 0x7FFFFFFF
-        _weights_of[device] = (mixed | 1).to(torch.int32)
-    return _weights_of[device]
+    """int32 [_ROW]"""
+    return _odd(torch.arange(_ROW, device=device)).to(torch.int32)
 
 
 @dataclass(frozen=True)
@@ -67,16 +134,6 @@ class Held:
             return tensor
         return tensor.narrow(self.dim, self.start, self.length)
 
-    def sent(self, tensor: Tensor) -> Tensor:
-        """The mark that the engine's memory must have after `tensor` was loaded."""
-        return fingerprint(self.part(tensor).to(self.read().dtype))
-
-    def found(self) -> Tensor:
-        return fingerprint(self.read())
-
-    def agrees(self, sent: Tensor, found: Tensor) -> Tensor:
-        return sent == found
-
 
 @dataclass(frozen=True)
 class Packed(Held):
@@ -94,15 +151,15 @@ class Packed(Held):
         return torch.randn(1, self.inputs, generator=generator).to(self.dtype)
 
     def sent(self, tensor: Tensor) -> Tensor:
+        """float32 [2, N]: what `agrees` compares with after `tensor` was loaded."""
         weight = self.part(tensor).to(self.dtype).float()
         x = self._input().float()[0]
         return torch.stack([weight @ x, weight.abs() @ x.abs()])  # the output, and its size
 
-    def found(self) -> Tensor:
-        return self.read(self._input()).float()[0]
-
-    def agrees(self, sent: Tensor, found: Tensor) -> Tensor:
+    def agrees(self, sent: Tensor) -> Tensor:
+        """Whether the layer is the one that `sent` was taken of: bool scalar."""
         rounding = 1e-5 if self.dtype == torch.float32 else 1e-2
+        found = self.read(self._input()).float()[0]
         return ((sent[0] - found).abs() <= rounding * sent[1]).all()
 
 
@@ -121,7 +178,8 @@ class Canary:
     def __init__(self, model: nn.Module, find: Callable[[str], Sequence[Held]]) -> None:
         self.expected = dict(model.named_parameters(remove_duplicate=False))
         self.find = find
-        self.marks: list[tuple[str, Held, Tensor]] = []
+        self.sent, self.places = Marks(), list[tuple[str, Held]]()
+        self.packed: list[tuple[str, Packed, Tensor]] = []
         self.seen: set[int] = set()  # ids, so that one name of a tied weight will do
 
     def watch(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -137,7 +195,12 @@ class Canary:
                     f"{tuple(shape)} in the engine"
                 )
             self.seen.add(id(self.expected[name]))
-            self.marks += [(name, held, held.sent(tensor)) for held in self.find(name)]
+            for held in self.find(name):
+                if isinstance(held, Packed):
+                    self.packed.append((name, held, held.sent(tensor)))
+                else:
+                    self.places.append((name, held))
+                    self.sent.add(held.part(tensor).to(held.read().dtype))
             yield name, tensor
         for name, parameter in self.expected.items():
             if id(parameter) not in self.seen:
@@ -145,14 +208,16 @@ class Canary:
 
     def check(self) -> None:
         """Raises WeightSyncError naming the first tensor that the engine does not hold as sent."""
-        if not self.marks:
+        found = Marks.of(held.read() for _, held in self.places)
+        names = [name for name, *_ in (*self.places, *self.packed)]
+        if not names:
             return
-        # One transfer to the host for all of them.
-        agree = torch.stack([held.agrees(sent, held.found()) for _, held, sent in self.marks])
-        wrong = (~agree).nonzero().flatten().tolist()
+        agree = [self.sent.result() == found.result()]
+        agree += [held.agrees(sent).view(1) for _, held, sent in self.packed]
+        wrong = (~torch.cat(agree)).nonzero().flatten().tolist()  # one transfer to the host
         if wrong:
             raise WeightSyncError(
-                f'weight update: the engine does not hold "{self.marks[wrong[0]][0]}" as the '
-                f"trainer sent it ({len(wrong)} of {len(agree)} tensors differ); rollouts would "
+                f'weight update: the engine does not hold "{names[wrong[0]]}" as the '
+                f"trainer sent it ({len(wrong)} of {len(names)} tensors differ); rollouts would "
                 "come from another policy, so the run stops"
             )

@@ -6,13 +6,14 @@ is written here, in memory that both processes share.
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchrft.rollout.canary import fingerprint
-from torchrft.rollout.fused_weights import held
+from torchrft.rollout.canary import Marks
+from torchrft.rollout.fused_weights import Places
 
 PATH = f"{__name__}.load"
 _BYTES, _INDEX, _VERDICT = "torchrft.bytes", "torchrft.index", "torchrft.verdict"
@@ -21,10 +22,10 @@ _BYTES, _INDEX, _VERDICT = "torchrft.bytes", "torchrft.index", "torchrft.verdict
 def pack(bucket: Sequence[tuple[str, Tensor]], verdict: Tensor) -> list[tuple[str, Tensor]]:
     """What travels for these tensors, all on the device of `verdict` (int32, one per engine rank:
     0 once this rank holds the bucket, i + 1 if its i-th tensor is not as it was sent)."""
-    marks = torch.stack([fingerprint(tensor) for _, tensor in bucket]).tolist()
+    marks = Marks.of(tensor for _, tensor in bucket)
     index = [
         (name, list(tensor.shape), str(tensor.dtype).removeprefix("torch."), mark)
-        for (name, tensor), mark in zip(bucket, marks, strict=True)
+        for (name, tensor), mark in zip(bucket, marks.result().tolist(), strict=True)
     ]
     raw = torch.tensor(list(json.dumps(index).encode()), dtype=torch.uint8)
     flat = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for _, tensor in bucket])
@@ -43,23 +44,33 @@ def unpack(payload: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, int]]:
 
 def load(model: nn.Module, named_tensors: Sequence[tuple[str, Any]]) -> None:
     """Loads a bucket into SGLang's model, reads it back and writes the verdict."""
-    payload = dict(named_tensors)
+    payload, places = dict(named_tensors), _places(model)
     received = list(unpack(payload))
-    model.load_weights([(name, tensor) for name, tensor, _ in received])  # type: ignore[operator]
-    payload[_VERDICT][_rank_of(model)] = 1 + _first_wrong(model, received)
+    pairs = ((name, tensor) for name, tensor, _ in received)
+    model.load_weights(list(places.write(pairs)))  # type: ignore[operator]
+    wrong = _first_wrong(places, received)
+    if wrong < 0:
+        places.prove()
+    payload[_VERDICT][_rank_of(model)] = 1 + wrong
 
 
-def _first_wrong(model: nn.Module, received: Sequence[tuple[str, Tensor, int]]) -> int:
-    """Place of the first tensor that is not held as it was sent; -1 if there is none."""
-    places = list(range(len(received)))
-    sent = torch.tensor([mark for _, _, mark in received], device=received[0][1].device)
-    agree = [torch.stack([fingerprint(tensor) for _, tensor, _ in received]) == sent]  # on its way
-    for place, (name, tensor, _) in enumerate(received):
-        for part in held(model, name):  # in the model
-            agree.append(part.agrees(part.sent(tensor), part.found()).view(1))
-            places.append(place)
+@cache
+def _places(model: nn.Module) -> Places:
+    return Places(model)
+
+
+def _first_wrong(find: Places, received: Sequence[tuple[str, Tensor, int]]) -> int:
+    """Number of the first tensor that is not held as it was sent; -1 if there is none."""
+    tensors = [tensor for _, tensor, _ in received]
+    places = [(n, place) for n, (name, *_) in enumerate(received) for place in find(name)]
+    marks = torch.tensor([mark for *_, mark in received], device=tensors[0].device)
+    sent = Marks.of(place.part(tensors[n]).to(place.read().dtype) for n, place in places)
+    found = Marks.of(place.read() for _, place in places)
+    agree = [Marks.of(tensors).result() == marks]  # on its way
+    agree.append((sent.result() == found.result()).to(marks.device))  # in the model
+    numbers = [*range(len(tensors)), *(n for n, _ in places)]
     wrong = (~torch.cat(agree)).nonzero().flatten().tolist()  # one transfer to the host
-    return min((places[i] for i in wrong), default=-1)
+    return min((numbers[i] for i in wrong), default=-1)
 
 
 def _rank_of(model: nn.Module) -> int:

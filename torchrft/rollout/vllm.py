@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from torchrft.config.job_config import Rollout
 from torchrft.models.vision import Vision
 from torchrft.rollout.engine import check_prompts, completion, neighbors
+from torchrft.rollout.fused_weights import Places
 from torchrft.rollout.vllm_model import load, scale_logits
 from torchrft.rollout.weight_sync import expected_model
 from torchrft.tools.distributed import DataRanks
@@ -76,6 +77,7 @@ class VllmEngine:
         self.temperature = 1.0
         self.ranks = neighbors(rollout.engine_tp_size)
         self.expected = expected_model(config)
+        self.places: Places | None = None
         arguments: dict[str, Any] = {
             "load_format": "dummy",
             "tensor_parallel_size": rollout.engine_tp_size,
@@ -117,7 +119,8 @@ class VllmEngine:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": pairs})
 
         pairs = ((name, tensor.to(self.dtype)) for name, tensor in named_tensors)
-        load(model, self.expected, pairs, reload if self.on_cpu else None)
+        self.places = self.places or Places(model)
+        load(self.places, self.expected, pairs, reload if self.on_cpu else None)
 
     # ---------------------------------------------------------------- memory
 

@@ -9,27 +9,30 @@ from transformers.core_model_loading import PrefixChange
 
 from torchrft.models.loader import sees_images
 from torchrft.rollout.canary import Canary
-from torchrft.rollout.fused_weights import held, is_a
+from torchrft.rollout.fused_weights import Places, is_a
 
 Pairs = Iterable[tuple[str, Tensor]]
 
 
 def load(
-    model: Any, expected: nn.Module, pairs: Pairs, reload: Callable[[Pairs], object] | None
+    places: Places, expected: nn.Module, pairs: Pairs, reload: Callable[[Pairs], object] | None
 ) -> None:
     """Loads all weights into vLLM's model and proves that it holds them.
 
-    Args: expected, a Hugging Face model with the names, shapes and ties of `pairs`; reload, how to
-        load on a CPU, where packed layers are unpacked, loaded and packed again.
+    Args: places, of vLLM's model; expected, a Hugging Face model with the names, shapes and ties of
+        `pairs`; reload, how to load on a CPU, where packed layers are unpacked, loaded and packed
+        again.
     """
     rename = _published_names(expected)
-    canary = Canary(expected, lambda name: held(model, rename(name)))
+    canary = Canary(expected, lambda name: places(rename(name)))
     watched = canary.watch(pairs)
     if reload is None:
-        model.load_weights((rename(name), tensor) for name, tensor in watched)
+        model: Any = places.model
+        model.load_weights(places.write((rename(name), tensor) for name, tensor in watched))
     else:
         reload((rename(name), tensor) for name, tensor in _with_head(expected, watched))
     canary.check()
+    places.prove()
 
 
 def _published_names(expected: Any) -> Callable[[str], str]:

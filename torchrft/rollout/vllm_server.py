@@ -15,6 +15,7 @@ from vllm.distributed.weight_transfer import WeightTransferEngineFactory, base
 from vllm.model_executor.model_loader import reload as layerwise
 
 from torchrft.rollout.canary import Canary, WeightSyncError, fingerprint
+from torchrft.rollout.fused_weights import Places
 from torchrft.rollout.vllm_model import load, scale_logits
 from torchrft.rollout.weight_sync import expected_model, layout
 
@@ -62,6 +63,7 @@ class FileTransfer(base.WeightTransferEngine[base.WeightTransferInitInfo, Files]
 
     init_info_cls = base.WeightTransferInitInfo
     update_info_cls = Files
+    places: Places | None = None
 
     def init_transfer_engine(self, init_info: base.WeightTransferInitInfo) -> None:
         pass
@@ -79,7 +81,8 @@ class FileTransfer(base.WeightTransferEngine[base.WeightTransferInitInfo, Files]
         for _ in Canary(expected, lambda name: []).watch(_read(update_info)):
             pass
         reload = self._reload if self.device.type == "cpu" else None
-        load(self.model, expected, _read(update_info), reload)
+        self.places = self.places or Places(self.model)
+        load(self.places, expected, _read(update_info), reload)
 
     def _reload(self, pairs: Iterable[tuple[str, Tensor]]) -> None:
         layerwise.initialize_layerwise_reload(self.model)
