@@ -212,7 +212,8 @@ class Canary:
         names = [name for name, *_ in (*self.places, *self.packed)]
         if not names:
             return
-        agree = [self.sent.result() == found.result()]
+        marks = found.result()
+        agree = [self.sent.result().to(marks.device) == marks]
         agree += [held.agrees(sent).view(1) for _, held, sent in self.packed]
         wrong = (~torch.cat(agree)).nonzero().flatten().tolist()  # one transfer to the host
         if wrong:

@@ -112,6 +112,7 @@ class SglangEngine:
         for bucket in buckets(pairs, _BUCKET):
             self._send(list(bucket.items()))
         if self.cache_asleep:
+            torch.cuda.empty_cache()
             self._post("/resume_memory_occupation", tags=["kv_cache"])
             self.cache_asleep = False
         self._post("/flush_cache")
@@ -150,6 +151,7 @@ class SglangEngine:
     def wake(self) -> None:
         """The weights' memory; the KV cache's follows when the weights are there."""
         if self.asleep:
+            torch.cuda.empty_cache()  # what torch keeps of the trainer's memory, SGLang cannot take
             self._post("/resume_memory_occupation", tags=["weights"])
         self.asleep = False
 

@@ -106,6 +106,7 @@ class VllmEngine:
         self.version = None
         self.llm.apply_model(lambda model: self._load(model, named_tensors))
         if self.cache_asleep:
+            torch.cuda.empty_cache()
             self.llm.wake_up(tags=["kv_cache"])
             self.cache_asleep = False
         # What was computed by the old weights.
@@ -142,6 +143,7 @@ class VllmEngine:
     def wake(self) -> None:
         """Takes the weights' memory again; the KV cache's follows when the weights are there."""
         if self.sleeps and self.asleep:
+            torch.cuda.empty_cache()  # what torch keeps of the trainer's memory, vLLM cannot take
             self.llm.wake_up(tags=["weights"])
         self.asleep = False
 
