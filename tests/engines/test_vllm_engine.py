@@ -29,7 +29,7 @@ def options(family, tied):
     }
 
 
-def make(tmp_path, family="qwen2", tied=False, **given):
+def make(tmp_path, family="qwen2", tied=False, dtype=torch.float32, **given):
     """A folder of a tiny model without weights, and its vLLM engine."""
     tiny.config(
         family, **options(family, tied), architectures=[tiny.model(family).__class__.__name__]
@@ -39,7 +39,7 @@ def make(tmp_path, family="qwen2", tied=False, **given):
     rollout = Rollout.model_validate(
         {"rollout_batch_size": 1, "engine_type": "vllm", "max_num_seqs": 32, **given}
     )
-    return build_engine(rollout, str(tmp_path), load_weights=False, max_len=64)
+    return build_engine(rollout, str(tmp_path), dtype, load_weights=False, max_len=64)
 
 
 def weights(family, tied, seed):
@@ -88,9 +88,11 @@ def test_twenty_updates(family, tied, tmp_path):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_canary(tied, tmp_path, monkeypatch):
-    """A tensor that is stale, permuted or dropped on its way into vLLM is named."""
-    engine = make(tmp_path, "qwen2", tied)
+@pytest.mark.parametrize(("dtype", "step"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_the_canary(tied, dtype, step, tmp_path, monkeypatch):
+    """A tensor that is stale by one small step, permuted, dropped, or wrong in two places, is
+    named, whatever vLLM has packed it into."""
+    engine = make(tmp_path, "qwen2", tied, dtype=dtype)
     model = weights("qwen2", tied, seed=1)
     # Weights all differ: an RMS norm of ones would be the same in any order.
     generator = torch.Generator().manual_seed(0)
@@ -100,21 +102,43 @@ def test_the_canary(tied, tmp_path, monkeypatch):
         for name, tensor in watch(self, pairs):
             if name != fault.get("name"):
                 yield name, tensor
+            elif fault["kind"] == "swapped":
+                tensor = tensor.clone()
+                tensor.view(-1)[[3, 5]] = tensor.view(-1)[[5, 3]]
+                yield name, tensor
             elif fault["kind"] != "dropped":
                 yield name, fault["old"] if fault["kind"] == "stale" else tensor.flip(0)
 
     monkeypatch.setattr(Canary, "watch", faulty)
     engine.update_weights(named_full_tensors(model), 0)
-    for kind in ("stale", "permuted", "dropped"):
+    for kind in ("stale", "permuted", "dropped", "swapped"):
         for name, parameter in model.named_parameters():
             fault.update(name=name, kind=kind, old=parameter.detach().clone())
             with torch.no_grad():
                 for each in model.parameters():
-                    each.add_(1e-3 * torch.randn(each.shape, generator=generator))
+                    each.add_(step * torch.randn(each.shape, generator=generator))
             with pytest.raises(WeightSyncError, match=f'does not hold "{name}" as the trainer'):
                 engine.update_weights(named_full_tensors(model), 1)
             with pytest.raises(ValueError, match="no weights"):
                 engine.generate(PROMPTS, GREEDY)
+
+
+def test_what_cannot_be_generated_is_refused(tmp_path):
+    """One sentence each; vLLM itself would cut the response, ignore the string or never return."""
+    engine = make(tmp_path)
+    model = weights("qwen2", False, seed=1)
+    engine.update_weights(named_full_tensors(model), 0)
+    for prompt, sampling, message in (
+        ((7,) * 60, SamplingParams(max_new_tokens=9), "may have 69 tokens, more than the 64"),
+        ((7, 10**6), GREEDY, "has the token id 1000000, but the model knows 56 tokens"),
+        ((7,), dataclasses.replace(GREEDY, stop=("5",)), r"does not stop at \['5'\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine.generate([Prompt(0, "", prompt)], sampling)
+    assert len(engine.generate(PROMPTS, GREEDY)) == 3
+    model.get_parameter("model.layers.1.mlp.down_proj.weight").data[3, 4] = torch.nan
+    with pytest.raises(WeightSyncError, match=r'"model.layers.1.mlp.down_proj.weight" holds NaN'):
+        engine.update_weights(named_full_tensors(model), 1)
 
 
 def test_log_probs_are_those_of_the_temperature_before_top_p(tmp_path):

@@ -127,6 +127,21 @@ ERRORS = [
         "[parallel] zero_stage = 2 and fsdp = true exclude each other; leave one out",
     ),
     (
+        {"engine_type": "vllm", "server_urls": ["http://a:1", "http://b:1", "http://a:1/"]},
+        1,
+        '[rollout] server_urls = ["http://a:1", "http://b:1", "http://a:1/"] names http://a:1 '
+        "twice; name every server once",
+    ),
+    *(
+        (
+            {"engine_type": engine, engine: {option: 1}},
+            1,
+            f"[rollout] {engine} = {{\"{option}\": 1}} holds '{option}', which must not be there; "
+            "torchrft sets it, from pretrain, bf16, engine_tp_size and max_len",
+        )
+        for engine, option in (("vllm", "max_model_len"), ("sglang", "tp_size"))
+    ),
+    (
         {"images_key": "i", "min_pixels": 100, "max_pixels": 10},
         1,
         "[data] min_pixels = 100 is above max_pixels = 10; lower it or raise the other",

@@ -42,6 +42,14 @@ def test_weights_come_from_the_folder(folder):
     assert engine.stop_token_ids == (1,)
 
 
+def test_a_stop_id_beyond_the_vocabulary(folder):
+    rollout = Rollout.model_validate(
+        {"rollout_batch_size": 1, "engine_type": "native", "stop_token_ids": [3, 10**6]}
+    )
+    with pytest.raises(ValueError, match="stop_token_ids holds 1000000, but the model knows"):
+        build_engine(rollout, folder)
+
+
 def test_without_weights_the_engine_waits_for_them():
     """The debug model has none at all."""
     engine = build_engine(rollout(), str(DEBUG_MODEL), torch.bfloat16, load_weights=False)

@@ -111,7 +111,7 @@ def test_a_part_and_a_packed_layer():
     places = [
         Held(lambda: rows, 0, 4, 3),
         Held(lambda: columns, 1, 1, 2),
-        Packed(lambda x: x @ packed.T, 0, 2, 4, inputs=5),
+        Packed(lambda: packed, 0, 2, 4),
     ]
     for wrong in (None, rows, columns, packed):
         if wrong is not None:

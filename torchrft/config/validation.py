@@ -150,6 +150,23 @@ def _urls(config: JobConfig, world_size: int) -> Iterator[Finding]:
         except ValueError as error:  # whose text begins with the option
             yield Finding(str(error) if option in FIELDS else f"reward {error}")
 
+    urls = [url.rstrip("/") for url in config.rollout.server_urls]
+    if twice := {url for url in urls if urls.count(url) > 1}:
+        yield Finding(f"server_urls names {min(twice)} twice; name every server once")
+
+
+def _engine_tables(config: JobConfig, world_size: int) -> Iterator[Finding]:
+    """What torchrft tells an engine itself, and relies on."""
+    own = {
+        "vllm": ("model", "dtype", "tensor_parallel_size", "max_model_len", "logprobs_mode"),
+        "sglang": ("model_path", "dtype", "tp_size", "context_length"),
+    }
+    instead = "torchrft sets it, from pretrain, bf16, engine_tp_size and max_len"
+    for table, names in own.items():
+        for name in names:
+            if name in value_of(config, table):
+                yield Finding(f"{table} holds {name!r}, which must not be there; {instead}")
+
 
 def _needs(config: JobConfig, world_size: int) -> Iterator[Finding]:
     for name, met, needs, is_error in NEEDS:
@@ -274,5 +291,5 @@ RANGES: dict[str, tuple[float, float]] = {
 
 RULES: tuple[Callable[[JobConfig, int], Iterator[Finding]], ...] = (
     *(_layout, _on_policy, _batches, _lengths, _rewards, _urls),
-    *(_needs, _exclusions, _algorithm, _single_samples, _ranges),
+    *(_needs, _engine_tables, _exclusions, _algorithm, _single_samples, _ranges),
 )

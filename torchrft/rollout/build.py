@@ -37,6 +37,12 @@ def build_engine(
     tokenizer = load_tokenizer(pretrain)
     model_config = load_config(pretrain)
     stop_ids = stop_token_ids(model_config, pretrain, tokenizer.eos_token_id)
+    vocabulary = model_config.get_text_config().vocab_size
+    if unknown := [token for token in config.stop_token_ids if token >= vocabulary]:
+        raise ValueError(
+            f"stop_token_ids holds {unknown[0]}, but the model knows {vocabulary} tokens: leave it "
+            "out"
+        )
     policy = (pretrain, model_config, tokenizer, stop_ids, max_len, dtype)
     engine: RolloutEngine
     if config.engine_type == "native":

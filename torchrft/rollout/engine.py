@@ -45,9 +45,12 @@ def check_prompts(
     sampling: SamplingParams,
     version: int | None,
     sees_images: bool = False,
+    vocabulary: int | None = None,
+    longest: int | None = None,
 ) -> None:
     """Raises ValueError for an engine without weights (`version` None), and for a prompt that is
-    empty, leaves no room for a response or has images that the engine does not see."""
+    empty, leaves no room for a response, has images that the engine does not see, a token id that
+    is not below `vocabulary`, or with its response more than the engine's `longest` tokens."""
     if version is None:
         raise ValueError("the engine has no weights: call update_weights before generate")
     if sampling.seeds is not None and [len(row) for row in sampling.seeds] != [sampling.n] * len(
@@ -67,6 +70,17 @@ def check_prompts(
             raise ValueError(
                 f"prompt {position} (row {prompt.row}) has {len(prompt.token_ids)} tokens, which "
                 f"leaves no room for a response: max_len is {sampling.max_total_tokens}"
+            )
+        if vocabulary is not None and max(prompt.token_ids) >= vocabulary:
+            raise ValueError(
+                f"prompt {position} (row {prompt.row}) has the token id {max(prompt.token_ids)}, "
+                f"but the model knows {vocabulary} tokens: is the tokenizer another model's?"
+            )
+        length = len(prompt.token_ids) + sampling.budget(len(prompt.token_ids))
+        if longest is not None and length > longest:
+            raise ValueError(
+                f"prompt {position} (row {prompt.row}) and its response may have {length} tokens, "
+                f"more than the {longest} that the engine was built for: raise max_len"
             )
 
 

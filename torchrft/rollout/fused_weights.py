@@ -8,6 +8,7 @@ origin, the same names and attributes: they are told apart by class name, withou
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from torchrft.rollout.canary import Held, Packed
@@ -109,11 +110,14 @@ def _place(module: Any, part: int | None, leaf: str) -> Held:
     columns = slice(None) if dim == 1 else slice(at, at + length)
     embeds = is_a(module, "VocabParallelEmbedding") and not is_a(module, "ParallelLMHead")
     if leaf == "weight" and hasattr(module, "cpu_linear") and not embeds:
+        dtype, size = module.weight.dtype, _inputs(module)
 
-        def apply(x: Tensor) -> Tensor:
-            return module.cpu_linear(x, module.weight, None)[:, columns]
+        def unpacked() -> Tensor:
+            rows = torch.eye(size, dtype=dtype).split(1024)  # products with 0 and 1 are exact
+            outputs = [module.cpu_linear(x, module.weight, None)[:, columns] for x in rows]
+            return torch.cat(outputs).t()
 
-        return Packed(apply, dim, start, length, _inputs(module), module.weight.dtype)
+        return Packed(unpacked, dim, start, length, dtype)
     return Held(lambda: getattr(module, leaf)[columns], dim, start, length)
 
 

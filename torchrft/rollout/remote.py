@@ -52,7 +52,8 @@ class RemoteVllmEngine:
     temperature expected of `generate`: others cost a pause of the servers.
 
     Raises ValueError at the start with a sentence for each server that cannot be used, and
-    ConnectionError from `generate` and `update_weights` when none is left.
+    ConnectionError from `generate` and `update_weights` when none is left, or when one refuses a
+    request as such.
     """
 
     def __init__(
@@ -79,7 +80,12 @@ class RemoteVllmEngine:
                 f'weight_folder = "{folder}" is not a folder; make it, or name another'
             )
         # Every rank's, but rank 0's is used; it goes with the process.
-        self._own_folder = tempfile.TemporaryDirectory(prefix="torchrft-", dir=folder)
+        try:
+            self._own_folder = tempfile.TemporaryDirectory(prefix="torchrft-", dir=folder)
+        except OSError as error:
+            raise ValueError(
+                f"weight_folder: no folder for the weights can be made ({error}); name another"
+            ) from error
         mine = (uuid.uuid4().hex, self._own_folder.name)
         self.run, self.folder = distributed.on_main(lambda: mine, "rollout servers")
         self._control = threading.Condition()  # held while servers change their weights or scale
@@ -319,6 +325,9 @@ class RemoteVllmEngine:
             except _Rescaled:  # all ranks rescale, to the same: soon it stays
                 continue
             except (ConnectionError, ServerError) as error:
+                if isinstance(error, ServerError) and error.status in (400, 422):
+                    refused = f"{server.url} refuses the request of prompt row {prompt.row}"
+                    raise ConnectionError(f"{refused}: {error}") from error
                 self._drop(server, error)
             finally:
                 with self._lock:

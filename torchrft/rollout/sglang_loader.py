@@ -64,7 +64,7 @@ def _first_wrong(find: Places, received: Sequence[tuple[str, Tensor, int]]) -> i
     tensors = [tensor for _, tensor, _ in received]
     places = [(n, place) for n, (name, *_) in enumerate(received) for place in find(name)]
     marks = torch.tensor([mark for *_, mark in received], device=tensors[0].device)
-    sent = Marks.of(place.part(tensors[n]).to(place.read().dtype) for n, place in places)
+    sent = Marks.of(place.sent(tensors[n]) for n, place in places)
     found = Marks.of(place.read() for _, place in places)
     agree = [Marks.of(tensors).result() == marks]  # on its way
     agree.append((sent.result() == found.result()).to(marks.device))  # in the model

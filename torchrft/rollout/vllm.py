@@ -76,13 +76,15 @@ class VllmEngine:
         self.asleep = self.cache_asleep = self.sleep_was_refused = False
         self.temperature = 1.0
         self.ranks = neighbors(rollout.engine_tp_size)
-        self.expected = expected_model(config)
+        self.expected, self.max_len = expected_model(config), max_len
+        self.vocabulary = int(config.get_text_config().vocab_size)
+        self.stops_at_strings = bool(rollout.stop) or vision is not None
         self.places: Places | None = None
         arguments: dict[str, Any] = {
             "load_format": "dummy",
             "tensor_parallel_size": rollout.engine_tp_size,
             "logprobs_mode": "raw_logprobs",
-            "skip_tokenizer_init": not rollout.stop and vision is None,
+            "skip_tokenizer_init": not self.stops_at_strings,
         }
         if vision is not None:
             # Its constants are buffers, in which "dummy" weights are random numbers.
@@ -156,7 +158,13 @@ class VllmEngine:
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
         if sampling.first_token_temperature is not None:
             raise ValueError("vLLM has no first_token_temperature; use the native engine")
-        check_prompts(prompts, sampling, self.version, self.vision is not None)
+        if sampling.stop and not self.stops_at_strings:
+            raise ValueError(
+                f"this engine does not stop at {list(sampling.stop)}: it was built without "
+                "[rollout] stop, which gives it a tokenizer"
+            )
+        sees = self.vision is not None
+        check_prompts(prompts, sampling, self.version, sees, self.vocabulary, self.max_len)
         requests = [
             (prompt, sampling_options(place, prompt, sampling, self.stop_token_ids))
             for place, prompt in enumerate(prompts)
@@ -254,8 +262,13 @@ def start(
     arguments |= {**device, **own, **rollout.vllm}
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    from vllm import LLM, EngineArgs
-
+    try:
+        from vllm import LLM, EngineArgs
+    except ImportError as error:
+        raise ValueError(
+            f"vLLM is installed, but cannot be imported: {error}; install the build for this torch "
+            f"({torch.__version__}), see docs/rollout_engines.md"
+        ) from error
     if "mm_device_do_normalize" not in EngineArgs.__dataclass_fields__:  # versions before 0.32
         arguments.pop("mm_device_do_normalize", None)
     if dist.is_initialized() and dist.get_world_size() > 1:
@@ -267,7 +280,7 @@ def start(
     except TypeError as error:
         said = f"[rollout.vllm] holds an argument that vLLM does not know: {error}"
         raise ValueError(said) from error
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, ImportError) as error:
         text = " ".join(str(error).split())
         said = f"vLLM did not start: {text[:600]}"
         if "memory" in text.lower():

@@ -88,7 +88,8 @@ class NativeEngine:
     @torch.inference_mode()
     @torch._dynamo.config.patch(recompile_limit=64)  # shapes of caches differ
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
-        check_prompts(prompts, sampling, self.version, self.vision is not None)
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        check_prompts(prompts, sampling, self.version, self.vision is not None, vocabulary)
         if not prompts:
             return []
         kind: Callable[..., Generation] = Generation
