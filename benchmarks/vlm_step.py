@@ -65,7 +65,9 @@ def model_folder(folder: Path, tiny: bool) -> str:
         path.write_text(json.dumps(settings))
     torch.manual_seed(0)
     dtype = torch.float32 if tiny else torch.bfloat16
-    AutoModelForImageTextToText.from_config(config, dtype=dtype).save_pretrained(folder)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # a CPU takes a minute
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    model.save_pretrained(folder)
     return str(folder)
 
 
