@@ -17,6 +17,7 @@ import json
 import random
 import sys
 import tempfile
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,8 @@ PROCESSOR = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
 PIXELS = {"shortest_edge": 56 * 56, "longest_edge": 1_003_520}
 
 
-def model_folder(folder: Path, tiny: bool) -> str:
-    """A model with random weights, tokenizer and processor; its vocabulary is the larger one."""
+def model_folder(folder: Path, tiny: bool) -> None:
+    """Writes a model with random weights, tokenizer and processor; its vocabulary is the larger one."""
     folder.mkdir()
     qwen_folder("qwen2_5_vl", folder)
     config = AutoConfig.from_pretrained(folder)
@@ -68,7 +69,6 @@ def model_folder(folder: Path, tiny: bool) -> str:
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # a CPU takes a minute
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     model.save_pretrained(folder)
-    return str(folder)
 
 
 def prompt_file(folder: Path, count: int, tiny: bool) -> str:
@@ -93,8 +93,14 @@ def prompt_file(folder: Path, count: int, tiny: bool) -> str:
 
 def command(options: argparse.Namespace, folder: Path) -> list[str]:
     longest = 192 if options.tiny else 512  # tokens of a prompt
+    # In a process of its own, whose GPU memory goes with it.
+    writer = get_context("spawn").Process(
+        target=model_folder, args=(folder / "model", options.tiny)
+    )
+    writer.start()
+    writer.join()
     flags = {
-        "pretrain": model_folder(folder / "model", options.tiny),
+        "pretrain": folder / "model",
         "prompt_data": prompt_file(folder, options.prompts * (options.steps + 2), options.tiny),
         "images_key": "images",
         "apply_chat_template": "true",
