@@ -50,7 +50,7 @@ PIXELS = {"shortest_edge": 56 * 56, "longest_edge": 1_003_520}
 
 
 def model_folder(folder: Path, tiny: bool) -> None:
-    """Writes a model with random weights, tokenizer and processor; its vocabulary is the larger one."""
+    """Writes a model with random weights, tokenizer and processor, of the larger vocabulary."""
     folder.mkdir()
     qwen_folder("qwen2_5_vl", folder)
     config = AutoConfig.from_pretrained(folder)
