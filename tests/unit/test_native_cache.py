@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from torchrft.models.attention import padded
 from torchrft.rollout.native.kv_cache import Decode, Prefill, SlotCache
 
 HEADS, DIM = 2, 3
@@ -75,9 +76,26 @@ def test_admit_and_move(monkeypatch):
         assert torch.equal(cache.values[layer][2, :, :4], prompts.values[layer][2])
 
 
+@pytest.mark.parametrize("window", [None, 2])
+def test_prefill_keeps_each_prompts_keys(window):
+    """Outputs are those of every prompt alone; keys and values lie in a row of their own."""
+    draw, lengths = torch.Generator().manual_seed(0), [3, 1, 4]
+    query, key, value = (
+        torch.randn(1, heads, 8, DIM, generator=draw).double() for heads in (4, HEADS, HEADS)
+    )
+    layout = Prefill(lengths)
+    out = layout(0, query, key, value, 0.4, window)
+    for row, (start, end) in enumerate([(0, 3), (3, 4), (4, 8)]):
+        alone = [x[:, :, start:end] for x in (query, key, value)]
+        expected = padded(0, *alone, 0.4, window)
+        torch.testing.assert_close(out[:, start:end], expected, rtol=1e-12, atol=1e-12)
+        assert torch.equal(layout.keys[0][row, :, : end - start], key[0, :, start:end])
+        assert torch.equal(layout.values[0][row, :, : end - start], value[0, :, start:end])
+
+
 def test_prefill_needs_the_layers_in_order():
     tensor = torch.zeros(1, HEADS, 2, DIM)
-    layout = Prefill()
+    layout = Prefill([2])
     layout(0, tensor, tensor, tensor, 1.0, None)
     with pytest.raises(ValueError, match="runs layer 2 where 1 was expected"):
         layout(2, tensor, tensor, tensor, 1.0, None)

@@ -475,7 +475,7 @@ def test_a_prompt_is_prefilled_once_for_its_samples():
     prefills, decodes = watch(engine)
     sampling = SamplingParams(n=8, max_new_tokens=1)
     engine.generate(prompts([[7, 8, 9], [10, 11, 12]]), sampling)
-    assert prefills == [(2, 3)]
+    assert prefills == [(1, 6)]
     assert decodes == []
 
 
@@ -496,7 +496,7 @@ def test_prefill_is_bounded(monkeypatch):
     prefills, _ = watch(engine)
     token_ids = [[7] * 10, [8] * 9, [9] * 12, [10] * 40, [11], [12, 13]]
     got = engine.generate(prompts(token_ids), SamplingParams(temperature=0.0, max_new_tokens=6))
-    assert prefills == [(2, 10), (1, 12), (1, 40), (2, 2)]
+    assert prefills == [(1, 19), (1, 12), (1, 40), (1, 3)]
     for ids, completion in zip(token_ids, got, strict=True):
         wanted = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=6)
         assert list(completion.token_ids) == wanted[0, len(ids) :].tolist()

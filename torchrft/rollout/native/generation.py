@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from torchrft.rollout.native.lean import is_plain, lean_step
 from torchrft.rollout.native.sampler import sample
 from torchrft.types import Prompt, SamplingParams
 
-_PREFILL_TOKENS = 16384  # padded prompt tokens of one prefill pass, which bounds its memory
+_PREFILL_TOKENS = 16384  # of one prefill pass, its keys padded, which bounds its memory
 
 
 @dataclass
@@ -158,24 +159,24 @@ class Generation:
             if batch and longest * (len(batch) + 1) > _PREFILL_TOKENS:
                 break
             batch.append(self.waiting_prompts.popleft())
-        ids = [torch.tensor(self.prompts[index].token_ids) for index in batch]
-        lengths = torch.tensor([row.numel() for row in ids], device=self.device)
-        padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(self.device)
-        positions = torch.arange(padded.shape[1], device=self.device).expand_as(padded)
-        self.prefill, images = Prefill(), None
-        if self.vision is not None and any(self.prompts[index].images for index in batch):
-            length = padded.shape[1]
-            spans = [(self.prompts[p], i * length, (i + 1) * length) for i, p in enumerate(batch)]
+        prompts, images = [self.prompts[index] for index in batch], None
+        ids = [token for prompt in prompts for token in prompt.token_ids]
+        lengths = [len(prompt.token_ids) for prompt in prompts]
+        ends = list(accumulate(lengths))
+        self.prefill = Prefill(lengths, self.device)
+        positions = self.prefill.row.positions[None]
+        if self.vision is not None and any(prompt.images for prompt in prompts):
+            spans = zip(prompts, [0, *ends], ends, strict=False)
             positions, images = self.vision.see(positions.cpu(), spans)
             positions, images = positions.to(self.device), images.to(self.device)
-        hidden = hidden_states(self.model, padded, positions, self.prefill, images)
+        row = torch.tensor([ids], device=self.device)
+        hidden = hidden_states(self.model, row, positions, self.prefill, images)
         if len(self.prefill.keys) != self.num_layers:
             raise ValueError(
                 f"{type(self.base).__name__}: {len(self.prefill.keys)} of {self.num_layers} layers "
                 "went through torchrft's attention function; the others would be wrong"
             )
-        last = hidden[torch.arange(len(batch), device=self.device), lengths - 1]
-        self.prefill_logits = self.head(last)
+        self.prefill_logits = self.head(hidden[0, torch.tensor(ends, device=self.device) - 1])
         n = self.sampling.n
         self.waiting_samples.extend(
             (row, index * n + j) for row, index in enumerate(batch) for j in range(n)

@@ -1,21 +1,24 @@
 """Keys and values of the sequences being decoded: one slot per sequence, active slots in front."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchrft.models.attention import padded
+from torchrft.models.attention import Packed
 
 _GROWTH = 256  # tokens a slot has room for at first: growing later copies what is there
 
 
 class Prefill:
-    """Attention layout that computes prompts padded on the right and keeps their keys and values.
+    """Attention layout of a row of prompts, one behind the other, that keeps their keys and values.
 
-    `keys[layer]` and `values[layer]` are [P, Hkv, L, D].
+    `keys[layer]` and `values[layer]` are [P, Hkv, L, D]; behind a prompt's end they mean nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, lengths: Sequence[int] = (1,), device: torch.device | str = "cpu") -> None:
+        self.row = Packed.of([(length, ()) for length in lengths]).to(torch.device(device))
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
@@ -30,9 +33,9 @@ class Prefill:
     ) -> Tensor:
         if layer != len(self.keys):
             raise ValueError(f"the model runs layer {layer} where {len(self.keys)} was expected")
-        self.keys.append(key)
-        self.values.append(value)
-        return padded(layer, query, key, value, scale, window)
+        for kept, row in ((self.keys, key), (self.values, value)):
+            kept.append(row[0][:, self.row.prefixes].transpose(0, 1))
+        return self.row(layer, query, key, value, scale, window)
 
 
 class SlotCache:
