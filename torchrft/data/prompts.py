@@ -206,7 +206,8 @@ class _Reader:
         mark = None if self._vision is None else self._vision.placeholder
         if mark is not None and (found := text.count(mark)) != len(images):
             has = f"becomes a text with {found} times {mark!r} for {len(images)} images"
-            remedy = "write it once for each, or set apply_chat_template = true"
+            templated = self._data.apply_chat_template  # which writes the marks itself
+            remedy = "take it out of the text" if templated else "write it once for each"
             raise ValueError(f"{what} {has}; {remedy}")
         label = row.columns.get(self._data.label_key)
         metadata = {key: row.columns[key] for key in self._data.metadata_keys}
