@@ -21,7 +21,7 @@ class Layer(torch.nn.Module):
     def __init__(self, *shape):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.full(shape, torch.nan, dtype=torch.bfloat16))
-        self.tp_rank = RANK
+        self.tp_rank, self.tp_size = RANK, 2
 
 
 class ColumnParallelLinear(Layer):
@@ -82,6 +82,12 @@ class Split(torch.nn.Module):
         for name, tensor in pairs:
             self.loaded += 1
             match name.split(".")[-2]:
+                case "qkv_proj":
+                    parts = [half(part) for part in tensor.split([32, 16, 16])]
+                    layer.self_attn.qkv_proj.weight.copy_(torch.cat(parts))
+                case "gate_up_proj":
+                    parts = [half(part) for part in tensor.chunk(2)]
+                    layer.mlp.gate_up_proj.weight.copy_(torch.cat(parts))
                 case "q_proj":
                     layer.self_attn.qkv_proj.weight[:16] = half(tensor)
                 case "k_proj":
@@ -103,19 +109,20 @@ class Split(torch.nn.Module):
                     self.get_parameter(name).copy_(tensor)
 
 
-def trained(seed):
-    return tiny.model("llama", seed=seed, num_hidden_layers=1, tie_word_embeddings=True)
+def trained(seed, family="llama"):
+    return tiny.model(family, seed=seed, num_hidden_layers=1, tie_word_embeddings=True)
 
 
-def test_proven_places_are_written_directly():
+@pytest.mark.parametrize("family", ["llama", "phi3"])  # whose projections are fused already
+def test_proven_places_are_written_directly(family):
     """The second time the loader loads nothing, and the memory is what it would have been."""
-    expected, split = trained(0), Split()
+    expected, split = trained(0, family), Split()
     places = Places(split)
     for seed in (1, 2):
-        load(places, expected, named_full_tensors(trained(seed)), None)
+        load(places, expected, named_full_tensors(trained(seed, family)), None)
     assert split.loaded == len(list(expected.parameters()))
     reference = Split()
-    reference.load_weights(named_full_tensors(trained(2)))
+    reference.load_weights(named_full_tensors(trained(2, family)))
     for (name, a), (_, b) in zip(
         split.named_parameters(), reference.named_parameters(), strict=True
     ):
@@ -123,14 +130,25 @@ def test_proven_places_are_written_directly():
         assert a.isfinite().all(), name
 
 
-@pytest.mark.parametrize("wrong", [name for name, _ in trained(0).named_parameters()])
-@pytest.mark.parametrize("change", [lambda t: t.flip(0), lambda t: t + 0.1, lambda t: None])
-def test_a_fault_of_a_direct_write_is_named(wrong, change, monkeypatch):
+FAULTS = {
+    "permuted": lambda t: t.flip(0),
+    "stale": lambda t: t + 0.1,
+    "dropped": lambda t: None,
+    "wrong at the end": lambda t: torch.cat([t[:-1], t[-1:] + 0.1]),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "wrong"),
+    [(f, name) for f in ("llama", "phi3") for name, _ in trained(0, f).named_parameters()],
+)
+@pytest.mark.parametrize("change", FAULTS.values(), ids=FAULTS)
+def test_a_fault_of_a_direct_write_is_named(family, wrong, change, monkeypatch):
     split, watch = Split(), Canary.watch
-    places, expected, sent = Places(split), trained(0), trained(1)
+    places, expected, sent = Places(split), trained(0, family), trained(1, family)
     for parameter in sent.parameters():  # norms of ones are the same in any order
         parameter.requires_grad_(False).add_(torch.randn_like(parameter))
-    load(places, expected, named_full_tensors(trained(0)), None)
+    load(places, expected, named_full_tensors(trained(0, family)), None)
 
     def faulty(self, pairs):
         for name, tensor in watch(self, pairs):
@@ -148,3 +166,31 @@ def test_a_place_that_is_not_the_loaders_stops_the_first_hand_over():
     split.model.layers[0].self_attn.qkv_proj.num_kv_head_replicas = 2
     with pytest.raises(WeightSyncError, match=r'"model.layers.0.self_attn.k_proj.weight".*2 of'):
         load(Places(split), trained(0), named_full_tensors(trained(1)), None)
+
+
+def test_what_lies_partly_elsewhere_is_left_to_the_loader():
+    split = Split()
+    split.model.layers[0].mlp.gate_up_proj.output_partition_sizes = (24,)
+    places = Places(split)
+    for seed in (1, 2):
+        load(places, trained(0, "phi3"), named_full_tensors(trained(seed, "phi3")), None)
+    assert places.loaded == places.proven
+    assert "model.layers.0.mlp.gate_up_proj.weight" not in places.proven
+    assert split.loaded == len(list(trained(0, "phi3").parameters())) + 1
+
+
+def test_another_shape_in_memory_is_written_too():
+    """As a convolution over patches that an engine computes as a matrix product."""
+    model = names(patches=torch.nn.Linear(12, 3, bias=False))
+    model.config = SimpleNamespace(tie_word_embeddings=False)
+    model.load_weights = lambda pairs: [
+        model.patches.weight.data.copy_(tensor.view(3, 12)) for _, tensor in pairs
+    ]
+    expected = names(patches=torch.nn.Conv2d(3, 3, 2, bias=False))
+    expected.config = tiny.config("llama")
+    places = Places(model)
+    for seed in (1, 2):
+        sent = torch.randn(3, 3, 2, 2, generator=torch.Generator().manual_seed(seed))
+        load(places, expected, [("patches.weight", sent)], None)
+        assert torch.equal(model.patches.weight.view(3, 3, 2, 2), sent)
+    assert places.proven == {"patches.weight"}

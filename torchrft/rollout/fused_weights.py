@@ -25,11 +25,11 @@ def held(model: nn.Module, name: str) -> list[Held]:
     found = _find(model, path)
     if found is None:
         return []
-    places = [_place(*found, leaf)]
+    places = _places(*found, leaf)
     language = getattr(model, "language_model", model)
     head = getattr(language, "lm_head", None)
     if path.endswith("embed_tokens") and _is_tied(language) and isinstance(head, nn.Module):
-        places.append(_place(head, None, leaf))  # packed on its own, it can stay behind
+        places += _places(head, None, leaf)  # packed on its own, it can stay behind
     return places
 
 
@@ -41,8 +41,9 @@ class Places:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.proven = model, set[str]()
+        self.model, self.loaded, self.proven = model, set[str](), set[str]()
         self.known: dict[str, list[Held]] = {}
+        self.ranks = max(getattr(module, "tp_size", None) or 1 for module in model.modules())
 
     def __call__(self, name: str) -> list[Held]:
         if name not in self.known:
@@ -52,17 +53,21 @@ class Places:
     def write(self, pairs: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Yields the tensors that the engine's loader must load."""
         for name, tensor in pairs:
-            if name not in self.proven:
-                yield name, tensor
+            places = self(name)
+            if name in self.proven:
+                for place in places:
+                    memory = place.read().detach()
+                    memory.copy_(place.part(tensor).reshape(memory.shape))
                 continue
-            for place in self.known[name]:
-                place.read().detach().copy_(place.part(tensor))
+            yield name, tensor
+            if not any(isinstance(place, Packed) for place in places):
+                size = sum(place.read().numel() for place in places)
+                if size * self.ranks >= tensor.numel():  # nothing of it lies elsewhere
+                    self.loaded.add(name)
 
     def prove(self) -> None:
         """To be called after a canary's check."""
-        for name, places in self.known.items():
-            if places and not any(isinstance(place, Packed) for place in places):
-                self.proven.add(name)
+        self.proven |= self.loaded
 
 
 def is_a(module: object, name: str) -> bool:
@@ -89,24 +94,31 @@ def _find(model: Any, path: str) -> tuple[nn.Module, int | None] | None:
     return None
 
 
-def _place(module: Any, part: int | None, leaf: str) -> Held:
+def _places(module: Any, part: int | None, leaf: str) -> list[Held]:
     """Part `part` (None: the whole) of the module's parameter `leaf`."""
-    at = dim = 0
     if is_a(module, "VocabParallelEmbedding"):
         shard = module.shard_indices
-        start = shard.org_vocab_start_index
-        length = shard.org_vocab_end_index - start
-    elif is_a(module, "RowParallelLinear") and leaf == "weight":
-        dim, length = 1, module.input_size_per_partition
-        start = module.tp_rank * length
-    elif is_a(module, "ColumnParallelLinear"):
-        sizes, index, rank = module.output_partition_sizes, part or 0, module.tp_rank
-        if is_a(module, "QKVParallelLinear") and index > 0:
-            rank //= module.num_kv_head_replicas
-        at, length = sum(sizes[:index]), sizes[index]
-        start = rank * length
-    else:
-        return Held(lambda: getattr(module, leaf))
+        start, length = shard.org_vocab_start_index, shard.org_vocab_end_index
+        return [_place(module, leaf, 0, 0, start, length - start)]
+    if is_a(module, "RowParallelLinear") and leaf == "weight":
+        length = module.input_size_per_partition
+        return [_place(module, leaf, 1, 0, module.tp_rank * length, length)]
+    if not is_a(module, "ColumnParallelLinear"):
+        return [Held(lambda: getattr(module, leaf))]
+    found, at, before = [], 0, 0  # before: rows of the tensor that belong to parts before this one
+    for index, length in enumerate(module.output_partition_sizes):
+        shared = is_a(module, "QKVParallelLinear") and index > 0
+        replicas = module.num_kv_head_replicas if shared else 1
+        start = module.tp_rank // replicas * length
+        if part in (None, index):
+            first = before if part is None else 0
+            found.append(_place(module, leaf, 0, at, first + start, length))
+        at, before = at + length, before + length * module.tp_size // replicas
+    return found
+
+
+def _place(module: Any, leaf: str, dim: int, at: int, start: int, length: int) -> Held:
+    """Where the `length` entries of a tensor from `start` on along `dim` are: from row `at` on."""
     columns = slice(None) if dim == 1 else slice(at, at + length)
     embeds = is_a(module, "VocabParallelEmbedding") and not is_a(module, "ParallelLMHead")
     if leaf == "weight" and hasattr(module, "cpu_linear") and not embeds:
