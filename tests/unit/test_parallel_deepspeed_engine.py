@@ -296,6 +296,35 @@ def test_what_scripts_ask_the_engine():
             assert part in error
 
 
+def half_model(rank, own):
+    """A bfloat16 model, two steps that are too small for bfloat16."""
+    model = Net().bfloat16()
+    before = [p.detach().float() for p in model.parameters()]
+    given = torch.optim.AdamW(model.parameters(), 1e-6, weight_decay=0.0) if own else None
+    section = {"type": "AdamW", "params": {"lr": 1e-6}}
+    config = ADAM | {"bf16": {"enabled": True}, "optimizer": section}
+    engine, optimizer, *_ = deepspeed.initialize(model=model, optimizer=given, config=config)
+    x = data()[0][0]
+    for _ in range(2):
+        output = engine(x)
+        engine.backward(output.float().square().mean())
+        engine.step()
+    moved = [p.full_tensor().detach() - b for p, b in zip(model.parameters(), before, strict=True)]
+    state = [v.dtype for values in optimizer.state.values() for v in values.values()]
+    return output.dtype, {p.dtype for p in model.parameters()} | {*state}, moved
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_bfloat16_model_gets_float32_master_weights(own):
+    for computed, dtypes, moved in run_ranks(half_model, 2, own):
+        assert computed == torch.bfloat16
+        assert dtypes == {torch.float32}
+        for change in moved:  # Adam's steps are lr long, but for gradients of 0
+            alive = change[change != 0].abs()
+            assert alive.numel() > 0.8 * change.numel()
+            torch.testing.assert_close(alive, torch.full_like(alive, 2e-6), rtol=0.2, atol=0)
+
+
 def summed(rank):
     dist.barrier()
     mean, total = engine_of(1), engine_of(1, gradient_allreduce_op="sum")
