@@ -237,6 +237,15 @@ def test_another_number_of_ranks_is_refused():
         distributed.teardown()
 
 
+def one_rank_of_two(rank):
+    with pytest.raises(ValueError, match="is for 1 ranks, but the process group has 2; use"):
+        parallelize(nn.Linear(2, 2), ParallelDims(), Parallel())
+
+
+def test_several_ranks_are_not_left_unsharded():
+    run_ranks(one_rank_of_two, 2)
+
+
 def gpt2(**options):
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -42,12 +42,13 @@ def parallelize(
     whole logits, and gradients are the mean over ranks with other samples, as on one process.
 
     Raises ValueError, before it changes the model, for options or sizes that do not fit it, and
-    where more than one rank, another dtype or offloading need a process group and there is none.
+    where more than one rank, another dtype or offloading need a process group and there is none,
+    or there is one of another size.
     """
     parameter = next(model.parameters())
     shards = dims.world_size > 1 or parameter.dtype != dtype or config.fsdp_cpu_offload
     _check_layers(model, gradient_checkpointing, compile, dims.tp)
-    if shards:
+    if shards or dist.is_initialized():
         _check_ranks(dims, dtype)
     device = parameter.device.type
     if device == "meta":  # the weights come later, to where this job computes
