@@ -397,6 +397,42 @@ def test_what_is_given_comes_before_the_config_and_is_said():
     assert lines == ["the section optimizer has no effect beside initialize(optimizer=...)"]
 
 
+def auto(lr="auto", groups=None, own=False, **options):
+    """The learning rates of an engine made with "auto", or the error."""
+    model = Net()
+    section = {"type": "AdamW", "params": {"lr": lr} | options.pop("params", {})}
+    given = torch.optim.SGD(model.parameters(), 0.25) if own else None
+    parameters = groups and [{"params": model.parameters()} | groups]
+    config = MICRO | {"optimizer": section} | options
+    try:
+        made = deepspeed.initialize(
+            model=model, optimizer=given, model_parameters=parameters, config=config
+        )
+    except ValueError as error:
+        return str(error)
+    return made[0].get_lr()
+
+
+def warmup(**params):
+    return {"scheduler": {"type": "WarmupLR", "params": {"warmup_type": "linear"} | params}}
+
+
+def autos(rank):
+    return [
+        *(auto(groups={"lr": 0.5}), auto(own=True), auto(**warmup(warmup_max_lr=0.5))),
+        *(auto(), auto(0.1, params={"eps": "auto"}), auto(**warmup())),
+        auto(0.1, params={"bias_correction": "auto", "fused": "auto"}),
+    ]
+
+
+def test_auto_needs_a_value_from_elsewhere():
+    [found] = run_ranks(autos, 1)
+    assert found[:3] == [[0.5], [0.25], [0.0]]
+    for name, error in zip(("lr", "eps", "lr"), found[3:6], strict=True):
+        assert f'optimizer.params.{name} = "auto" has no value: set one' in error
+    assert found[6] == [0.1]
+
+
 def test_what_initialize_refuses_leaves_the_model_alone():
     model = Net()
     schedule = {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto"}}

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from torchrft.config.deepspeed_keys import KEYS
 from torchrft.parallel import deepspeed_comm as comm
 from torchrft.parallel import deepspeed_zero as zero
 from torchrft.parallel.deepspeed_comm import init_distributed
@@ -68,6 +69,8 @@ def initialize(
     own = optimizer.param_groups if isinstance(optimizer, torch.optim.Optimizer) else None
     groups = _named_groups(model, model_parameters if own is None else own)
     _check(settings, optimizer, lr_scheduler)
+    if optimizer is None:
+        _check_auto(settings, groups, lr_scheduler is None)
     engine = DeepSpeedEngine(model, settings, world.device)
     groups = [{**g, "params": [model.get_parameter(name) for name in g["params"]]} for g in groups]
     engine.optimizer = _make_optimizer(settings, optimizer, groups)
@@ -127,6 +130,22 @@ def _check(settings: Settings, optimizer: Any, lr_scheduler: Any) -> None:
         check_options(kind, settings.judged.section("scheduler.params"))
         if optimizer is None and not configured:
             raise ValueError(f'scheduler.type = "{kind}" needs an optimizer')
+
+
+def _check_auto(settings: Settings, groups: Groups, scheduled: bool) -> None:
+    """Refuses "auto" where neither the parameter groups nor the section scheduler have a value."""
+    known = set(groups[0]).intersection(*groups[1:])
+    rates = {"warmup_max_lr", "cycle_max_lr", "lr_range_test_min_lr"}
+    if scheduled and rates & settings.judged.section("scheduler.params").keys():
+        known.add("lr")
+    for name, value in settings.judged.values.items():
+        option = name.removeprefix("optimizer.params.")
+        mapped = option != name and KEYS[name].disposition == "mapped"
+        if value == "auto" and mapped and option not in known:
+            raise ValueError(
+                f'DeepSpeed key {name} = "auto" has no value: set one here or in every group of '
+                "model_parameters, or leave it out for the default"
+            )
 
 
 def _make_optimizer(settings: Settings, given: Any, groups: Groups) -> Any:
