@@ -65,7 +65,8 @@ class ShardedWeights:
         weights = cls(source, files, build)
         for aliases in weights._aliases():
             held = sorted(aliases & weights.names.keys())
-            if not held or any(not weights._equal(held[0], other) for other in held[1:]):
+            pairs = ((weights._bytes(held[0]), weights._bytes(name)) for name in held[1:])
+            if not held or not all(torch.equal(*pair) for pair in pairs):
                 what = f"different {' and '.join(held)}" if held else f"no {min(aliases)}"
                 logger.info("%s: files have %s; every rank loads the whole model", source, what)
                 return None
@@ -119,13 +120,10 @@ class ShardedWeights:
                 found[new] = name
         return found
 
-    def _equal(self, one: str, other: str) -> bool:
-        """Whether the files have the same weights under two of the model's names."""
-        values = []
-        for name in (self.names[one], self.names[other]):
-            with safe_open(self.files[name], framework="pt") as file:
-                values.append(file.get_tensor(name))
-        return values[0].dtype == values[1].dtype and torch.equal(*values)
+    def _bytes(self, name: str) -> Tensor:
+        """A weight in the files by the model's name; not in memory."""
+        with safe_open(self.files[self.names[name]], framework="pt") as file:
+            return file.get_tensor(self.names[name]).view(torch.uint8)
 
     def _aliases(self) -> list[set[str]]:
         """The names of each parameter; tied ones have several."""

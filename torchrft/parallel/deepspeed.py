@@ -25,6 +25,7 @@ from torchrft.parallel.deepspeed_comm import init_distributed
 from torchrft.parallel.deepspeed_config import Settings, read
 from torchrft.parallel.deepspeed_engine import DeepSpeedEngine
 from torchrft.parallel.deepspeed_schedules import Schedule, check_options
+from torchrft.parallel.fsdp import check_shardable
 from torchrft.tools import distributed
 from torchrft.tools.logging import logger, setup_logging
 
@@ -54,7 +55,7 @@ def initialize(
     `model` is sharded in place, with rank 0's weights. An optimizer is the config's, or yours: an
     instance without state, or a function of the parameters. `lr_scheduler` is an object or a
     function of the optimizer. Raises ValueError, before the model is touched, for a config that
-    `deepspeed_config.read` refuses, or what is missing.
+    `deepspeed_config.read` refuses, what is missing, scalar parameters or a second call.
     """
     configs = [config, config_params, getattr(args, "deepspeed_config", None)]
     chosen = [given for given in configs if given is not None]
@@ -66,6 +67,7 @@ def initialize(
     if not logger.hasHandlers():  # a script that set up none would not see a line
         setup_logging(world.rank)
     settings = read(chosen[0], world.world_size)
+    check_shardable(model)
     own = optimizer.param_groups if isinstance(optimizer, torch.optim.Optimizer) else None
     groups = _named_groups(model, model_parameters if own is None else own)
     _check(settings, optimizer, lr_scheduler)

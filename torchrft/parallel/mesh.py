@@ -41,10 +41,7 @@ class ParallelDims:
 
     def __post_init__(self) -> None:
         if min(astuple(self)) < 1:
-            raise ValueError(
-                f"{self} has sizes below 1; ParallelDims.of(Parallel(dp_shard=-1), world_size) "
-                "computes the size of -1"
-            )
+            raise ValueError(f"{self} has sizes below 1; ParallelDims.of(config, n) fills in -1")
 
     @classmethod
     def of(cls, config: Parallel, world_size: int) -> Self:

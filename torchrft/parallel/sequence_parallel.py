@@ -120,7 +120,8 @@ def _refuse_what_is_not_split(module: Any, kwargs: dict[str, Any]) -> None:
 def _segments(mask: Tensor | None, positions: Tensor | None) -> Tensor | None:
     """int64 [B, T]: tokens see those before them with the same number. None: all before them.
 
-    As in transformers: padding (0 in the mask) is apart, and without a mask positions tell packed sequences.
+    As in transformers: padding, 0 in the mask, is apart, and without a mask positions tell packed
+    sequences.
     Raises ValueError for a mask that is not [B, T].
     """
     if mask is not None:
