@@ -163,6 +163,14 @@ def test_a_file_that_is_not_there():
     ]
 
 
+def test_a_key_that_is_there_twice(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text('{"bf16": {"enabled": true, "enabled": false}, "train_batch_size": 64}')
+    with pytest.raises(ConfigError) as caught:
+        load([*BASE, "--deepspeed_config", str(path)], 1)
+    assert 'no valid JSON: the key "enabled" is there more than once' in caught.value.faults[0]
+
+
 def test_every_mapped_key_has_its_place():
     shim_only = ("cycle_", "decay_", "lr_range_test_")  # schedules that the trainer refuses
     mapped = {

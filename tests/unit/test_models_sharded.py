@@ -85,6 +85,66 @@ def test_files_with_other_names_or_none_are_left_to_the_loader(tmp_path, caplog)
     assert "every rank loads the whole model" in caplog.text
 
 
+def stray(path, name="model.norm.weight"):
+    """Other weights, in a file of their own."""
+    values = tiny.model("llama", seed=5).state_dict()
+    save_file({name: values[name] + 1}, path)
+
+
+def values_of_two(rank, folder):
+    dims = ParallelDims(dp_shard=2)
+    found = {}
+    for name in ("shards", "single"):
+        model = filled(f"{folder}/{name}", PolicyModel, dims)
+        found[name] = {key: p.full_tensor().detach() for key, p in model.named_parameters()}
+    return found
+
+
+def test_the_files_are_those_that_transformers_reads(tmp_path):
+    """model.safetensors, else those of the index; never what else lies in the folder."""
+    for name, seed in (("shards", 1), ("single", 2)):
+        tiny.model("llama", seed=seed).save_pretrained(tmp_path / name, max_shard_size="20KB")
+        stray(tmp_path / name / "aaa.safetensors")
+        stray(tmp_path / name / "zzz.safetensors")
+    tiny.model("llama", seed=3).save_pretrained(tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").rename(tmp_path / "single" / "model.safetensors")
+    for found in run_ranks(values_of_two, 2, str(tmp_path)):
+        for name, values in found.items():
+            expected = dict(PolicyModel(load_model(f"{tmp_path}/{name}")).named_parameters())
+            assert values.keys() == expected.keys()
+            assert all(torch.equal(value, expected[key]) for key, value in values.items())
+
+
+def test_an_index_that_does_not_fit_is_left_to_the_loader(tmp_path):
+    tiny.model("llama").save_pretrained(tmp_path, max_shard_size="20KB")
+    assert ShardedWeights.of(str(tmp_path)) is not None
+    index = tmp_path / "model.safetensors.index.json"
+    text = index.read_text()
+    for wrong in ("{", "{}", "[]", text.replace("00001-of", "00009-of")):
+        index.write_text(wrong)
+        assert ShardedWeights.of(str(tmp_path)) is None
+    first = sorted(tmp_path.glob("*.safetensors"))[0]
+    index.write_text(text)
+    save_file({k: v for f in tmp_path.glob("*-0000[12]-*") for k, v in load_file(f).items()}, first)
+    assert ShardedWeights.of(str(tmp_path)) is None  # which of the two would be anybody's guess
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_tied_weights_that_differ_are_left_to_the_loader(tmp_path, same, caplog):
+    caplog.set_level("INFO", logger="torchrft")
+    tiny.model("qwen2", tie_word_embeddings=True).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    values = load_file(path)
+    head = values["model.embed_tokens.weight"].clone()
+    head[-1, -1] += 0 if same else 1
+    save_file(values | {"lm_head.weight": head}, path, {"format": "pt"})
+    loaded = load_model(str(tmp_path))
+    tied = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    assert tied == same  # what one rank does
+    assert (ShardedWeights.of(str(tmp_path)) is not None) == same
+    assert ("different lm_head.weight and model.embed_tokens.weight" in caplog.text) != same
+
+
 def anonymous_bytes():
     """Memory of this process that is not a mapped file."""
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -296,6 +296,35 @@ def test_what_scripts_ask_the_engine():
             assert part in error
 
 
+def half_model(rank, own):
+    """A bfloat16 model, two steps that are too small for bfloat16."""
+    model = Net().bfloat16()
+    before = [p.detach().float() for p in model.parameters()]
+    given = torch.optim.AdamW(model.parameters(), 1e-6, weight_decay=0.0) if own else None
+    section = {"type": "AdamW", "params": {"lr": 1e-6}}
+    config = ADAM | {"bf16": {"enabled": True}, "optimizer": section}
+    engine, optimizer, *_ = deepspeed.initialize(model=model, optimizer=given, config=config)
+    x = data()[0][0]
+    for _ in range(2):
+        output = engine(x)
+        engine.backward(output.float().square().mean())
+        engine.step()
+    moved = [p.full_tensor().detach() - b for p, b in zip(model.parameters(), before, strict=True)]
+    state = [v.dtype for values in optimizer.state.values() for v in values.values()]
+    return output.dtype, {p.dtype for p in model.parameters()} | {*state}, moved
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_bfloat16_model_gets_float32_master_weights(own):
+    for computed, dtypes, moved in run_ranks(half_model, 2, own):
+        assert computed == torch.bfloat16
+        assert dtypes == {torch.float32}
+        for change in moved:  # Adam's steps are lr long, but for gradients of 0
+            alive = change[change != 0].abs()
+            assert alive.numel() > 0.8 * change.numel()
+            torch.testing.assert_close(alive, torch.full_like(alive, 2e-6), rtol=0.2, atol=0)
+
+
 def summed(rank):
     dist.barrier()
     mean, total = engine_of(1), engine_of(1, gradient_allreduce_op="sum")
@@ -366,6 +395,42 @@ def test_what_is_given_comes_before_the_config_and_is_said():
     [(lr, lines)] = run_ranks(given_beside_the_config, 1)
     assert lr == [0.25]
     assert lines == ["the section optimizer has no effect beside initialize(optimizer=...)"]
+
+
+def auto(lr="auto", groups=None, own=False, **options):
+    """The learning rates of an engine made with "auto", or the error."""
+    model = Net()
+    section = {"type": "AdamW", "params": {"lr": lr} | options.pop("params", {})}
+    given = torch.optim.SGD(model.parameters(), 0.25) if own else None
+    parameters = groups and [{"params": model.parameters()} | groups]
+    config = MICRO | {"optimizer": section} | options
+    try:
+        made = deepspeed.initialize(
+            model=model, optimizer=given, model_parameters=parameters, config=config
+        )
+    except ValueError as error:
+        return str(error)
+    return made[0].get_lr()
+
+
+def warmup(**params):
+    return {"scheduler": {"type": "WarmupLR", "params": {"warmup_type": "linear"} | params}}
+
+
+def autos(rank):
+    return [
+        *(auto(groups={"lr": 0.5}), auto(own=True), auto(**warmup(warmup_max_lr=0.5))),
+        *(auto(), auto(0.1, params={"eps": "auto"}), auto(**warmup())),
+        auto(0.1, params={"bias_correction": "auto", "fused": "auto"}),
+    ]
+
+
+def test_auto_needs_a_value_from_elsewhere():
+    [found] = run_ranks(autos, 1)
+    assert found[:3] == [[0.5], [0.25], [0.0]]
+    for name, error in zip(("lr", "eps", "lr"), found[3:6], strict=True):
+        assert f'optimizer.params.{name} = "auto" has no value: set one' in error
+    assert found[6] == [0.1]
 
 
 def test_what_initialize_refuses_leaves_the_model_alone():

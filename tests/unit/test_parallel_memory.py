@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchrft.config.job_config import Parallel
 from torchrft.data.packing import build
 from torchrft.models.policy import PolicyModel
-from torchrft.parallel import ParallelDims, parallelize
+from torchrft.parallel import ParallelDims, deepspeed, parallelize
 from torchrft.parallel.tensor_parallel import layer_plan_of
 from torchrft.tools import distributed
 
@@ -235,6 +235,46 @@ def test_another_number_of_ranks_is_refused():
             parallelize(nn.Linear(2, 2), ParallelDims(tp=2), Parallel())
     finally:
         distributed.teardown()
+
+
+def one_rank_of_two(rank):
+    with pytest.raises(ValueError, match="is for 1 ranks, but the process group has 2; use"):
+        parallelize(nn.Linear(2, 2), ParallelDims(), Parallel())
+
+
+def test_several_ranks_are_not_left_unsharded():
+    run_ranks(one_rank_of_two, 2)
+
+
+class Scalar(nn.Linear):
+    def __init__(self):
+        super().__init__(2, 2)
+        self.scale = nn.Parameter(torch.ones(()))
+
+
+def unshardable(rank):
+    """Scalars, and a second time: the messages, and whether the model was left alone."""
+    scalar, twice = Scalar(), nn.Linear(2, 2)
+    parallelize(twice, ParallelDims(dp_shard=2), Parallel())
+    config = {"train_batch_size": 2}
+    found = []
+    for model in (scalar, twice):
+        for start in (
+            lambda m: parallelize(m, ParallelDims(dp_shard=2), Parallel()),
+            lambda m: deepspeed.initialize(model=m, config=config),
+        ):
+            with pytest.raises(ValueError) as caught:
+                start(model)
+            found.append(str(caught.value))
+    return found, [type(p) is nn.Parameter for p in scalar.parameters()]
+
+
+def test_scalars_and_sharded_models_are_refused():
+    parallelize(Scalar(), ParallelDims(), Parallel())  # where nothing is sharded
+    for found, plain in run_ranks(unshardable, 2):
+        assert plain == [True] * 3
+        assert all("scale of Scalar is a scalar, which has no shards" in x for x in found[:2])
+        assert all("FSDPLinear is sharded already" in x for x in found[2:])
 
 
 def gpt2(**options):

@@ -28,6 +28,12 @@ def test_layouts_that_are_refused(options, world_size, equation):
         ParallelDims.of(Parallel(**options), world_size)
 
 
+@pytest.mark.parametrize("sizes", [{"dp_shard": -1}, {"dp_shard": 0}, {"tp": -1, "sp": -2}])
+def test_sizes_below_1_are_refused(sizes):
+    with pytest.raises(ValueError, match=r"has sizes below 1; ParallelDims\.of\("):
+        ParallelDims(**sizes)
+
+
 def test_what_is_left_is_sharded():
     dims = ParallelDims.of(Parallel(tp_size=2, sp_size=3, dp_replicate=2), 24)
     assert (dims.dp_shard, dims.dp, dims.model_ranks, dims.world_size) == (2, 4, 6, 24)

@@ -27,7 +27,11 @@ MODELS = {
     "classifier": {"family": "llama", "implementation": "sdpa"},
 }
 LENGTH = 7  # which neither 2 nor 4 ranks divide
-MASKS = {"right": [[1] * 7, [1] * 5 + [0] * 2], "left": [[1] * 7, [0] * 3 + [1] * 4]}
+MASKS = {
+    "right": [[1] * 7, [1] * 5 + [0] * 2],
+    "left": [[1] * 7, [0] * 3 + [1] * 4],
+    "numbered": [[1] * 7, [0] + [1] * 3 + [2] * 3],  # which transformers takes as 0 or not
+}
 
 
 def make(name):
@@ -54,7 +58,7 @@ def results(model, kind):
     batch = inputs(kind)
     logits = model(**batch).logits
     if "attention_mask" in batch and logits.dim() == 3:
-        logits = logits * batch["attention_mask"][:, :, None]
+        logits = logits * batch["attention_mask"].bool()[:, :, None]
     logits.log_softmax(-1)[..., 1].sum().backward()
     found = {"logits": logits.detach()}
     for name, parameter in model.named_parameters():
@@ -155,7 +159,29 @@ def encoder():
     return BertModel(BertConfig(vocab_size=8, num_hidden_layers=1, **sizes))
 
 
+def opt():
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "ffn_dim": 8, "word_embed_proj_dim": 8}
+    return OPTForCausalLM(OPTConfig(vocab_size=56, num_hidden_layers=1, dropout=0.0, **sizes))
+
+
+def doge():
+    return tiny.model("doge", "sdpa")
+
+
+def mixtral():
+    return tiny.model("mixtral", "sdpa", num_local_experts=2)
+
+
 REFUSED = {
+    "OPTForCausalLM has positions that come from the": (opt, ParallelDims(sp=2), {}),
+    "DogeAttention uses a mask of its own": (doge, ParallelDims(sp=2), {}),
+    "does not go with output_router_logits": (
+        mixtral,
+        ParallelDims(sp=2),
+        {"output_router_logits": True},
+    ),
     "tp_size = 2: Scaled has parameters of Scaled outside": (Scaled, ParallelDims(tp=2), None),
     "BertModel has attention that is not causal": (encoder, ParallelDims(sp=2), None),
     "does not go with use_cache": (None, ParallelDims(sp=2), {"use_cache": True}),

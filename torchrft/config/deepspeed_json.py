@@ -55,12 +55,20 @@ def _load(path: Path) -> Any:
     if not path.is_file():
         raise ValueError(f"DeepSpeed config {path} is not a file")
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(), object_pairs_hook=_table)
     except ValueError as error:
-        raise ValueError(f"DeepSpeed config {path} is no JSON: {error}") from error
+        raise ValueError(f"DeepSpeed config {path} is no valid JSON: {error}") from error
     if not isinstance(config, Mapping):
         raise ValueError(f"DeepSpeed config {path} must hold a JSON object, {{...}}")
     return config
+
+
+def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:  # Python would take the last one
+            raise ValueError(f'the key "{name}" is there more than once in its table; leave one')
+    return dict(pairs)
 
 
 def _walk(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

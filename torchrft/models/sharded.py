@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -30,14 +32,15 @@ class ShardedWeights:
     >>> weights.fill(parallelize(model, dims, config), torch.device("cuda", 0))  # doctest: +SKIP
     """
 
-    def __init__(self, source: str, folder: Path, names: set[str], build: Build) -> None:
-        self.source, self.folder, self.build = source, folder, build
-        self.names = self._by_model_name(names)  # the files' names, by the model's
+    def __init__(self, source: str, files: dict[str, Path], build: Build) -> None:
+        self.source, self.files, self.build = source, files, build  # files by their names
+        self.names = self._by_model_name(set(files))  # the files' names, by the model's
         self.owners: list[tuple[str, nn.Module]] = []
 
     @classmethod
     def of(cls, source: str, build: Build | None = None) -> ShardedWeights | None:
-        """None where the files are no safetensors, or name the weights otherwise than the model.
+        """None where only the loader of whole models does: the files are no safetensors, or have
+        other names than the model, one name twice, or tied weights that differ.
 
         `build(dtype=...)` makes the model, by default the causal LM of `source`.
         """
@@ -45,22 +48,27 @@ class ShardedWeights:
             folder = Path(source)
             if not folder.is_dir():
                 folder = Path(snapshot_download(source, allow_patterns=["*.safetensors", "*.json"]))
-            names: set[str] = set()
-            for path in folder.glob("*.safetensors"):
+            files: dict[str, Path] = {}
+            for path in _chosen(folder):
                 with safe_open(path, framework="pt") as file:
-                    names.update(file.keys())
-        except (OSError, ValueError, SafetensorError):
+                    names = set(file.keys())
+                if names & files.keys():
+                    return None
+                files |= dict.fromkeys(names, path)
+        except (OSError, ValueError, LookupError, TypeError, SafetensorError):
             return None  # the loader of whole models says what is wrong
-        if not names:
+        if not files:
             return None
         if build is None:
             config = load_config(source)
             build = partial(auto_class(config).from_config, config)
-        weights = cls(source, folder, names, build)
+        weights = cls(source, files, build)
         for aliases in weights._aliases():
-            if not aliases & weights.names.keys():
-                name = min(aliases)
-                logger.info("%s: no file has %s; every rank loads the whole model", source, name)
+            held = sorted(aliases & weights.names.keys())
+            pairs = ((weights._bytes(held[0]), weights._bytes(name)) for name in held[1:])
+            if not held or not all(torch.equal(*pair) for pair in pairs):
+                what = f"different {' and '.join(held)}" if held else f"no {min(aliases)}"
+                logger.info("%s: files have %s; every rank loads the whole model", source, what)
                 return None
         return weights
 
@@ -86,7 +94,10 @@ class ShardedWeights:
                 if key in self.names:
                     state[self.names[key]] = parameter.data
         try:
-            dcp.load(state, storage_reader=HuggingFaceStorageReader(str(self.folder)))
+            with tempfile.TemporaryDirectory() as folder:  # the reader takes all that is in one
+                for number, path in enumerate(sorted({*self.files.values()})):
+                    Path(folder, f"{number}.safetensors").symlink_to(path.resolve())
+                dcp.load(state, storage_reader=HuggingFaceStorageReader(folder))
         except dcp.api.CheckpointException as error:
             first = str(next(iter(error.failures.values()))[0]).splitlines()[0]
             raise ValueError(
@@ -109,9 +120,22 @@ class ShardedWeights:
                 found[new] = name
         return found
 
+    def _bytes(self, name: str) -> Tensor:
+        """A weight in the files by the model's name; not in memory."""
+        with safe_open(self.files[self.names[name]], framework="pt") as file:
+            return file.get_tensor(self.names[name]).view(torch.uint8)
+
     def _aliases(self) -> list[set[str]]:
         """The names of each parameter; tied ones have several."""
         names: dict[int, set[str]] = {}
         for name, parameter in self.model(torch.float32).named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), set()).add(name)
         return list(names.values())
+
+
+def _chosen(folder: Path) -> list[Path]:
+    """The files that transformers reads: model.safetensors, else those of the index."""
+    if (single := folder / "model.safetensors").is_file():
+        return [single]
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    return sorted({folder / name for name in index["weight_map"].values()})

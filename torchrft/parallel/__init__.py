@@ -7,7 +7,7 @@ from torch import nn
 from torchrft.config.job_config import Parallel
 from torchrft.parallel.activation_checkpoint import apply_activation_checkpointing
 from torchrft.parallel.compile import apply_compile
-from torchrft.parallel.fsdp import apply_fsdp, set_gradient_sync
+from torchrft.parallel.fsdp import apply_fsdp, check_shardable, set_gradient_sync
 from torchrft.parallel.mesh import ParallelDims
 from torchrft.parallel.modules import decoder_layers
 from torchrft.parallel.plain import prepare_plain
@@ -41,13 +41,16 @@ def parallelize(
     before, `model(input_ids=ids, attention_mask=mask)` with the same ids on those ranks; it returns
     whole logits, and gradients are the mean over ranks with other samples, as on one process.
 
-    Raises ValueError, before it changes the model, for options or sizes that do not fit it, and
-    where more than one rank, another dtype or offloading need a process group and there is none.
+    Raises ValueError, before it changes the model, for options or sizes that do not fit it, a model
+    that is sharded already or has scalar parameters to shard, and where more than one rank, another
+    dtype or offloading need a process group and there is none, or there is one of another size.
     """
     parameter = next(model.parameters())
     shards = dims.world_size > 1 or parameter.dtype != dtype or config.fsdp_cpu_offload
     _check_layers(model, gradient_checkpointing, compile, dims.tp)
     if shards:
+        check_shardable(model)
+    if shards or dist.is_initialized():
         _check_ranks(dims, dtype)
     device = parameter.device.type
     if device == "meta":  # the weights come later, to where this job computes

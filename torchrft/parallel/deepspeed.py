@@ -18,12 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from torchrft.config.deepspeed_keys import KEYS
 from torchrft.parallel import deepspeed_comm as comm
 from torchrft.parallel import deepspeed_zero as zero
 from torchrft.parallel.deepspeed_comm import init_distributed
 from torchrft.parallel.deepspeed_config import Settings, read
 from torchrft.parallel.deepspeed_engine import DeepSpeedEngine
 from torchrft.parallel.deepspeed_schedules import Schedule, check_options
+from torchrft.parallel.fsdp import check_shardable
 from torchrft.tools import distributed
 from torchrft.tools.logging import logger, setup_logging
 
@@ -53,7 +55,7 @@ def initialize(
     `model` is sharded in place, with rank 0's weights. An optimizer is the config's, or yours: an
     instance without state, or a function of the parameters. `lr_scheduler` is an object or a
     function of the optimizer. Raises ValueError, before the model is touched, for a config that
-    `deepspeed_config.read` refuses, or what is missing.
+    `deepspeed_config.read` refuses, what is missing, scalar parameters or a second call.
     """
     configs = [config, config_params, getattr(args, "deepspeed_config", None)]
     chosen = [given for given in configs if given is not None]
@@ -65,9 +67,12 @@ def initialize(
     if not logger.hasHandlers():  # a script that set up none would not see a line
         setup_logging(world.rank)
     settings = read(chosen[0], world.world_size)
+    check_shardable(model)
     own = optimizer.param_groups if isinstance(optimizer, torch.optim.Optimizer) else None
     groups = _named_groups(model, model_parameters if own is None else own)
     _check(settings, optimizer, lr_scheduler)
+    if optimizer is None:
+        _check_auto(settings, groups, lr_scheduler is None)
     engine = DeepSpeedEngine(model, settings, world.device)
     groups = [{**g, "params": [model.get_parameter(name) for name in g["params"]]} for g in groups]
     engine.optimizer = _make_optimizer(settings, optimizer, groups)
@@ -127,6 +132,22 @@ def _check(settings: Settings, optimizer: Any, lr_scheduler: Any) -> None:
         check_options(kind, settings.judged.section("scheduler.params"))
         if optimizer is None and not configured:
             raise ValueError(f'scheduler.type = "{kind}" needs an optimizer')
+
+
+def _check_auto(settings: Settings, groups: Groups, scheduled: bool) -> None:
+    """Refuses "auto" where neither the parameter groups nor the section scheduler have a value."""
+    known = set(groups[0]).intersection(*groups[1:])
+    rates = {"warmup_max_lr", "cycle_max_lr", "lr_range_test_min_lr"}
+    if scheduled and rates & settings.judged.section("scheduler.params").keys():
+        known.add("lr")
+    for name, value in settings.judged.values.items():
+        option = name.removeprefix("optimizer.params.")
+        mapped = option != name and KEYS[name].disposition == "mapped"
+        if value == "auto" and mapped and option not in known:
+            raise ValueError(
+                f'DeepSpeed key {name} = "auto" has no value: set one here or in every group of '
+                "model_parameters, or leave it out for the default"
+            )
 
 
 def _make_optimizer(settings: Settings, given: Any, groups: Groups) -> Any:

@@ -44,6 +44,8 @@ class DeepSpeedEngine(Checkpoints, nn.Module):
                 first = parameter.detach().contiguous()
                 dist.broadcast(first, 0)
                 parameter.copy_(first)
+                if self.bfloat16_enabled() and parameter.is_floating_point():
+                    parameter.data = parameter.data.float()  # master weights
         mesh = settings.dims.sharding_mesh(device.type)["dp_replicate", "fsdp"]
         dtype = torch.bfloat16 if self.bfloat16_enabled() else torch.float32
         apply_fsdp(model, mesh, settings.sharding, dtype, offloads(settings))

@@ -37,6 +37,15 @@ def apply_fsdp(
             fsdp.register_fsdp_forward_method(module, "logprobs")
 
 
+def check_shardable(model: nn.Module) -> None:
+    """Raises ValueError for a model that is sharded already, and for parameters of no dimension."""
+    kind = type(model).__name__
+    if any(isinstance(module, fsdp.FSDPModule) for module in model.modules()):
+        raise ValueError(f"{kind} is sharded already, which is done once: make the model anew")
+    if scalars := [name for name, p in model.named_parameters() if p.dim() == 0]:
+        raise ValueError(f"{scalars[0]} of {kind} is a scalar, which has no shards: make it [1]")
+
+
 def set_gradient_sync(model: nn.Module, sync: bool) -> None:
     """Whether the next backward pass reduces gradients over ranks; nothing without FSDP."""
     if isinstance(model, fsdp.FSDPModule):

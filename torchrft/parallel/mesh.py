@@ -1,6 +1,7 @@
 """How ranks are laid out."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import astuple, dataclass
 from functools import lru_cache
 from typing import Self
 
@@ -27,6 +28,8 @@ class ParallelDims:
     `dp_replicate` replicas are each sharded over `dp_shard` x `sp` ranks (FSDP2, HSDP); `sp` ranks
     share a sequence and `tp` ranks a layer, so that `sp` x `tp` ranks see the same samples.
 
+    Raises ValueError for sizes below 1: only `ParallelDims.of` knows what -1 stands for.
+
     >>> ParallelDims(dp_shard=2, tp=2).world_size
     4
     """
@@ -36,6 +39,10 @@ class ParallelDims:
     sp: int = 1
     tp: int = 1
 
+    def __post_init__(self) -> None:
+        if min(astuple(self)) < 1:
+            raise ValueError(f"{self} has sizes below 1; ParallelDims.of(config, n) fills in -1")
+
     @classmethod
     def of(cls, config: Parallel, world_size: int) -> Self:
         """The layout of `world_size` ranks; dp_shard = -1 takes what the others leave.
@@ -44,14 +51,13 @@ class ParallelDims:
         """
         others = config.dp_replicate * config.sp_size * config.tp_size
         dp_shard = world_size // others if config.dp_shard == -1 else config.dp_shard
-        dims = cls(config.dp_replicate, dp_shard, config.sp_size, config.tp_size)
-        if dims.world_size != world_size:
-            sizes = f"{dims.dp_replicate} x {dims.dp_shard} x {dims.sp} x {dims.tp}"
+        sizes = (config.dp_replicate, dp_shard, config.sp_size, config.tp_size)
+        if math.prod(sizes) != world_size:
             raise ValueError(
-                f"dp_replicate x dp_shard x sp_size x tp_size = {sizes} = {dims.world_size} must "
-                f"be world_size = {world_size}"
+                f"dp_replicate x dp_shard x sp_size x tp_size = {' x '.join(map(str, sizes))} = "
+                f"{math.prod(sizes)} must be world_size = {world_size}"
             )
-        return dims
+        return cls(*sizes)
 
     @property
     def world_size(self) -> int:

@@ -43,6 +43,7 @@ def attention(
     Raises ValueError for what would silently change the result.
     """
     unsupported = [k for k in ("softcap", "s_aux", "sinks") if kwargs.get(k) is not None]
+    unsupported += [] if attention_mask is None else ["a mask of its own"]
     if unsupported or dropout > 0:
         what = ", ".join(unsupported) or f"attention_dropout = {dropout}"
         raise ValueError(
@@ -88,11 +89,14 @@ def _check(model: nn.Module, decoder: PreTrainedModel) -> None:
     types = set(getattr(decoder.config, "layer_types", None) or ()) - _LAYER_TYPES
     parameters = inspect.signature(decoder.forward).parameters
     takes_more = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    embeddings = [module for module in decoder.modules() if isinstance(module, nn.Embedding)]
     what = ""
     if types or not decoder.is_backend_compatible():
         what = ", ".join(sorted(types)) or "attention code of its own"
     elif decoder.config.is_encoder_decoder:
         what = "an encoder and a decoder"
+    elif any("attention_mask" in inspect.signature(m.forward).parameters for m in embeddings):
+        what = "positions that come from the attention mask"
     elif any(getattr(module, "is_causal", True) is False for module in decoder.modules()):
         what = "attention that is not causal"
     elif not takes_more or "position_ids" not in parameters:

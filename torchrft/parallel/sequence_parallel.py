@@ -22,7 +22,7 @@ from torchrft.parallel.modules import decoder_of
 
 # What the decoder would take or return for whole sequences, and each rank has for its part only.
 _NOT_SPLIT = ("inputs_embeds", "past_key_values", "use_cache")
-_NOT_RETURNED = ("output_hidden_states", "output_attentions")
+_NOT_RETURNED = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 
 def apply_sequence_parallel(model: nn.Module, mesh: ModelMesh, plain: bool = False) -> None:
@@ -120,13 +120,14 @@ def _refuse_what_is_not_split(module: Any, kwargs: dict[str, Any]) -> None:
 def _segments(mask: Tensor | None, positions: Tensor | None) -> Tensor | None:
     """int64 [B, T]: tokens see those before them with the same number. None: all before them.
 
-    As in transformers: padding is apart, and without a mask positions tell packed sequences.
+    As in transformers: padding, 0 in the mask, is apart, and without a mask positions tell packed
+    sequences.
     Raises ValueError for a mask that is not [B, T].
     """
     if mask is not None:
         if mask.dim() != 2:
             raise ValueError(f"attention_mask must be [B, T] under sp_size, not {[*mask.shape]}")
-        return None if bool(mask.all()) else mask.to(torch.int64)
+        return None if bool(mask.all()) else mask.bool().to(torch.int64)
     if positions is None:
         return None
     steps = torch.diff(positions, prepend=positions[:, :1] - 1, dim=1)
