@@ -162,7 +162,7 @@ def remote(folder, *servers, **given):
 
 
 def in_process(folder):
-    rollout = Rollout(rollout_batch_size=1, engine_type="vllm", max_num_seqs=32)
+    rollout = Rollout(rollout_batch_size=1, engine_type="vllm", max_num_seqs=32, stop=["5"])
     return build_engine(rollout, str(folder), load_weights=False, max_len=MAX_LEN)
 
 
