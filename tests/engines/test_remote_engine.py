@@ -1,6 +1,7 @@
 """The remote engine beside the in-process one, with real vLLM servers on 127.0.0.1."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import os
 import shutil
@@ -326,6 +327,31 @@ def test_servers_that_do_not_fit(servers, tmp_path):
                 load_weights=False,
                 max_len=given.get("max_len", MAX_LEN),
             )
+
+
+def test_a_request_that_a_server_refuses(servers):
+    """It ends the run with the server's words, and takes no server out: others would refuse too."""
+    running, base = servers
+    engine, sampling = remote(base / "untied", running["untied"]), SamplingParams(n=33)
+    engine.update_weights(named_full_tensors(weights(False, seed=1)), 2)
+    refused = f"^{running['untied'].url} refuses the request of prompt row 2: HTTP 400: .*33"
+    with pytest.raises(ConnectionError, match=refused):
+        engine.generate(PROMPTS[2:], dataclasses.replace(sampling, max_total_tokens=MAX_LEN))
+    assert engine.servers[0].failure is None
+    assert engine.servers[0].outstanding == 0
+    assert {c.policy_version for c in engine.generate(PROMPTS, GREEDY)} == {2}
+
+
+def test_a_folder_that_takes_no_weights(servers, monkeypatch):
+    running, base = servers
+
+    def full(*_args, **_options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.mkdtemp", full)
+    said = r"^weight_folder: no folder for the weights can be made \(.*No space left.*; name another"
+    with pytest.raises(ValueError, match=said):
+        remote(base / "untied", running["untied"], weight_folder=str(base))
 
 
 def test_retries_have_their_back_off(servers):

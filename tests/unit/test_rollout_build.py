@@ -1,6 +1,8 @@
 """From the config to an engine."""
 
 import shutil
+import sys
+import types
 from importlib import metadata
 from pathlib import Path
 
@@ -72,6 +74,18 @@ def test_engines_that_are_not_installed(engine_type, folder, monkeypatch):
         build_engine(rollout(engine_type=engine_type), folder)
     assert f"which is not installed: pip install {engine_type}" in str(e.value)
     assert str(e.value).endswith('or use engine_type = "native"')
+
+
+def test_a_vllm_that_cannot_be_imported(folder, monkeypatch):
+    """Its build is for another torch, say."""
+    monkeypatch.setattr(metadata, "version", lambda name: "0.25.1")
+    broken = types.ModuleType("vllm")  # holds nothing
+    monkeypatch.setitem(sys.modules, "vllm", broken)
+    with pytest.raises(
+        ValueError, match="^vLLM is installed, but cannot be imported: cannot import name 'LLM'"
+    ) as e:
+        build_engine(rollout(engine_type="vllm"), folder)
+    assert f"install the build for this torch ({torch.__version__})" in str(e.value)
 
 
 @pytest.mark.parametrize(

@@ -154,9 +154,11 @@ def test_rollouts_are_those_of_the_model_that_was_sent(server, monkeypatch):
     assert flushes == 3
 
 
-def test_the_order_of_sleep_and_wake(server):
-    """The KV cache goes first and comes last: the weights arrive in between."""
+def test_the_order_of_sleep_and_wake(server, monkeypatch):
+    """The KV cache goes first and comes last: the weights arrive in between. Torch gives its
+    reserve back before either is taken again."""
     engine = make(server)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: server.calls.append(("torch", {})))
     pairs = list(named_full_tensors(tiny.model("qwen2")))
     engine.update_weights(pairs, 0)
     server.calls.clear()
@@ -172,8 +174,10 @@ def test_the_order_of_sleep_and_wake(server):
     assert calls == [
         ("/release_memory_occupation", ["kv_cache"]),
         ("/release_memory_occupation", ["weights"]),
+        ("torch", None),
         ("/resume_memory_occupation", ["weights"]),
         ("/update_weights_from_tensor", None),
+        ("torch", None),
         ("/resume_memory_occupation", ["kv_cache"]),
         ("/flush_cache", None),
     ]
