@@ -349,7 +349,9 @@ def test_a_folder_that_takes_no_weights(servers, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("tempfile.mkdtemp", full)
-    said = r"^weight_folder: no folder for the weights can be made \(.*No space left.*; name another"
+    said = (
+        r"^weight_folder: no folder for the weights can be made \(.*No space left.*; name another"
+    )
     with pytest.raises(ValueError, match=said):
         remote(base / "untied", running["untied"], weight_folder=str(base))
 

@@ -1,6 +1,7 @@
 """The steps that a GPU captures, run one by one on the CPU: the same tokens as `Generation`'s."""
 
 import dataclasses
+from functools import partial
 
 import pytest
 import tiny
@@ -10,7 +11,7 @@ from tiny_job import MODEL
 from torchrft.models.loader import load_tokenizer
 from torchrft.rollout.native import engine as engine_module
 from torchrft.rollout.native.engine import NativeEngine
-from torchrft.rollout.native.graphs import GraphGeneration, supports
+from torchrft.rollout.native.graphs import GraphGeneration, merged, supports
 from torchrft.rollout.native.sampler import draw
 from torchrft.rollout.weight_sync import named_full_tensors
 from torchrft.types import Prompt, SamplingParams
@@ -22,10 +23,11 @@ PROMPTS = [
 BASE = SamplingParams(n=3, max_new_tokens=40)
 
 
-def generate(monkeypatch, captured, sampling, family="qwen2", slots=8):
+def generate(monkeypatch, captured, sampling, family="qwen2", slots=8, compiled=False):
     monkeypatch.setattr(engine_module, "supports", lambda *_: captured)
     model = tiny.model(family, "eager")
     engine = NativeEngine(model.config, load_tokenizer(MODEL), (1,), max_num_seqs=slots)
+    engine.compiled = compiled
     engine.update_weights(named_full_tensors(model), version=4)
     return engine.generate(PROMPTS, sampling)
 
@@ -60,6 +62,22 @@ def test_completions_are_those_of_generation(monkeypatch, options, slots):
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
 
 
+def test_a_step_is_compiled_as_a_whole(monkeypatch):
+    """Its end, from the logits on: one graph, which changes nothing."""
+    sampling = seeded(temperature=0.9, stop_token_ids=tuple(range(2, 12)), min_new_tokens=2)
+    other = generate(monkeypatch, False, sampling)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    mine = generate(monkeypatch, True, sampling, compiled=True)
+    counters = torch._dynamo.utils.counters
+    assert counters["graph_break"] == {}
+    assert counters["stats"]["unique_graphs"] >= 1
+    for a, b in zip(mine, other, strict=True):
+        assert (a.token_ids, a.finish_reason) == (b.token_ids, b.finish_reason)
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+
+
 def test_fewer_slots_as_sequences_end(monkeypatch):
     batches = []
     step = GraphGeneration.step
@@ -78,6 +96,29 @@ def test_fewer_slots_as_sequences_end(monkeypatch):
     assert batches == sorted(batches, reverse=True)
     other = generate(monkeypatch, False, sampling, slots=64)
     assert [c.token_ids for c in mine] == [c.token_ids for c in other]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 5])
+def test_attention_to_parts_of_the_keys_is_attention_to_all(parts):
+    """What a GPU computes with flash attention for each part, here written out in float64."""
+    batch, kv_heads, group, dim, size = 3, 2, 4, 8, 6
+    draw = torch.Generator().manual_seed(parts)
+    query = torch.randn(batch, kv_heads, group, dim, generator=draw, dtype=torch.float64)
+    keys, values = torch.randn(
+        2, batch, kv_heads, parts * size, dim, generator=draw, dtype=torch.float64
+    )
+    lengths = torch.tensor([1, size, parts * size - 1])  # the other parts are empty
+    used = (lengths[:, None] - torch.arange(parts) * size).clamp(0, size)
+    outside = torch.arange(parts * size) >= lengths[:, None]
+    scores = (query @ keys.mT).masked_fill(outside[:, None, None], -torch.inf)
+    lse = scores.unflatten(-1, (parts, size)).logsumexp(-1)  # [B, Hkv, G, parts]
+    weights = scores.unflatten(-1, (parts, size)).softmax(-1).nan_to_num()
+    out = torch.einsum("bhgpk,bhpkd->bpghd", weights, values.unflatten(2, (parts, size)))
+    lse = lse.where(used[:, None, None] > 0, torch.inf)  # as flash attention has it
+    found = merged(
+        out.reshape(-1, kv_heads, dim), lse.permute(1, 0, 3, 2).reshape(kv_heads, -1), used, parts
+    )
+    torch.testing.assert_close(found, scores.softmax(-1) @ values, rtol=1e-12, atol=1e-12)
 
 
 def test_which_models_are_captured(monkeypatch):

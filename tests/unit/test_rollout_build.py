@@ -82,7 +82,7 @@ def test_a_vllm_that_cannot_be_imported(folder, monkeypatch):
     broken = types.ModuleType("vllm")  # holds nothing
     monkeypatch.setitem(sys.modules, "vllm", broken)
     with pytest.raises(
-        ValueError, match="^vLLM is installed, but cannot be imported: cannot import name 'LLM'"
+        ValueError, match=r"^vLLM is installed, but cannot be imported: cannot import name 'LLM'"
     ) as e:
         build_engine(rollout(engine_type="vllm"), folder)
     assert f"install the build for this torch ({torch.__version__})" in str(e.value)

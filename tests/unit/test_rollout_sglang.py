@@ -6,6 +6,7 @@ The server generates with the native engine. Real SGLang needs a GPU: tests/gpu.
 import base64
 import dataclasses
 import json
+import os
 import pickle
 import sys
 import threading
@@ -172,13 +173,13 @@ def test_the_order_of_sleep_and_wake(server, monkeypatch):
     engine.update_weights(pairs, 1)
     calls = [(path, body.get("tags")) for path, body in server.calls]
     assert calls == [
-        ("/release_memory_occupation", ["kv_cache"]),
+        ("/release_memory_occupation", ["kv_cache", "cuda_graph"]),
         ("/release_memory_occupation", ["weights"]),
         ("torch", None),
         ("/resume_memory_occupation", ["weights"]),
         ("/update_weights_from_tensor", None),
         ("torch", None),
-        ("/resume_memory_occupation", ["kv_cache"]),
+        ("/resume_memory_occupation", ["kv_cache", "cuda_graph"]),
         ("/flush_cache", None),
     ]
     assert {c.policy_version for c in engine.generate(PROMPTS, GREEDY)} == {1}
@@ -246,6 +247,7 @@ def test_options_reach_sglang(monkeypatch):
                 raise ValueError("no\n  memory")
 
     monkeypatch.setitem(sys.modules, "sglang", types.SimpleNamespace(Engine=Engine))
+    monkeypatch.delenv("SGLANG_MEMORY_SAVER_CUDA_GRAPH", raising=False)
 
     def start(pretrain="folder", **options):
         rollout = Rollout(rollout_batch_size=1, max_num_seqs=7, engine_mem_util=0.4, sglang=options)
@@ -265,6 +267,7 @@ def test_options_reach_sglang(monkeypatch):
         "custom_weight_loader": ["torchrft.rollout.sglang_loader.load"],
     }
     assert {name: called[name] for name in expected} == expected
+    assert os.environ["SGLANG_MEMORY_SAVER_CUDA_GRAPH"] == "1"
     with pytest.raises(
         ValueError, match=r"SGLang did not start: no memory; .*engine_mem_util = 0\.4"
     ):

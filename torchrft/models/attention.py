@@ -45,6 +45,7 @@ def attention(
     sliding_window: int | None = None,
     layout: Layout | None = None,
     split: Split | None = None,
+    layer: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The function transformers calls in every attention layer; returns ([B, T, H, D], None).
@@ -61,18 +62,25 @@ def attention(
         what = ", ".join(unsupported) or f"attention_dropout = {dropout}"
         raise ValueError(f"{type(module).__name__} uses {what}, which torchrft does not support")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    # A number is part of a compiled graph; a tensor lets all layers share one.
-    has_tensor = hasattr(module, "layer_index")
-    layer: Any = module.layer_index if has_tensor else module.layer_idx
+    place: Any = module.layer_idx if layer is None else layer
     if split is not None:
         query, key, value = split.whole(query, key, value)
-    out = (layout or padded)(layer, query, key, value, scale, sliding_window)
+    out = (layout or padded)(place, query, key, value, scale, sliding_window)
     return out if split is None else split.part(out), None
+
+
+def traced(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """`attention` with the layer as the tensor `layer_index`, if the module has one: its number
+    would be part of a compiled graph, so that layers could not share it."""
+    layer = getattr(module, "layer_index", None)
+    return attention(module, query, key, value, mask, layer=layer, **kwargs)
 
 
 # Layouts are Python objects that differ from batch to batch, so they stay out of compiled graphs.
 AttentionInterface.register(NAME, torch.compiler.disable(attention))
-AttentionInterface.register(TRACED, attention)
+AttentionInterface.register(TRACED, traced)
 
 
 def causal_mask(length: int, window: int | None, device: torch.device) -> Tensor | None:

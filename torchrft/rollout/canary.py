@@ -6,7 +6,7 @@ compared. A tensor that was dropped, is stale or lies in another order changes i
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Self
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 _ROW = 1024  # integers that are weighted and summed together
 _GROUP = 1 << 24  # integers marked at a time: bounds the memory
-_ALONE = 1 << 18  # fewer wait until others have come: a GPU is faster with all of them at once
+_ALONE = 1 << 21  # fewer wait until others have come: a GPU is faster with all of them at once
 
 
 class WeightSyncError(RuntimeError):
@@ -56,10 +56,14 @@ class Marks:
             for block in bits[: whole * _ROW].split(_GROUP):
                 self._sum(block)
             self.rows.append((self.count, 0, whole))
-            bits = bits[whole * _ROW :].clone()  # which does not keep the others alive
+            bits = bits[whole * _ROW :]
+            if bits.numel():
+                bits = bits.clone()  # which does not keep the others alive
         if bits.numel():
             rows = -(-bits.numel() // _ROW)
-            self.waiting += [bits, bits.new_zeros(rows * _ROW - bits.numel())]
+            self.waiting.append(bits)
+            if missing := -bits.numel() % _ROW:
+                self.waiting.append(_zeros(bits.device)[:missing])
             self.waiting_rows.append((self.count, whole, rows))
             self.size += rows
             if self.size * _ROW >= _GROUP:
@@ -97,11 +101,11 @@ def fingerprint(tensor: Tensor) -> Tensor:
 
 def _integers(tensor: Tensor) -> Tensor:
     """The tensor's bits, int32 [k]; zeros fill the last one up."""
-    raw = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    missing = -raw.numel() % 4
-    if missing or raw.storage_offset() % 4:
-        raw = torch.cat([raw, raw.new_zeros(missing)])
-    return raw.view(torch.int32)
+    flat = tensor.detach().contiguous().view(-1)
+    if flat.nbytes % 4 == 0 and flat.storage_offset() * flat.itemsize % 4 == 0:
+        return flat.view(torch.int32)
+    raw = flat.view(torch.uint8)
+    return torch.cat([raw, raw.new_zeros(-raw.numel() % 4)]).view(torch.int32)
 
 
 def _odd(place: Tensor) -> Tensor:
@@ -115,6 +119,12 @@ def _odd(place: Tensor) -> Tensor:
 def _weights(device: torch.device) -> Tensor:
     """int32 [_ROW]"""
     return _odd(torch.arange(_ROW, device=device)).to(torch.int32)
+
+
+@cache
+def _zeros(device: torch.device) -> Tensor:
+    """int32 [_ROW], to fill rows up with"""
+    return torch.zeros(_ROW, dtype=torch.int32, device=device)
 
 
 @dataclass(frozen=True)
@@ -134,9 +144,18 @@ class Held:
             return tensor
         return tensor.narrow(self.dim, self.start, self.length)
 
+    @cached_property
+    def held_as(self) -> torch.dtype:
+        return self.read().dtype
+
     def sent(self, tensor: Tensor) -> Tensor:
         """What the engine's memory must be after `tensor` was loaded."""
-        return self.part(tensor).to(self.read().dtype)
+        return self.part(tensor).to(self.held_as)
+
+    def holds_all(self, tensor: Tensor) -> bool:
+        """Whether the engine's memory must be the tensor itself, bit for bit."""
+        size = tensor.shape[self.dim] if tensor.dim() else None
+        return self.length in (None, size) and self.held_as == tensor.dtype
 
 
 @dataclass(frozen=True)
@@ -146,8 +165,9 @@ class Packed(Held):
 
     dtype: torch.dtype = torch.float32
 
-    def sent(self, tensor: Tensor) -> Tensor:
-        return self.part(tensor).to(self.dtype)
+    @cached_property
+    def held_as(self) -> torch.dtype:
+        return self.dtype
 
 
 class Canary:

@@ -56,7 +56,7 @@ class Places:
             places = self(name)
             if name in self.proven:
                 for place in places:
-                    memory = place.read().detach()
+                    memory = place.read()
                     memory.copy_(place.part(tensor).reshape(memory.shape))
                 continue
             yield name, tensor
@@ -104,7 +104,7 @@ def _places(module: Any, part: int | None, leaf: str) -> list[Held]:
         length = module.input_size_per_partition
         return [_place(module, leaf, 1, 0, module.tp_rank * length, length)]
     if not is_a(module, "ColumnParallelLinear"):
-        return [Held(lambda: getattr(module, leaf))]
+        return [Held(_Memory(module, leaf, slice(None)))]
     found, at, before = [], 0, 0  # before: rows of the tensor that belong to parts before this one
     for index, length in enumerate(module.output_partition_sizes):
         shared = is_a(module, "QKVParallelLinear") and index > 0
@@ -130,7 +130,23 @@ def _place(module: Any, leaf: str, dim: int, at: int, start: int, length: int) -
             return torch.cat(outputs).t()
 
         return Packed(unpacked, dim, start, length, dtype)
-    return Held(lambda: getattr(module, leaf)[columns], dim, start, length)
+    return Held(_Memory(module, leaf, columns), dim, start, length)
+
+
+class _Memory:
+    """Reads rows of a module's parameter; the view of them is made again where it was replaced."""
+
+    def __init__(self, module: nn.Module, leaf: str, rows: slice) -> None:
+        self.module, self.leaf, self.rows = module, leaf, rows
+        self.of: tuple[object, int] = (None, 0)
+        self.view = torch.empty(0)
+
+    def __call__(self) -> Tensor:
+        parameter = getattr(self.module, self.leaf)
+        of = (parameter, parameter.data_ptr())
+        if self.of[0] is not of[0] or self.of[1] != of[1]:
+            self.of, self.view = of, parameter.detach()[self.rows]
+        return self.view
 
 
 def _inputs(module: Any) -> int:

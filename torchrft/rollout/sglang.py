@@ -9,6 +9,7 @@ import base64
 import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -26,13 +27,15 @@ from torchrft.rollout.weight_sync import buckets, expected_model
 from torchrft.tools.distributed import get_rank, get_world_size
 from torchrft.types import Completion, Prompt, SamplingParams
 
-_BUCKET = 512 * 2**20  # bytes sent at a time: so much memory a hand-over needs
+_BUCKET = 2**30  # bytes sent at a time: a hand-over needs up to three times as much memory
+_CACHE = ["kv_cache", "cuda_graph"]  # what sleeps first and wakes last; graphs if SGLang was told
 
 
 class LocalSglang:
     """`sglang.Engine` in processes of its own, started here; its calls are named as over HTTP."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
+        os.environ.setdefault("SGLANG_MEMORY_SAVER_CUDA_GRAPH", "1")  # graphs' memory sleeps, too
         import sglang
 
         self.engine = sglang.Engine(**arguments)
@@ -109,31 +112,45 @@ class SglangEngine:
         # SGLang's process compares what it holds; here it is what is missing or misshapen.
         watched = Canary(self.expected, lambda name: []).watch(named_tensors)
         pairs = ((name, tensor.to(self.device, self.dtype)) for name, tensor in watched)
-        for bucket in buckets(pairs, _BUCKET):
-            self._send(list(bucket.items()))
+        with ThreadPoolExecutor(1) as sender:  # a bucket is loaded while the next is gathered
+            loading: Future[None] | None = None
+            for bucket in buckets(pairs, _BUCKET):
+                if self.transport is not None:
+                    verdict = torch.full((self.tp_size,), -1, dtype=torch.int32, device=self.device)
+                    packed = sglang_loader.pack(list(bucket.items()), verdict)
+                    if loading is not None:
+                        loading.result()
+                    loading = sender.submit(self._send, self.transport, packed, list(bucket))
+                    bucket.clear()
+            if loading is not None:
+                loading.result()
         if self.cache_asleep:
             torch.cuda.empty_cache()
-            self._post("/resume_memory_occupation", tags=["kv_cache"])
+            self._post("/resume_memory_occupation", tags=_CACHE)
             self.cache_asleep = False
         self._post("/flush_cache")
+        if self.device.type == "cuda":
+            torch.cuda.ipc_collect()  # the last buckets, which SGLang has let go of
         self.version = version
 
-    def _send(self, bucket: list[tuple[str, Tensor]]) -> None:
-        if self.transport is None:
-            return
-        verdict = torch.full((self.tp_size,), -1, dtype=torch.int32, device=self.device)
-        packed = sglang_loader.pack(bucket, verdict)
-        answer = self._post(
-            "/update_weights_from_tensor",
-            serialized_named_tensors=[_serialize(packed)] * self.tp_size,
-            load_format=sglang_loader.PATH,
-            flush_cache=False,
-        )
+    def _send(
+        self,
+        transport: LocalSglang | HttpSglang,
+        packed: list[tuple[str, Tensor]],
+        names: list[str],
+    ) -> None:
+        request = {
+            "serialized_named_tensors": [_serialize(packed)] * self.tp_size,
+            "load_format": sglang_loader.PATH,
+            "flush_cache": False,
+        }
+        answer = transport.post("/update_weights_from_tensor", request)
+        _, verdict = packed[-1]
         if not answer["success"]:
             raise WeightSyncError(f"SGLang refused a weight update: {answer['message']}")
         wrong = int(verdict.abs().max())
         if wrong or int(verdict.min()) < 0:
-            name = bucket[wrong - 1][0] if wrong > 0 else bucket[0][0]
+            name = names[max(wrong - 1, 0)]
             raise WeightSyncError(
                 f'weight update: SGLang does not hold "{name}" as the trainer sent it; rollouts '
                 "would come from another policy, so the run stops"
@@ -144,7 +161,7 @@ class SglangEngine:
             return
         self.version, self.asleep = None, True
         if not self.cache_asleep:
-            self._post("/release_memory_occupation", tags=["kv_cache"])
+            self._post("/release_memory_occupation", tags=_CACHE)
             self.cache_asleep = True
         self._post("/release_memory_occupation", tags=["weights"])
 

@@ -74,6 +74,7 @@ class VllmEngine:
         self.sleeps = rollout.enable_engine_sleep and not self.on_cpu
         self.version: int | None = None
         self.asleep = self.cache_asleep = self.sleep_was_refused = False
+        self.cached = False  # whether vLLM keeps anything that these weights computed
         self.temperature = 1.0
         self.ranks = neighbors(rollout.engine_tp_size)
         self.expected, self.max_len = expected_model(config), max_len
@@ -111,10 +112,11 @@ class VllmEngine:
             torch.cuda.empty_cache()
             self.llm.wake_up(tags=["kv_cache"])
             self.cache_asleep = False
-        # What was computed by the old weights.
-        self.llm.reset_prefix_cache()
-        if hasattr(self.llm.llm_engine, "reset_encoder_cache"):
-            self.llm.llm_engine.reset_encoder_cache()
+        if self.cached:  # what the old weights computed; it takes as long as half a hand-over
+            self.llm.reset_prefix_cache()
+            if hasattr(self.llm.llm_engine, "reset_encoder_cache"):
+                self.llm.llm_engine.reset_encoder_cache()
+            self.cached = False
         self.version = version
 
     def _load(self, model: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -135,8 +137,8 @@ class VllmEngine:
         if self.sleeps:
             if self.cache_asleep:  # awake without new weights: vLLM only sleeps as a whole
                 self.llm.wake_up(tags=["kv_cache"])
-            self.llm.sleep(level=2)
-            self.cache_asleep = True
+            self.llm.sleep(level=2)  # and empties its caches
+            self.cache_asleep, self.cached = True, False
         elif not self.sleep_was_refused:
             self.sleep_was_refused = True
             why = "vLLM cannot sleep on a CPU" if self.on_cpu else "it was built without sleep"
@@ -198,6 +200,7 @@ class VllmEngine:
             for _, options in requests
         ]
         inputs = [self._input(prompt) for prompt, _ in requests]
+        self.cached = True
         return self.llm.generate(inputs, parameters, use_tqdm=False)
 
     def _input(self, prompt: Prompt) -> dict[str, Any]:

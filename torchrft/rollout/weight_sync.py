@@ -58,10 +58,9 @@ def copy_weights(model: nn.Module, named_tensors: Iterable[tuple[str, Tensor]]) 
     WeightSyncError if a copy is not what was sent: the tensor that is wrong is named, and the
     weights must not be used.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    canary = Canary(model, lambda name: [Held(lambda: parameters[name])])
+    canary = Canary(model, lambda name: [Held(lambda: canary.expected[name])])
     for name, tensor in canary.watch(named_tensors):
-        parameters[name].copy_(tensor)
+        canary.expected[name].copy_(tensor)
     canary.check()
 
 

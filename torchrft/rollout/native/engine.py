@@ -53,10 +53,12 @@ class NativeEngine:
         self.warm: set[tuple[float, ...]] = set()  # see GraphGeneration
         if self.compiled:
             for module in self.model.modules():
-                if hasattr(module, "layer_idx"):
-                    index = torch.tensor([module.layer_idx], device=self.device)
-                    module.register_buffer("layer_index", index, persistent=False)
+                if hasattr(module, "layer_idx"):  # filled in by GraphGeneration
+                    module.register_buffer("layer_index", None, persistent=False)
             apply_compile(self.model)
+            for name, module in self.model.get_decoder().named_children():
+                if name in ("rotary_emb", "norm"):  # many small kernels
+                    module.compile(dynamic=True)
         storages = [parameter.untyped_storage() for parameter in self.model.parameters()]
         self.storages = [(storage, storage.nbytes()) for storage in storages]
         self.version: int | None = None  # None: no weights yet

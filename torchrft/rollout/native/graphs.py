@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from torchrft.models import attention
@@ -19,7 +20,7 @@ from torchrft.rollout.native.sampler import sample
 _CHUNK = 16  # steps between two looks: at most so many are run in vain for a sequence
 _FEWEST = 8  # slots of the smallest graph
 _ROOM = 64  # a slot's room is a multiple: fewer shapes to compile for
-_FEW, _LONG = 64, 512  # (sequence, KV head) pairs and tokens for which split keys are faster
+_PART, _BLOCKS = 64, 192  # keys of the smallest part; so many parts keep a GPU busy
 
 
 def supports(model: Any, stop_strings: bool) -> bool:
@@ -45,24 +46,34 @@ class _SlotAttention:
     """Attention layout of one new token for each of the first slots.
 
     keys, values: [layers, slots, T, Hkv, D]; `begin` is called at the start of every step. The
-    layer is a number, or a tensor where a compiled layer runs for all of them.
+    layer is a number, or its row of `handles` where a compiled layer runs for all of them.
     """
 
     def __init__(self, keys: Tensor, values: Tensor, batch: int, heads: int) -> None:
         self.keys, self.values, self.batch = keys, values, batch
         _, self.slots, self.room, kv_heads, _ = keys.shape
         self.group = heads // kv_heads
-        layers = torch.arange(keys.shape[0], device=keys.device)[:, None]
+        # With few sequences the keys of each are split in parts, which are merged afterwards.
+        parts = max(1, min(_BLOCKS // (batch * kv_heads), self.room // _PART))
+        self.size = -(-self.room // parts // _PART) * _PART
+        self.cuts = list(range(0, self.room, self.size))  # a list's length is constant to compile
+        layers = torch.arange(keys.shape[0], device=keys.device)[:, None, None]
         places = torch.arange(batch + 1, device=keys.device)
         self.places = places[:-1]
-        self.cu_keys = ((layers * self.slots + places) * self.room).int()  # by layer
-        # The kernel splits the keys of a single query token over the GPU, which takes two passes.
-        self.few = batch * kv_heads <= _FEW and self.room > _LONG
-        self.cu_queries = (places * (1 if self.few else self.group)).int()
+        self.starts = torch.tensor(self.cuts, device=keys.device)
+        self.sizes = (self.room - self.starts).clamp(max=self.size)
+        first = (layers * self.slots + places[:, None]) * self.room + self.starts
+        first = first.flatten(1)[:, : batch * len(self.cuts) + 1]
+        # Rows of whole 16 bytes: compiled code would copy others.
+        self.handles = F.pad(torch.cat([layers[:, 0], first], 1), (0, -(first.shape[1] + 1) % 4))
+        self.handles = self.handles.int()
+        ends = torch.arange(batch * len(self.cuts) + 1, device=keys.device)
+        self.cu_queries = (ends * self.group).int()
 
     def begin(self, lengths: Tensor) -> None:
-        self.used = (lengths + 1).int()
         self.lengths = lengths
+        used = (lengths[:, None] + 1 - self.starts).clamp(min=0)  # [batch, parts]
+        self.used = used.minimum(self.sizes).int()
 
     def __call__(
         self,
@@ -74,7 +85,9 @@ class _SlotAttention:
         window: int | None,
     ) -> Tensor:
         batch, heads, _, dim = query.shape
-        kv_heads, group = key.shape[1], self.group
+        kv_heads, group, parts = key.shape[1], self.group, len(self.cuts)
+        handle = layer if isinstance(layer, Tensor) else self.handles[layer]
+        layer, cu_keys = handle[:1], handle[1 : 2 + batch * parts]
         # Into the whole cache: through a view, torch 2.11 would compile a copy of it.
         self.keys[layer, self.places, self.lengths] = key[:, :, 0]
         self.values[layer, self.places, self.lengths] = value[:, :, 0]
@@ -83,31 +96,43 @@ class _SlotAttention:
         if not query.is_cuda:
             width = int(self.lengths.max()) + 1
             keys, values = (
-                held[layer][:batch, :width].transpose(1, 2) for held in (self.keys, self.values)
+                held[int(layer)][:batch, :width].transpose(1, 2)
+                for held in (self.keys, self.values)
             )
             out = attend_masked(grouped, keys, values, self.lengths, scale)
             return out.reshape(batch, 1, heads, dim)
-        queries, tokens = query[:, :, 0], 1
-        if not self.few:
-            queries = grouped.transpose(1, 2).reshape(batch * group, kv_heads, dim)
-            tokens = group
-        out = torch.ops.aten._flash_attention_forward(
-            queries,
+        queries = grouped[:, None].expand(-1, parts, -1, -1, -1).transpose(2, 3)
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            queries.reshape(-1, kv_heads, dim),
             self.keys.view(-1, kv_heads, dim),
             self.values.view(-1, kv_heads, dim),
             self.cu_queries,
-            self.cu_keys[layer].view(-1),
-            tokens,
-            self.room,
+            cu_keys,
+            group,
+            self.size,
             0.0,
             False,
             False,
             scale=scale,
-            seqused_k=self.used,
-        )[0]
-        if not self.few:
-            out = out.view(batch, group, kv_heads, dim).transpose(1, 2)
-        return out.reshape(batch, 1, heads, dim)
+            seqused_k=self.used.view(-1),
+        )
+        return merged(out, lse, self.used, parts).reshape(batch, 1, heads, dim)
+
+
+def merged(out: Tensor, lse: Tensor, used: Tensor, parts: int) -> Tensor:
+    """[B, Hkv, G, D], attention to all keys from attention to each part of them.
+
+    Args: out [B * parts * G, Hkv, D] and lse float [Hkv, B * parts * G], its log-sum-exp; used
+        int [B, parts], how many keys a part has.
+    """
+    _, kv_heads, dim = out.shape
+    out = out.view(len(used), parts, -1, kv_heads, dim).transpose(2, 3)
+    if parts == 1:
+        return out[:, 0]
+    by_part = lse.view(kv_heads, len(used), parts, -1).permute(1, 2, 0, 3)
+    # Flash attention gives infinity for a part without keys.
+    share = by_part.where(used[:, :, None, None] > 0, -torch.inf).softmax(1)
+    return (share[..., None] * out).sum(1).to(out.dtype)
 
 
 class GraphGeneration(Generation):
@@ -119,7 +144,7 @@ class GraphGeneration(Generation):
     def __init__(self, *args: Any, compiled: bool, warm: set[tuple[float, ...]], **options: Any):
         super().__init__(*args, **options)
         self.warm = warm  # what steps of any call ran with before
-        self.sample = torch.compile(sample) if compiled else sample
+        self.record_step = torch.compile(_record) if compiled else _record
         self.attention = attention.TRACED if compiled else attention.NAME
         slots, device = self.slots, self.device
         self.longest = int(self.budgets.max())
@@ -210,31 +235,11 @@ class GraphGeneration(Generation):
 
     def record(self, slots: Tensor, logits: Tensor, draw_temperature: float | None = None) -> None:
         """Samples a token for each of `slots` and keeps it where the sequence is live."""
-        live, generated = self.live[slots], self.generated[slots]
-        forbidden = None
-        if self.sampling.min_new_tokens > 0:
-            early = generated < self.sampling.min_new_tokens
-            forbidden = torch.zeros_like(logits, dtype=torch.bool)
-            forbidden[:, self.stop_ids] = early[:, None]
-        token, logprob = self.sample(
-            logits,
-            self.seed[slots],
-            generated,
-            self.sampling.temperature,
-            self.sampling.top_p,
-            self.sampling.top_k,
-            forbidden,
-            draw_temperature=draw_temperature,
-        )
-        place = generated.clamp(max=self.longest - 1)
-        kept = torch.where(live, token, self.out_token[slots, place])
-        self.out_token[slots, place] = kept
-        self.out_logprob[slots, place] = torch.where(live, logprob, self.out_logprob[slots, place])
-        generated = generated + live
-        stopped = live & self.is_stop[token]
-        self.token[slots], self.generated[slots] = token, generated
-        self.by_stop[slots] |= stopped
-        self.live[slots] = live & ~stopped & (generated < self.budget[slots])
+        state = (self.live, self.by_stop, self.token, self.generated, self.budget, self.seed)
+        log, stops = (self.out_token, self.out_logprob), (self.stop_ids, self.is_stop)
+        how = self.sampling
+        options = (how.temperature, how.top_p, how.top_k, how.min_new_tokens, draw_temperature)
+        self.record_step(slots, logits, state, log, stops, options)
 
     def step(self, batch: int, layout: _SlotAttention, slots: Tensor) -> None:
         lengths = self.length[:batch]
@@ -252,6 +257,9 @@ class GraphGeneration(Generation):
         """A function that runs a step of the first `batch` slots; on a GPU, a graph's replay."""
         heads = self.base.config.get_text_config().num_attention_heads
         layout = _SlotAttention(self.keys, self.values, batch, heads)
+        for module in self.base.modules():
+            if hasattr(module, "layer_index"):
+                module.layer_index = layout.handles[module.layer_idx]
         slots = torch.arange(batch, device=self.device)
 
         def once() -> None:
@@ -335,3 +343,42 @@ class GraphGeneration(Generation):
         ):
             tensor[entered] = tensor[left]
         self.live[left] = False
+
+
+def _record(
+    slots: Tensor,
+    logits: Tensor,
+    state: tuple[Tensor, ...],
+    log: tuple[Tensor, Tensor],
+    stops: tuple[Tensor, Tensor],
+    options: tuple[float, float, int, int, float | None],
+) -> None:
+    """`GraphGeneration.record`, without its object, so that it is compiled as a whole."""
+    live_of, by_stop, token_of, generated_of, budget, seed = state
+    out_token, out_logprob = log
+    stop_ids, is_stop = stops
+    temperature, top_p, top_k, min_new_tokens, draw_temperature = options
+    live, generated = live_of[slots], generated_of[slots]
+    forbidden = None
+    if min_new_tokens > 0:
+        early = generated < min_new_tokens
+        forbidden = torch.zeros_like(logits, dtype=torch.bool)
+        forbidden[:, stop_ids] = early[:, None]
+    token, logprob = sample(
+        logits,
+        seed[slots],
+        generated,
+        temperature,
+        top_p,
+        top_k,
+        forbidden,
+        draw_temperature=draw_temperature,
+    )
+    place = generated.clamp(max=out_token.shape[1] - 1)
+    out_token[slots, place] = torch.where(live, token, out_token[slots, place])
+    out_logprob[slots, place] = torch.where(live, logprob, out_logprob[slots, place])
+    generated = generated + live
+    stopped = live & is_stop[token]
+    token_of[slots], generated_of[slots] = token, generated
+    by_stop[slots] |= stopped
+    live_of[slots] = live & ~stopped & (generated < budget[slots])

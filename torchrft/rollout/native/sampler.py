@@ -67,11 +67,9 @@ def sample(
     # At T = 1 the softmax reads 16-bit logits directly: a step is bound by passes over [B, V].
     scaled = logits if temperature in (0, 1) else logits.float() / temperature
     probs = scaled.softmax(-1, dtype=torch.float32)
-    highest, likeliest = scaled.max(-1, keepdim=True)
     if temperature == 0:
-        tokens = likeliest.squeeze(1)
-        if forbidden is not None:
-            tokens = logits.masked_fill(forbidden, -torch.inf).argmax(-1)
+        allowed = logits if forbidden is None else logits.masked_fill(forbidden, -torch.inf)
+        tokens = allowed.argmax(-1)
     else:
         drawn = probs
         if draw_temperature is not None or forbidden is not None:
@@ -81,8 +79,8 @@ def sample(
             drawn = allowed.softmax(-1, dtype=torch.float32)
         tokens = draw(keep_likely(drawn, top_p, top_k), uniforms(seeds, positions))
     # Against the likeliest token, since a probability of its own may be too small for float32.
-    behind = scaled.gather(-1, tokens[:, None]).float() - highest.float()
-    return tokens, (behind + probs.gather(-1, likeliest).log()).squeeze(1)
+    behind = scaled.gather(-1, tokens[:, None]).float() - scaled.amax(-1, keepdim=True).float()
+    return tokens, (behind + probs.amax(-1, keepdim=True).log()).squeeze(1)
 
 
 def draw(probs: Tensor, points: Tensor) -> Tensor:
@@ -110,5 +108,9 @@ def _pass(cumulative: Tensor, share: Tensor) -> Tensor:
     total = cumulative[:, -1:]
     # Rounding must not lead past the last entry that adds anything.
     point = torch.minimum(share * total, total * (1 - 2.0**-40))
-    # Weights that hold NaN end in the last token, and in a loss that is skipped.
-    return torch.searchsorted(cumulative, point, right=True).clamp_(max=cumulative.shape[1] - 1)
+    if cumulative.is_cuda:  # where a search would wait for memory at every comparison
+        passed = (cumulative <= point).sum(-1, keepdim=True)
+    else:
+        passed = torch.searchsorted(cumulative, point, right=True)
+    # Weights that hold NaN end in some token, and in a loss that is skipped.
+    return passed.clamp_(max=cumulative.shape[1] - 1)
