@@ -130,6 +130,38 @@ def test_proven_places_are_written_directly(family):
         assert a.isfinite().all(), name
 
 
+def swapped(parameter):
+    parameter.data = torch.zeros_like(parameter)
+
+
+def turned(parameter):
+    """Another layout of the same memory."""
+    parameter.data = parameter.data.zero_().view(parameter.shape[::-1]).t()
+
+
+@pytest.mark.parametrize("change", ["replaced", swapped, turned])
+def test_memory_that_has_moved_is_found_again(change):
+    """An engine may put other parameters, or other memory, in the place of those it had."""
+    expected, split = trained(0), Split()
+    places = Places(split)
+    load(places, expected, named_full_tensors(trained(1)), None)
+    for module in list(split.modules()):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if change == "replaced":
+                setattr(module, name, torch.nn.Parameter(torch.zeros_like(parameter)))
+            elif parameter.dim() > 1 or change is swapped:
+                change(parameter)
+    load(places, expected, named_full_tensors(trained(2)), None)
+    reference = Split()
+    reference.load_weights(named_full_tensors(trained(2)))
+    for (name, a), (_, b) in zip(
+        split.named_parameters(), reference.named_parameters(), strict=True
+    ):
+        assert torch.equal(a, b), name
+    split.model.norm.weight.data = torch.ones(32, dtype=torch.bfloat16)  # the canary looks there
+    assert torch.equal(places("model.norm.weight")[0].read(), torch.ones(32).bfloat16())
+
+
 FAULTS = {
     "permuted": lambda t: t.flip(0),
     "stale": lambda t: t + 0.1,

@@ -134,18 +134,20 @@ def _place(module: Any, leaf: str, dim: int, at: int, start: int, length: int) -
 
 
 class _Memory:
-    """Reads rows of a module's parameter; the view of them is made again where it was replaced."""
+    """Reads rows of a module's parameter; the view of them is made anew where that has changed."""
 
     def __init__(self, module: nn.Module, leaf: str, rows: slice) -> None:
         self.module, self.leaf, self.rows = module, leaf, rows
-        self.of: tuple[object, int] = (None, 0)
+        self.parameter: Tensor | None = None
+        self.layout: tuple[object, ...] = ()
         self.view = torch.empty(0)
 
     def __call__(self) -> Tensor:
         parameter = getattr(self.module, self.leaf)
-        of = (parameter, parameter.data_ptr())
-        if self.of[0] is not of[0] or self.of[1] != of[1]:
-            self.of, self.view = of, parameter.detach()[self.rows]
+        layout = parameter.data_ptr(), parameter.shape, parameter.stride(), parameter.dtype
+        if parameter is not self.parameter or layout != self.layout:
+            self.parameter, self.layout = parameter, layout
+            self.view = parameter.detach()[self.rows]
         return self.view
 
 
