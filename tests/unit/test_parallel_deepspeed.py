@@ -76,7 +76,7 @@ def test_batch_sizes_follow_from_each_other(config, ranks, expected):
         ),
         (
             MICRO | {"scheduler": {"type": "Cosine"}},
-            "scheduler.type = 'Cosine' must be 'WarmupLR', .* or 'LRRangeTest'",
+            "scheduler.type = 'Cosine' must be 'WarmupLR', .* or 'WarmupCosineLR'",
         ),
         (
             MICRO | {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "10"}}},

@@ -40,11 +40,9 @@ def reference(tensor):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("alone", [0, 3000, 1 << 18])
 @pytest.mark.parametrize("group", [1024, 4096, 1 << 24])
-def test_marks_are_the_weighted_sums_of_the_bits(dtype, alone, group, monkeypatch):
-    """Whether tensors are marked alone, in blocks, or together with others."""
-    monkeypatch.setattr(canary_module, "_ALONE", alone)
+def test_marks_are_the_weighted_sums_of_the_bits(dtype, group, monkeypatch):
+    """Whether tensors are marked in blocks, or together with others."""
     monkeypatch.setattr(canary_module, "_GROUP", group)
     draw = torch.Generator().manual_seed(0)
     sizes = [1, 7, 5000, 0, 64, 65, 4096, 3]

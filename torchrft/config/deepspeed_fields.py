@@ -67,8 +67,6 @@ def _schedule(values: dict[str, Any]) -> Iterator[Wanted]:
     kind = values.get("scheduler.type")
     if kind is None:
         return
-    if kind not in _DECAYS:
-        raise _refusal("scheduler.type", kind, f"use {', '.join(_DECAYS)}")
     if f"{_RATE}warmup_type" not in values:
         raise _refusal(f"{_RATE}warmup_type", "log", 'its default is "log", so write "linear"')
     key = f'scheduler.type = "{kind}"'

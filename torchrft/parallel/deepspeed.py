@@ -137,8 +137,7 @@ def _check(settings: Settings, optimizer: Any, lr_scheduler: Any) -> None:
 def _check_auto(settings: Settings, groups: Groups, scheduled: bool) -> None:
     """Refuses "auto" where neither the parameter groups nor the section scheduler have a value."""
     known = set(groups[0]).intersection(*groups[1:])
-    rates = {"warmup_max_lr", "cycle_max_lr", "lr_range_test_min_lr"}
-    if scheduled and rates & settings.judged.section("scheduler.params").keys():
+    if scheduled and "warmup_max_lr" in settings.judged.section("scheduler.params"):
         known.add("lr")
     for name, value in settings.judged.values.items():
         option = name.removeprefix("optimizer.params.")

@@ -73,69 +73,8 @@ def _risen(step: int, steps: int, kind: str) -> float:
     return math.log(step + 1) / math.log(steps) if kind == "log" else step / steps
 
 
-@dataclass(kw_only=True)
-class LRRangeTest:
-    """Rises from `lr_range_test_min_lr` without end (arXiv:1803.09820)."""
-
-    lr_range_test_min_lr: float = 1e-3
-    lr_range_test_step_size: int = 2000
-    lr_range_test_step_rate: float = 1.0
-    lr_range_test_staircase: bool = False
-
-    def __call__(self, step: int, base_lr: float) -> float:
-        interval = (step + 1) / self.lr_range_test_step_size
-        interval = math.floor(interval) if self.lr_range_test_staircase else interval
-        return self.lr_range_test_min_lr * (1 + self.lr_range_test_step_rate * interval)
-
-
-@dataclass(kw_only=True)
-class OneCycle:
-    """One cycle from `cycle_min_lr` to `cycle_max_lr` and back, then a decay (arXiv:1803.09820).
-
-    With `cycle_momentum` the first beta goes the other way.
-    """
-
-    cycle_min_lr: float
-    cycle_max_lr: float
-    decay_lr_rate: float = 0.0
-    cycle_first_step_size: int = 2000
-    cycle_second_step_size: int | None = None
-    cycle_first_stair_count: int = 0
-    cycle_second_stair_count: int | None = None
-    decay_step_size: int = 0
-    cycle_momentum: bool = True
-    cycle_min_mom: float = 0.8
-    cycle_max_mom: float = 0.9
-    decay_mom_rate: float = 0.0
-
-    def __call__(self, step: int, base_lr: float) -> float:
-        height, decays = self._place(step)
-        rate = self.cycle_min_lr + (self.cycle_max_lr - self.cycle_min_lr) * height
-        return rate / (1 + self.decay_lr_rate * decays)
-
-    def momentum(self, step: int) -> float:
-        if step < 0:
-            return self.cycle_min_mom
-        height, decays = self._place(step)
-        momentum = self.cycle_max_mom - (self.cycle_max_mom - self.cycle_min_mom) * height
-        return momentum * (1 + self.decay_mom_rate * decays)
-
-    def _place(self, step: int) -> tuple[float, float]:
-        """From 0 at the ends of the cycle to 1 at its peak, and the decays after it."""
-        first, second = self.cycle_first_step_size, self.cycle_second_step_size
-        second = first if second is None else second
-        past = step + 1 - first - second
-        if step < 0 or past > 0:
-            return 0.0, past / self.decay_step_size if step >= 0 and self.decay_step_size else 0.0
-        rising = step + 1 <= first
-        height = (step + 1) / first if rising else -past / second
-        falling = self.cycle_second_stair_count
-        stairs = self.cycle_first_stair_count if rising or falling is None else falling
-        return (math.floor(height * stairs + 1e-9) / stairs if stairs else height), 0.0
-
-
 SCHEDULES: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (WarmupLR, WarmupDecayLR, WarmupCosineLR, OneCycle, LRRangeTest)
+    kind.__name__: kind for kind in (WarmupLR, WarmupDecayLR, WarmupCosineLR)
 }
 
 
@@ -193,8 +132,6 @@ class Schedule:
         groups = zip(self.optimizer.param_groups, self.base_lrs, self.rules, strict=True)
         for group, base_lr, rule in groups:
             group["lr"] = rule(step, base_lr)
-            if isinstance(rule, OneCycle) and rule.cycle_momentum:
-                group["betas"] = (rule.momentum(step), 0.99)
 
     def state_dict(self) -> dict[str, Any]:
         return {"last_batch_iteration": self.last_batch_iteration}

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 _ROW = 1024  # integers that are weighted and summed together
-_GROUP = 1 << 24  # integers marked at a time: bounds the memory
-_ALONE = 1 << 21  # fewer wait until others have come: a GPU is faster with all of them at once
+_GROUP = 1 << 24  # integers marked at a time: few calls for many tensors, and bounded memory
 
 
 class WeightSyncError(RuntimeError):
@@ -26,7 +25,7 @@ class Marks:
 
     The bits, as int32, are weighted by their places in a row of 1,024 and summed, then the rows by
     theirs; overflow wraps. Two different tensors of one shape agree by chance about once in 2^32
-    times. Small tensors are kept and must stay as they are until `result`.
+    times. Tensors must stay as they are until `result`: some are kept until others have come.
 
     >>> marks = Marks.of([torch.ones(3), torch.ones(2), torch.ones(3)])
     >>> first, second, third = marks.result().tolist()
@@ -37,10 +36,9 @@ class Marks:
     def __init__(self) -> None:
         self.count = 0
         self.sums: list[Tensor] = []  # int32, one for every row
-        self.rows: list[tuple[int, int, int]] = []  # (tensor, its first row, rows), as in `sums`
+        self.rows: list[tuple[int, int, int]] = []  # (tensor, its first row, rows), block by block
         self.waiting: list[Tensor] = []  # to be summed together
-        self.waiting_rows: list[tuple[int, int, int]] = []
-        self.size = 0  # rows that wait
+        self.size = 0  # integers that wait
 
     @classmethod
     def of(cls, tensors: Iterable[Tensor]) -> Self:
@@ -50,36 +48,24 @@ class Marks:
         return marks
 
     def add(self, tensor: Tensor) -> None:
-        bits = _integers(tensor)
-        whole = bits.numel() // _ROW if bits.numel() >= _ALONE else 0
-        if whole:
-            for block in bits[: whole * _ROW].split(_GROUP):
-                self._sum(block)
-            self.rows.append((self.count, 0, whole))
-            bits = bits[whole * _ROW :]
-            if bits.numel():
-                bits = bits.clone()  # which does not keep the others alive
-        if bits.numel():
-            rows = -(-bits.numel() // _ROW)
-            self.waiting.append(bits)
-            if missing := -bits.numel() % _ROW:
-                self.waiting.append(_zeros(bits.device)[:missing])
-            self.waiting_rows.append((self.count, whole, rows))
-            self.size += rows
-            if self.size * _ROW >= _GROUP:
+        for number, block in enumerate(_integers(tensor).split(_GROUP)):
+            self.waiting.append(block)
+            if missing := -block.numel() % _ROW:
+                self.waiting.append(block.new_zeros(missing))
+            size = block.numel() + missing
+            self.rows.append((self.count, number * _GROUP // _ROW, size // _ROW))
+            self.size += size
+            if self.size >= _GROUP:
                 self._flush()
         self.count += 1
 
-    def _sum(self, bits: Tensor) -> None:
-        # In its own type: int32 overflows, and is read once.
-        weighted = bits.view(-1, _ROW) * _weights(bits.device)
-        self.sums.append(weighted.sum(1, dtype=torch.int32))
-
     def _flush(self) -> None:
         if self.waiting:
-            self._sum(torch.cat(self.waiting))
-            self.rows += self.waiting_rows
-            self.waiting, self.waiting_rows, self.size = [], [], 0
+            bits = torch.cat(self.waiting) if len(self.waiting) > 1 else self.waiting[0]
+            # In its own type: int32 overflows, and is read once.
+            weighted = bits.view(-1, _ROW) * _weights(bits.device)
+            self.sums.append(weighted.sum(1, dtype=torch.int32))
+            self.waiting, self.size = [], 0
 
     def result(self) -> Tensor:
         """int64 [n], in the order of `add`."""
@@ -119,12 +105,6 @@ def _odd(place: Tensor) -> Tensor:
 def _weights(device: torch.device) -> Tensor:
     """int32 [_ROW]"""
     return _odd(torch.arange(_ROW, device=device)).to(torch.int32)
-
-
-@cache
-def _zeros(device: torch.device) -> Tensor:
-    """int32 [_ROW], to fill rows up with"""
-    return torch.zeros(_ROW, dtype=torch.int32, device=device)
 
 
 @dataclass(frozen=True)
