@@ -12,7 +12,7 @@ from torchrft.config.job_config import JobConfig
 from torchrft.config.reward_config import Judge
 from torchrft.data.image_prompts import images_column
 from torchrft.models.heads import ValueModel
-from torchrft.models.loader import load_model, sees_images
+from torchrft.models.loader import load_config, load_model, sees_images
 from torchrft.models.policy import PolicyModel
 from torchrft.models.sharded import ShardedWeights
 from torchrft.models.vision import Vision, freeze_vision
@@ -71,10 +71,18 @@ class ModelBuilder:
             loaded: Any = load_model(source, init, dtype, training.seed)
         else:
             loaded = sharded.model(dtype)
-        if images_column(self.config.data) is not None and not sees_images(loaded.config):
-            raise ValueError(
-                f'"{source}" sees no images, but the prompts have some; use a vision-language model'
-            )
+        if images_column(self.config.data) is not None:
+            if not sees_images(loaded.config):
+                raise ValueError(
+                    f'"{source}" sees no images, but the prompts have some; use a vision-language '
+                    "model"
+                )
+            if _sees(loaded.config) != _sees(load_config(self.config.model.pretrain)):
+                raise ValueError(
+                    f'"{source}" takes images otherwise than pretrain = '
+                    f'"{self.config.model.pretrain}", whose processor prepares them; use a model '
+                    "of the same kind and image size"
+                )
         # No dropout: log-probs must be those of the policy that sampled.
         if self.config.model.freeze_vision:
             if not sees_images(loaded.config):
@@ -89,6 +97,13 @@ class ModelBuilder:
         if sharded is not None:
             sharded.fill(model, device)
         return model
+
+
+def _sees(config: Any) -> tuple[Any, ...]:
+    """What a model and a processor must agree on."""
+    names = ("image_size", "patch_size", "spatial_merge_size", "temporal_patch_size")
+    sizes = (getattr(config.vision_config, name, None) for name in names)
+    return config.model_type, config.image_token_id, *sizes
 
 
 def judge_engine(

@@ -12,12 +12,12 @@ from torchrft.checkpoint.hf_export import export_hf
 from torchrft.checkpoint.manager import CheckpointManager
 from torchrft.checkpoint.set_aside import set_aside
 from torchrft.collector import Collector
-from torchrft.config.job_config import JobConfig
+from torchrft.config.job_config import Data, JobConfig
 from torchrft.config.manager import to_toml
 from torchrft.critic_update import CriticUpdate
 from torchrft.data.batch import make_batch
 from torchrft.data.loader import PromptLoader
-from torchrft.data.prompts import load_prompts
+from torchrft.data.prompts import PromptDataset, load_prompts
 from torchrft.metrics.console import Console
 from torchrft.metrics.files import METRICS_FILE, read_metrics
 from torchrft.metrics.logger import MetricLogger
@@ -38,7 +38,7 @@ from torchrft.rewards.shaping import RewardShaper
 from torchrft.rollout import build_engine
 from torchrft.rollout.weight_sync import named_full_tensors
 from torchrft.tools import distributed
-from torchrft.tools.distributed import World
+from torchrft.tools.distributed import World, on_all
 from torchrft.tools.logging import logger
 from torchrft.tools.seeds import rng_state, seed_everything, set_rng_state
 from torchrft.tools.signals import StopSignal
@@ -75,19 +75,29 @@ class Trainer:
         data = with_source_key(config)
         self.vision = load_vision(config)
         self.processor = self.tokenizer if self.vision is None else self.vision.processor
-        prompts = load_prompts(data.prompt_data or "", data, self.tokenizer, vision=self.vision)
+        prompts = self._load_prompts("prompt_data", data.prompt_data or "", data)
         size, ranks = config.rollout.rollout_batch_size, self.ranks
         self.samples_per_rollout = size * config.rollout.n_samples_per_prompt
         self.prompts = PromptLoader(prompts, size, config.training.seed, ranks.rank, ranks.size)
         self.eval_prompts: list[Prompt] = []
         if (source := config.evaluation.eval_data) is not None:
-            held_out = load_prompts(source, data, self.tokenizer, "eval_data", self.vision)
+            held_out = self._load_prompts("eval_data", source, data)
             self.eval_prompts = list(held_out[world.rank :: world.world_size])
         self.evaluates = source is not None
         self.scorer.check(prompts)
         self.scorer.check(self.eval_prompts, "eval_data")
         self.schedule_steps = self.prompts.total_steps(config.training.num_episodes)
         self.last_step = min(self.schedule_steps, config.training.max_steps or self.schedule_steps)
+
+    def _load_prompts(self, name: str, source: str, data: Data) -> PromptDataset:
+        prompts = load_prompts(source, data, self.tokenizer, name, self.vision)
+        kept = on_all(lambda: (len(prompts), prompts.digest()), name)
+        if len({*kept}) > 1:
+            raise ValueError(
+                f"{name}: the ranks keep other prompts, {', '.join(str(n) for n, _ in kept)} of "
+                "them: give all hosts the same files, with their images"
+            )
+        return prompts
 
     def _build_models(self) -> None:
         config, model = self.config, self.config.model

@@ -141,6 +141,30 @@ def test_what_cannot_be_generated_is_refused(tmp_path):
         engine.update_weights(named_full_tensors(model), 1)
 
 
+def test_a_call_that_was_broken_off_leaves_nothing_behind(tmp_path, monkeypatch):
+    """Neither its requests nor, after an update, what the old weights computed for its prompt."""
+    engine, prompt = make(tmp_path), Prompt(0, "", tuple(3 + i % 50 for i in range(40)))
+    engine.update_weights(named_full_tensors(weights("qwen2", False, seed=1)), 1)
+    step, calls = engine.llm.llm_engine.step, []
+
+    def interrupted():
+        calls.append(0)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return step()
+
+    monkeypatch.setattr(engine.llm.llm_engine, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([prompt, *PROMPTS], dataclasses.replace(GREEDY, n=3))
+    for version in (1, 2):
+        model = weights("qwen2", False, seed=version)
+        engine.update_weights(named_full_tensors(model), version)
+        completions = engine.generate([prompt, *PROMPTS], GREEDY)
+        assert [c.policy_version for c in completions] == [version] * 4
+        for given, c in zip([prompt, *PROMPTS], completions, strict=True):
+            assert list(c.token_ids) == generated(model, given)
+
+
 def test_log_probs_are_those_of_the_temperature_before_top_p(tmp_path):
     engine = make(tmp_path)
     model = weights("qwen2", False, seed=3)

@@ -137,9 +137,14 @@ ERRORS = [
             {"engine_type": engine, engine: {option: 1}},
             1,
             f"[rollout] {engine} = {{\"{option}\": 1}} holds '{option}', which must not be there; "
-            "torchrft sets it, from pretrain, bf16, engine_tp_size and max_len",
+            "torchrft sets it, from its own options",
         )
-        for engine, option in (("vllm", "max_model_len"), ("sglang", "tp_size"))
+        for engine, option in (
+            ("vllm", "max_model_len"),
+            ("vllm", "distributed_executor_backend"),
+            ("sglang", "tp_size"),
+            ("sglang", "custom_weight_loader"),
+        )
     ),
     (
         {"images_key": "i", "min_pixels": 100, "max_pixels": 10},

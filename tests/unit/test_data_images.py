@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import logging
+import os
 import pickle
 import re
 import shutil
@@ -122,6 +123,24 @@ def part(*pieces):
     return made
 
 
+def test_pictures_in_messages_of_a_dataset_stay_encoded(tmp_path, tokenizer, vision):
+    """So a damaged one is dropped, as in a column."""
+    part = {"type": datasets.Value("string"), "image": datasets.Image()}
+    message = {"role": datasets.Value("string"), "content": datasets.List(part)}
+    features = datasets.Features({"prompt": datasets.List(message)})
+    rows = [
+        [{"role": "user", "content": [{"type": "image", "image": {"bytes": raw, "path": None}}]}]
+        for raw in (encoded(), encoded()[:50])
+    ]
+    table = datasets.Dataset.from_dict({"prompt": rows}, features=features)
+    table.to_parquet(str(tmp_path / "p.parquet"))
+    prompts = load_prompts(
+        str(tmp_path / "p.parquet"), data(mixed_mm_data=True), tokenizer, vision=vision
+    )
+    assert [prompt.row for prompt in prompts] == [0]
+    assert prompts[0].images[0].data == encoded()
+
+
 def test_where_images_stand_in_messages(tmp_path, tokenizer, vision):
     """At image parts, at <image> in a text, or in front of the first user message."""
     one, two, three = (base64.b64encode(encoded(color)).decode() for color in COLORS)
@@ -221,6 +240,10 @@ UNUSABLE = [
     ("data:text/plain,hello", "is no data URI of an image"),
     ("A" * 65, "is not valid base64"),
     (7, "7 is no path"),
+    (None, "None is no path"),
+    (base64.b64encode(encoded(0, (1, 201))).decode(), "an image is 1 x 201: one side is over 200"),
+    ("pipe.png", "pipe.png is no file"),
+    ("*" + "A" * 9000, "*" + "A" * 20),
 ]  # fmt: skip
 
 
@@ -228,16 +251,45 @@ def test_unusable_images_are_dropped_and_counted(tmp_path, tokenizer, vision, ca
     """They never end a run; what is wrong, and where, is said once."""
     caplog.set_level(logging.WARNING)
     bad = [{"prompt": "a", "images": [PNG, value]} for value, _ in UNUSABLE]
+    os.mkfifo(tmp_path / "pipe.png")  # whose reader would wait for a writer
     path = write(tmp_path, {"prompt": "b", "images": PNG}, *bad)
     prompts = load_prompts(path, data(), tokenizer, vision=vision)
     assert [prompt.row for prompt in prompts] == [0]
     assert prompts.dropped == len(UNUSABLE)
-    assert f"dropped 13 of 14 prompts of {path}, whose images cannot be used" in caplog.text
+    assert f"dropped 17 of 18 prompts of {path}, whose images cannot be used" in caplog.text
     assert f"{path}, line 2: {tmp_path}/missing.png does not exist; " in caplog.text
     for row, (_, reason) in zip(bad, UNUSABLE, strict=True):
         with pytest.raises(ValueError, match="no prompt's images can be used") as caught:
             load_prompts(write(tmp_path, row), data(), tokenizer, vision=vision)
         assert reason in str(caught.value)
+        assert len(str(caught.value)) < 900
+
+
+def test_what_is_said_where_nothing_is_left(tmp_path, tokenizer, vision):
+    """Rows whose pictures are missing have their columns, too."""
+    gone = {"prompt": "a", "answer": "b", "images": "missing.png"}
+    with pytest.raises(ValueError, match=r"no prompt's images can be used; .*does not exist"):
+        load_prompts(write(tmp_path, gone), data(label_key="answer"), tokenizer, vision=vision)
+    path = write(tmp_path, {"prompt": "b"}, gone)
+    mixed = data(mixed_mm_data=True)
+    assert [p.row for p in load_prompts(path, mixed, tokenizer, vision=vision)] == [0]
+    path = write(tmp_path, {"prompt": "b" * 40, "images": PNG}, gone)
+    said = r"1 prompts are longer than 30 tokens .*; of 1 the images cannot be used: .*missing"
+    with pytest.raises(ValueError, match=said):
+        load_prompts(path, data(prompt_max_len=30), tokenizer, vision=vision)
+
+
+def test_a_processor_of_another_vocabulary(tmp_path, tokenizer):
+    other = shutil.copytree(MODEL, tmp_path / "other")
+    text = (other / "tokenizer.json").read_text()
+    vocabulary = json.loads(text)
+    ids = vocabulary["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    (other / "tokenizer.json").write_text(json.dumps(vocabulary))
+    path = write(tmp_path, {"prompt": "a", "images": PNG})
+    vision = Vision.load(MODEL, processor=str(other))
+    with pytest.raises(ValueError, match="the processor's tokenizer has another vocabulary"):
+        load_prompts(path, data(), tokenizer, vision=vision)
 
 
 def test_mixed_data_may_lack_the_column(tmp_path, tokenizer, vision):

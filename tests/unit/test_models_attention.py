@@ -229,7 +229,7 @@ def call(**options):
 
 def test_attention_defaults():
     """Registered by name; causal rows, scaled by the root of the head dimension."""
-    assert AttentionInterface()[attention.TRACED] is attention.attention
+    assert AttentionInterface()[attention.TRACED] is attention.traced
     assert AttentionInterface()[NAME].__wrapped__ is attention.attention
     out, weights = call()
     assert weights is None

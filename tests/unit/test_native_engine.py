@@ -365,6 +365,13 @@ def test_min_new_tokens(flat):
     assert min(len(c.token_ids) for c in engine.generate(prompts([[30]]), without)) == 1
 
 
+def test_stop_ids_that_the_model_does_not_know(flat):
+    engine = NativeEngine(flat[1].config, TOKENIZER, (1, 10**6))
+    engine.update_weights(named_full_tensors(flat[1]), version=0)
+    sampling = SamplingParams(n=4, min_new_tokens=3, max_new_tokens=5, stop_token_ids=(3, 99_999))
+    assert {len(c.token_ids) for c in engine.generate(prompts([[7]]), sampling)} <= {3, 4, 5}
+
+
 def test_min_new_tokens_without_stop_tokens():
     engine, _ = make(stop=())
     (c,) = engine.generate(prompts([[7]]), SamplingParams(min_new_tokens=2, max_new_tokens=3))

@@ -518,6 +518,9 @@ def test_an_answer_without_a_length_that_is_no_json_is_not_asked_for_again():
     def answer(connection: socket.socket):
         told.append(1)
         connection.sendall(b"HTTP/1.0 200 OK\r\n\r\n<html>login</html>")
+        connection.shutdown(socket.SHUT_WR)
+        while connection.recv(1 << 16):  # closed with the request unread, it would be reset
+            pass
 
     with raw_server(answer) as url:
         source = client(url)

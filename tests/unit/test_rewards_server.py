@@ -387,8 +387,13 @@ def test_the_openapi_document_holds():
     seen = set()
 
     for operation in (result.ok() for result in schema.get_all_operations()):
-
-        @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+        # The same every time: by chance, no list is fit for an answer of 200.
+        @settings(
+            max_examples=100,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            derandomize=True,
+        )
         @given(operation.as_strategy(), st.booleans())
         def attempt(case, evens):
             if evens and isinstance(case.body, dict):  # lists of one length hardly come by chance

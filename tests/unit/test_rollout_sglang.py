@@ -203,6 +203,23 @@ def test_a_fault_in_the_model_is_named(server, change):
             engine.update_weights(named_full_tensors(sent), 1)
 
 
+@pytest.mark.parametrize("faulty", [0, 2, -1])
+def test_after_a_fault_all_is_gathered_and_the_next_update_works(server, monkeypatch, faulty):
+    """Gathering is collective: other ranks would wait for this one."""
+    monkeypatch.setattr("torchrft.rollout.sglang._BUCKET", 5000)
+    engine, model = make(server), tiny.model("qwen2", seed=1)
+    pairs, taken = list(named_full_tensors(model)), []
+    server.model.fault = (pairs[faulty][0], lambda t: t + 1)
+    with pytest.raises(WeightSyncError, match=f'does not hold "{pairs[faulty][0]}"'):
+        engine.update_weights((taken.append(pair) or pair for pair in pairs), 3)
+    assert len(taken) == len(pairs)
+    with pytest.raises(ValueError, match="the engine has no weights"):
+        engine.generate(PROMPTS, GREEDY)
+    server.model.fault = ("", None)
+    engine.update_weights(pairs, 4)
+    assert {c.policy_version for c in engine.generate(PROMPTS, GREEDY)} == {4}
+
+
 def test_a_fault_on_the_way_is_named(server, monkeypatch):
     engine = make(server)
     pack = sglang_loader.pack

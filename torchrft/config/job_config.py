@@ -179,7 +179,7 @@ class Rollout(Section):
     """Further arguments of `sglang.Engine`, as a table [rollout.sglang]."""
     server_urls: TextOrList = []
     """Running vLLM or SGLang servers that generate, as http://host:port."""
-    request_timeout: PositiveFloat = 600.0
+    request_timeout: Annotated[float, Field(gt=0, le=1e6)] = 600.0
     """Seconds within which a server must answer a request; past it, others get its work."""
     request_retries: NonNegativeInt = 3
     """Retries of a request that found no connection or ended in a server's error."""

@@ -150,21 +150,25 @@ def _urls(config: JobConfig, world_size: int) -> Iterator[Finding]:
         except ValueError as error:  # whose text begins with the option
             yield Finding(str(error) if option in FIELDS else f"reward {error}")
 
-    urls = [url.rstrip("/") for url in config.rollout.server_urls]
+    urls = [url.rstrip("/").lower() for url in config.rollout.server_urls]
     if twice := {url for url in urls if urls.count(url) > 1}:
         yield Finding(f"server_urls names {min(twice)} twice; name every server once")
 
 
+_OWN = {
+    "vllm": "model dtype tensor_parallel_size max_model_len logprobs_mode load_format max_num_seqs "
+    "gpu_memory_utilization enable_sleep_mode distributed_executor_backend skip_tokenizer_init",
+    "sglang": "model_path dtype tp_size context_length load_format max_running_requests "
+    "mem_fraction_static enable_memory_saver custom_weight_loader skip_tokenizer_init",
+}
+
+
 def _engine_tables(config: JobConfig, world_size: int) -> Iterator[Finding]:
     """What torchrft tells an engine itself, and relies on."""
-    own = {
-        "vllm": ("model", "dtype", "tensor_parallel_size", "max_model_len", "logprobs_mode"),
-        "sglang": ("model_path", "dtype", "tp_size", "context_length"),
-    }
-    instead = "torchrft sets it, from pretrain, bf16, engine_tp_size and max_len"
-    for table, names in own.items():
-        for name in names:
+    for table, names in _OWN.items():
+        for name in names.split():
             if name in value_of(config, table):
+                instead = "torchrft sets it, from its own options (engine_mem_util and the like)"
                 yield Finding(f"{table} holds {name!r}, which must not be there; {instead}")
 
 

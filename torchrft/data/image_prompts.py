@@ -34,8 +34,8 @@ class RowImages:
     def column(self, row: Row) -> list[Image]:
         """The pictures of the row's column. Raises ImageError for what is none."""
         value: Any = row.columns.get(self.key) if self.key else None
-        values = value if isinstance(value, list | tuple) else [value]
-        return [image_of(one, self.folder) for one in values if one is not None]
+        values = value if isinstance(value, list | tuple) else [] if value is None else [value]
+        return [image_of(one, self.folder) for one in values]
 
     def place(
         self, messages: list[dict[str, Any]], column: Sequence[Image], where: str
@@ -53,13 +53,14 @@ class RowImages:
             users = [i for i, message in enumerate(messages) if message["role"] == "user"]
             first = users[0] if users else 0
             contents[first] = [{"type": "image"} for _ in column] + contents[first]
-        rest, images = iter(column), []
+        rest, images, named = iter(column), [], 0
         for part in (part for parts in contents for part in parts if part["type"] == "image"):
             own = part.pop("image", None)
+            named += own is not None
             images.append(image_of(own, self.folder) if own is not None else next(rest, None))
         if None in images or next(rest, None) is not None:
             raise ValueError(
-                f"{where}: the messages have places for {len(images)} images, but "
+                f"{where}: the messages have places for {len(images) - named} images, but "
                 f"{self.key!r} holds {len(column)}"
             )
         found = tuple(image for image in images if image is not None)

@@ -105,7 +105,8 @@ class PromptLoader:
         for key, value in (("num_prompts", self.num_prompts), ("seed", self.seed)):
             if state[key] != value:
                 held = f"the checkpoint has {key} = {state[key]}, this run {value}"
-                raise ValueError(f"cannot resume the prompt order: {held}")
+                remedy = "bring back what is missing, or start anew with another save_path"
+                raise ValueError(f"cannot resume the prompt order: {held}; {remedy}")
         self.position = int(state["position"])
 
 

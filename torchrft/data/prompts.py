@@ -42,6 +42,10 @@ class PromptDataset(Sequence[Prompt]):
         self._prompts.append(replace(prompt, token_ids=()))
         self._token_ids.append(array("i", prompt.token_ids))
 
+    def digest(self) -> int:
+        """A number of the rows that are kept."""
+        return hash(tuple(prompt.row for prompt in self._prompts))
+
     def __len__(self) -> int:
         return len(self._prompts)
 
@@ -103,8 +107,10 @@ def _load(
     if len(reasons) == len(rows):
         raise ValueError(f"{source}: no prompt's images can be used; {reasons[0]}")
     if too_long and not len(dataset):
+        most = f"all {len(rows)} prompts are" if not reasons else f"{len(too_long)} prompts are"
+        others = f"; of {len(reasons)} the images cannot be used: {shown}" if reasons else ""
         shortest = f"the shortest has {min(too_long)} tokens"
-        raise ValueError(f"{source}: all {len(rows)} prompts are {limit}; {shortest}")
+        raise ValueError(f"{source}: {most} {limit}; {shortest}{others}")
     of = f"{len(rows)} prompts of {source}"
     if reasons:
         why = f"whose images cannot be used: {shown}"
@@ -140,6 +146,12 @@ class _Reader:
             raise ValueError(f"apply_chat_template: {owner} has no chat template")
         if data.system_prompt is not None and not data.apply_chat_template:
             raise ValueError("system_prompt needs apply_chat_template = true")
+        own = getattr(getattr(vision, "processor", None), "tokenizer", tokenizer)
+        if own is not tokenizer and own.get_vocab() != tokenizer.get_vocab():
+            raise ValueError(
+                "the processor's tokenizer has another vocabulary than the model's: name the "
+                "model's own by `processor`"
+            )
         self._plain = not data.apply_chat_template
         # How many special tokens the tokenizer puts before and after a text.
         self._affixes: tuple[int, int] | None = None if self._plain else (0, 0)
@@ -150,9 +162,11 @@ class _Reader:
     def read(self, batch: list[Row]) -> Iterator[Prompt]:
         found = []
         for row in batch:
+            self.columns.update(row.columns)
             try:
                 found.append((row, self._untokenized(row)))
             except ImageError as error:
+                self.saw_images = True
                 self.unusable.append((row.number, f"{row.where}: {error}"))
         if not found:
             return
@@ -163,14 +177,13 @@ class _Reader:
         for (row, prompt), ids in zip(found, encoded["input_ids"], strict=True):
             if len(ids) <= prefix + suffix:
                 raise ValueError(f"{row.where}: the prompt becomes no token at all")
+            self.saw_images = self.saw_images or bool(prompt.images)
             if prompt.images and self._vision is not None:
                 try:
                     ids = self._vision.token_ids(prompt.text, prompt.images, special=self._plain)
                 except ValueError as error:
                     self.unusable.append((row.number, f"{row.where}: {error}"))
                     continue
-            self.columns.update(row.columns)
-            self.saw_images = self.saw_images or bool(prompt.images)
             yield replace(prompt, token_ids=tuple(ids[: len(ids) - suffix]))
 
     def _untokenized(self, row: Row) -> Prompt:

@@ -85,12 +85,14 @@ class Table:
 
     def __init__(self, dataset: Dataset, origin: str, columns: Columns) -> None:
         self.origin, self.column_names = origin, list(dataset.column_names)
-        if (key := columns.encoded) in self.column_names:
-            # As the files have them: a damaged image would end the reading of all rows.
-            dataset = dataset.cast_column(key, _undecoded(dataset.features[key]))
         _check_columns(columns.required, self.column_names, origin)
         wanted = {*columns.required, *columns.optional}
-        self._dataset = dataset.select_columns([n for n in self.column_names if n in wanted])
+        dataset = dataset.select_columns([n for n in self.column_names if n in wanted])
+        for name, feature in dataset.features.items():
+            # As the files have them: a damaged image would end the reading of all rows.
+            if columns.encoded and (encoded := _undecoded(feature)) != feature:
+                dataset = dataset.cast_column(name, encoded)
+        self._dataset = dataset
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -170,6 +172,8 @@ def _undecoded(feature: Any) -> Any:
         return Image(decode=False)
     if isinstance(feature, List | LargeList):
         return type(feature)(_undecoded(feature.feature))
+    if isinstance(feature, dict):  # the parts of a message
+        return {name: _undecoded(inner) for name, inner in feature.items()}
     return feature
 
 

@@ -23,6 +23,7 @@ from torchrft.models.loader import auto_class, load_config, sees_images
 from torchrft.tools.images import Image, ImageError
 from torchrft.types import Prompt
 
+_THINNEST = 200  # long side to short side, as the processors of the Qwen family have it
 _CACHE_BYTES = 1 << 30  # of pixels, which several passes of a step need again
 
 
@@ -130,6 +131,10 @@ class Vision:
     def open(self, image: Image) -> Any:
         """The picture as a PIL image within the bounds. Raises ImageError, see `Image.open`."""
         picture = image.open()
+        short, long = sorted(picture.size)
+        if long > _THINNEST * short:  # which a processor may scale up without bound
+            thin = f"is {picture.width} x {picture.height}: one side is over {_THINNEST} times"
+            raise ImageError(f"{image.name} {thin} the other")
         pixels = picture.width * picture.height
         scale = 1.0
         if self.max_pixels is not None and pixels > self.max_pixels:
@@ -305,6 +310,10 @@ def refuse_without_images(model: Any) -> None:
         what = "attention that is not causal among the tokens of an image"
     elif "mrope_section" in (getattr(text, "rope_parameters", None) or {}) and not has_rope:
         what = "positions in three dimensions but no get_rope_index"
+    elif hasattr(model.config, "visual_indicator_token_ids"):  # Ovis2
+        what = "embeddings of its own for the marks around an image"
+    elif model.get_decoder().get_output_embeddings() is not None:  # BLIP-2
+        what = "a language model with a head of its own inside"
     if what:
         raise ValueError(f"{kind} has {what}, which torchrft does not support with images")
 

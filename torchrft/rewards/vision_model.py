@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import islice
 from typing import Any
 
 import torch
@@ -43,8 +44,9 @@ class VisionModel:
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raises ValueError for prompts that this model cannot read."""
-        for prompt in prompts[:1]:
-            self.read(prompt, "")
+        for seeing in (True, False):  # the first with a picture, and the first without
+            for prompt in islice((p for p in prompts if bool(p.images) is seeing), 1):
+                self.read(prompt, "")
 
     def read(self, prompt: Prompt, response: str) -> dict[str, Any]:
         """The model's inputs, with a batch of one. Raises ValueError, naming the prompt's row."""

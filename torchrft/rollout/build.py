@@ -65,9 +65,9 @@ def build_engine(
             transport = join_sglang(config.server_urls, config.request_timeout)
         else:
             transport = start_sglang(config, pretrain, max_len, dtype)
-        engine = SglangEngine(
-            transport, model_config, tokenizer, stop_ids, config.engine_tp_size, dtype, device
-        )
+        tp_size = config.engine_tp_size
+        served = (transport, model_config, tokenizer, stop_ids, tp_size, dtype, device, max_len)
+        engine = SglangEngine(*served)
     if load_weights:
         engine.update_weights(named_full_tensors(load_model(pretrain, dtype=dtype)), version=0)
     return engine

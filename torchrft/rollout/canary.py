@@ -49,7 +49,8 @@ class Marks:
 
     def add(self, tensor: Tensor) -> None:
         for number, block in enumerate(_integers(tensor).split(_GROUP)):
-            self.waiting.append(block)
+            # The last block of a large tensor does not keep the others alive while it waits.
+            self.waiting.append(block.clone() if number and len(block) < _GROUP else block)
             if missing := -block.numel() % _ROW:
                 self.waiting.append(block.new_zeros(missing))
             size = block.numel() + missing

@@ -94,7 +94,9 @@ class SglangEngine:
         tp_size: int = 1,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cuda",
+        max_len: int | None = None,
     ) -> None:
+        self.vocabulary, self.max_len = int(config.get_text_config().vocab_size), max_len
         self.transport, self.tokenizer, self.stop_token_ids = transport, tokenizer, stop_token_ids
         self.dtype, self.device, self.tp_size = dtype, torch.device(device), tp_size
         self.ranks = neighbors(tp_size)
@@ -113,24 +115,27 @@ class SglangEngine:
         watched = Canary(self.expected, lambda name: []).watch(named_tensors)
         pairs = ((name, tensor.to(self.device, self.dtype)) for name, tensor in watched)
         with ThreadPoolExecutor(1) as sender:  # a bucket is loaded while the next is gathered
-            loading: Future[None] | None = None
+            loading, failure = Future[None](), None
+            loading.set_result(None)
+            # To the end also after a failure: other ranks gather as well.
             for bucket in buckets(pairs, _BUCKET):
-                if self.transport is not None:
+                if self.transport is not None and failure is None:
                     verdict = torch.full((self.tp_size,), -1, dtype=torch.int32, device=self.device)
                     packed = sglang_loader.pack(list(bucket.items()), verdict)
-                    if loading is not None:
-                        loading.result()
-                    loading = sender.submit(self._send, self.transport, packed, list(bucket))
-                    bucket.clear()
-            if loading is not None:
-                loading.result()
+                    failure = loading.exception()
+                    if failure is None:
+                        loading = sender.submit(self._send, self.transport, packed, list(bucket))
+                    del packed
+                bucket.clear()
+            if failure := failure or loading.exception():
+                raise failure
+        if self.device.type == "cuda":
+            torch.cuda.ipc_collect()  # the buckets, which SGLang has let go of
         if self.cache_asleep:
             torch.cuda.empty_cache()
             self._post("/resume_memory_occupation", tags=_CACHE)
             self.cache_asleep = False
         self._post("/flush_cache")
-        if self.device.type == "cuda":
-            torch.cuda.ipc_collect()  # the last buckets, which SGLang has let go of
         self.version = version
 
     def _send(
@@ -181,7 +186,7 @@ class SglangEngine:
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
         if sampling.first_token_temperature is not None:
             raise ValueError("SGLang has no first_token_temperature; use the native engine")
-        check_prompts(prompts, sampling, self.version)
+        check_prompts(prompts, sampling, self.version, False, self.vocabulary, self.max_len)
         parts = self.ranks.gather([prompt.token_ids for prompt in prompts], "rollout")
         everything = [token_ids for part in parts for token_ids in part]
         if not everything:

@@ -113,7 +113,8 @@ class VllmEngine:
             self.llm.wake_up(tags=["kv_cache"])
             self.cache_asleep = False
         if self.cached:  # what the old weights computed; it takes as long as half a hand-over
-            self.llm.reset_prefix_cache()
+            if not self.llm.reset_prefix_cache():
+                raise RuntimeError("vLLM keeps the KV cache of the old weights; build it anew")
             if hasattr(self.llm.llm_engine, "reset_encoder_cache"):
                 self.llm.llm_engine.reset_encoder_cache()
             self.cached = False
@@ -201,7 +202,12 @@ class VllmEngine:
         ]
         inputs = [self._input(prompt) for prompt, _ in requests]
         self.cached = True
-        return self.llm.generate(inputs, parameters, use_tqdm=False)
+        try:
+            return self.llm.generate(inputs, parameters, use_tqdm=False)
+        except BaseException:  # what an interrupt leaves would be part of the next call
+            engine = self.llm.llm_engine
+            engine.abort_request(list(engine.output_processor.request_states), internal=True)
+            raise
 
     def _input(self, prompt: Prompt) -> dict[str, Any]:
         if not prompt.images:

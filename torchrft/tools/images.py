@@ -34,12 +34,25 @@ class Image:
     path: str | None = None
     data: bytes | None = field(default=None, repr=False)
 
+    @property
+    def name(self) -> str:
+        """For messages: text that is neither a path nor base64 may be long."""
+        if self.path is None:
+            return "an image"
+        return self.path if len(self.path) < 300 else f"{self.path:.200}…"
+
     def read(self) -> bytes:
         """The encoded picture. Raises ImageError if its file cannot be read."""
+        self._refuse_special()
         try:
             return self.data if self.data is not None else Path(str(self.path)).read_bytes()
         except OSError as error:
-            raise ImageError(f"{self.path} cannot be read ({error.strerror})") from error
+            raise ImageError(f"{self.name} cannot be read ({error.strerror})") from error
+
+    def _refuse_special(self) -> None:
+        """A pipe, say, would be waited for."""
+        if self.path and os.path.exists(self.path) and not os.path.isfile(self.path):
+            raise ImageError(f"{self.name} is no file")
 
     def data_uri(self) -> str:
         """The encoded picture as a data URI. Raises ImageError if it is none that can be read."""
@@ -50,7 +63,7 @@ class Image:
             with Pillow.open(io.BytesIO(data)) as picture:
                 kind = picture.get_format_mimetype() or "image/png"
         except OSError as error:
-            raise ImageError(f"{self.path or 'an image'} cannot be decoded ({error})") from error
+            raise ImageError(f"{self.name} cannot be decoded ({error})") from error
         return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
     def open(self) -> Picture:
@@ -61,7 +74,8 @@ class Image:
         from PIL import Image as Pillow
         from PIL import ImageOps, UnidentifiedImageError
 
-        what = self.path or "an image"
+        what = self.name
+        self._refuse_special()
         try:
             source: Any = self.path if self.data is None else io.BytesIO(self.data)
             with Pillow.open(source) as picture:
@@ -89,7 +103,8 @@ class Image:
         except UnidentifiedImageError as error:
             raise ImageError(f"{what} cannot be decoded (no format of pictures)") from error
         except Exception as error:  # decoders raise what they like on damaged files
-            raise ImageError(f"{what} cannot be decoded ({error})") from error
+            why = getattr(error, "strerror", None) or error
+            raise ImageError(f"{what} cannot be decoded ({why})") from error
 
 
 def image_of(value: Any, folder: Path) -> Image:

@@ -64,7 +64,8 @@ class Generation:
         self.num_layers = model.config.get_text_config().num_hidden_layers
         self.device = self.head.weight.device
         self.prompts, self.sampling, self.decode = prompts, sampling, decode
-        self.stop_ids = torch.tensor(sorted(set(stop_ids)), dtype=torch.long, device=self.device)
+        stops = sorted({token for token in stop_ids if token < len(self.head.weight)})
+        self.stop_ids = torch.tensor(stops, dtype=torch.long, device=self.device)
         count = len(prompts) * sampling.n
         self.slots = min(max_num_seqs, count)
         lengths = [len(prompt.token_ids) for prompt in prompts]

@@ -164,7 +164,7 @@ class GraphGeneration(Generation):
         self.request = [-1] * slots  # by slot; -1: free
         # A table, since torch.isin sorts many ids, which cannot be captured.
         self.is_stop = zeros(self.head.weight.shape[0], dtype=torch.bool)
-        self.is_stop[self.stop_ids[self.stop_ids < len(self.is_stop)]] = True
+        self.is_stop[self.stop_ids] = True
         self.shift = zeros(slots) if self.shifts is not None else None
         self.keys = self.values = torch.empty(0)
         self.batch = slots
@@ -282,8 +282,10 @@ class GraphGeneration(Generation):
     def warm_up(self, batch: int, once: Callable[[], None]) -> None:
         """The first run of a step compiles and allocates, which cannot be captured."""
         how = self.sampling
-        kind = (how.temperature, how.top_p, how.top_k, how.min_new_tokens > 0)
-        key = (batch, *self.keys.shape, *kind)
+        kind = (how.temperature, how.top_p, how.top_k, how.min_new_tokens)
+        # A first token of its own temperature compiles something else.
+        first = how.first_token_temperature or 0.0
+        key = (batch, *self.keys.shape, self.longest, len(self.stop_ids), first, *kind)
         if key in self.warm:
             return
         self.warm.add(key)
