@@ -155,7 +155,7 @@ def test_a_call_that_was_broken_off_leaves_nothing_behind(tmp_path, monkeypatch)
 
     monkeypatch.setattr(engine.llm.llm_engine, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        engine.generate([prompt, *PROMPTS], dataclasses.replace(GREEDY, n=3))
+        engine.generate([prompt, *PROMPTS], dataclasses.replace(GREEDY, n=3, temperature=1.0))
     for version in (1, 2):
         model = weights("qwen2", False, seed=version)
         engine.update_weights(named_full_tensors(model), version)

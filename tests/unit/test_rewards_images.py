@@ -299,6 +299,12 @@ def test_what_a_reward_model_refuses_of_images(prompts, scalar_folder, tmp_path)
         source.score(requests(prompts[1:]))
     with pytest.raises(ValueError, match=r"rm_use_engine = true: the reward model .* sees images"):
         build_scalar(scalar_folder, rm_use_engine="true")
+    bare = replace(prompts[0], images=())  # the first with pictures is looked at, too
+    wrong = replace(prompts[0], text="no place", messages=(), row=9)
+    source = build_scalar(scalar_folder)
+    source.template = None
+    with pytest.raises(ValueError, match="prompt row 9: "):
+        source.check([bare, wrong])
     lost = replace(prompts[0], images=(Image(path="lost.png"),))
     with pytest.raises(RewardError, match=r"prompt row 0: lost\.png does not exist"):
         build_scalar(scalar_folder).score(requests([lost]))

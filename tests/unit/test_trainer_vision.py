@@ -5,6 +5,7 @@ import importlib.util
 import json
 import random
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -22,15 +23,16 @@ from tiny_job import (
     tiny_config,
     trainer,
 )
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from torchrft.checkpoint.hf_export import export_hf
 from torchrft.config.manager import load
-from torchrft.models.vision import Vision
+from torchrft.models.vision import Vision, refuse_without_images
 from torchrft.tools.distributed import World
-from torchrft.tools.images import ImageError
+from torchrft.tools.images import Image, ImageError, image_of
 from torchrft.trainer import Trainer
 
+TEXT = {"ovis2": "qwen2", "blip-2": "opt"}
 VLM = {
     "pretrain": str(ASSETS / "debug_vlm"),
     "prompt_data": str(ASSETS / "color" / "train.jsonl"),
@@ -194,6 +196,58 @@ def test_a_text_model_cannot_take_images(tmp_path):
     options = {"freeze_vision": "true"}
     with pytest.raises(ValueError, match=r"freeze_vision: .* has no image tower"):
         run(tmp_path, **options)
+
+
+def test_a_critic_that_takes_other_images(tmp_path):
+    """The policy's processor prepares them for both."""
+    other = shutil.copytree(ASSETS / "debug_vlm", tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["vision_config"]["image_size"] = 48
+    (other / "config.json").write_text(json.dumps(config))
+    critic = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(other))
+    critic.save_pretrained(other)
+    options = VLM | {"advantage_estimator": "gae", "critic_pretrain": str(other)}
+    with pytest.raises(ValueError, match=r'other" takes images otherwise than pretrain = ".*vlm"'):
+        run(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [("ovis2", "embeddings of its own for the marks"), ("blip-2", "a head of its own inside")],
+)
+def test_models_that_do_more_with_images_than_torchrft(kind, what):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = AutoConfig.for_model(kind, text_config={**sizes, "model_type": TEXT[kind]})
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    with pytest.raises(ValueError, match=f"has .*{what}.*, which torchrft does not support with"):
+        refuse_without_images(model)
+
+
+def keep(rank, folder):
+    """What a rank says where one of its pictures is not there."""
+    opened = Image.open
+
+    def missing(image):
+        if rank == 1 and image == lost:
+            raise ImageError("lost")
+        return opened(image)
+
+    lost = image_of(color_rows(4)[3]["images"], ASSETS / "color")
+    Image.open = missing
+    try:
+        train(rank, folder, 2, VLM)
+    except ValueError as error:
+        return str(error)
+    finally:
+        Image.open = opened
+
+
+def test_ranks_that_keep_other_prompts_do_not_start(tmp_path):
+    total = len((ASSETS / "color" / "train.jsonl").read_text().splitlines())
+    said = f"prompt_data: the ranks keep other prompts, {total}, {total - 1} of them: give all"
+    for text in run_ranks(keep, 2, str(tmp_path)):
+        assert text.startswith(said)
 
 
 def test_a_vision_language_model_trains_on_text(tmp_path):
