@@ -99,6 +99,23 @@ def test_updates(family, tmp_path):
         engine.generate([prompt], GREEDY)
 
 
+def test_a_picture_is_encoded_once_for_its_samples(tmp_path):
+    source = folder("llava", tmp_path)
+    vision = Vision.load(source)
+    engine, seen = make(source, vision), []
+
+    def count(model):
+        model.vision_tower.register_forward_hook(lambda _m, args, _out: seen.append(len(args[0])))
+
+    engine.llm.apply_model(count)
+    for version in (1, 2):
+        seen.clear()
+        engine.update_weights(named_full_tensors(weights(source, version)), version)
+        sampling = SamplingParams(n=5, max_new_tokens=4, max_total_tokens=96)
+        assert len(engine.generate(prompts(vision), sampling)) == 4 * 5
+        assert 3 <= sum(seen) <= 4  # three pictures, one of them in two prompts
+
+
 def test_the_canary_watches_the_tower(tmp_path, monkeypatch):
     """A tensor of the image tower that is stale on its way into vLLM is named."""
     source = folder("llava", tmp_path)
