@@ -45,16 +45,19 @@ def _is_off(text: Any) -> bool:
 class _SlotAttention:
     """Attention layout of one new token for each of the first slots.
 
-    keys, values: [layers, slots, T, Hkv, D]; `begin` is called at the start of every step. The
-    layer is a number, or its row of `handles` where a compiled layer runs for all of them.
+    keys, values: [layers, slots, T, Hkv, D]; least: keys of the smallest part. `begin` is called at
+    the start of every step. The layer is a number, or its row of `handles` where a compiled layer
+    runs for all of them.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, batch: int, heads: int) -> None:
+    def __init__(
+        self, keys: Tensor, values: Tensor, batch: int, heads: int, least: int = _PART
+    ) -> None:
         self.keys, self.values, self.batch = keys, values, batch
         _, self.slots, self.room, kv_heads, _ = keys.shape
         self.group = heads // kv_heads
         # With few sequences the keys of each are split in parts, which are merged afterwards.
-        parts = max(1, min(_BLOCKS // (batch * kv_heads), self.room // _PART))
+        parts = max(1, min(_BLOCKS // (batch * kv_heads), self.room // least))
         self.size = -(-self.room // parts // _PART) * _PART
         self.cuts = list(range(0, self.room, self.size))  # a list's length is constant to compile
         layers = torch.arange(keys.shape[0], device=keys.device)[:, None, None]
@@ -256,7 +259,9 @@ class GraphGeneration(Generation):
     def capture(self, batch: int) -> Callable[[], None]:
         """A function that runs a step of the first `batch` slots; on a GPU, a graph's replay."""
         heads = self.base.config.get_text_config().num_attention_heads
-        layout = _SlotAttention(self.keys, self.values, batch, heads)
+        # Merging takes eight kernels that are not compiled: parts must be worth it.
+        least = _PART if self.attention == attention.TRACED else 8 * _PART
+        layout = _SlotAttention(self.keys, self.values, batch, heads, least)
         for module in self.base.modules():
             if hasattr(module, "layer_index"):
                 module.layer_index = layout.handles[module.layer_idx]
