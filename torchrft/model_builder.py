@@ -103,7 +103,7 @@ def _sees(config: Any) -> tuple[Any, ...]:
     """What a model and a processor must agree on."""
     names = ("image_size", "patch_size", "spatial_merge_size", "temporal_patch_size")
     sizes = (getattr(config.vision_config, name, None) for name in names)
-    return config.model_type, config.image_token_id, *sizes
+    return config.model_type, getattr(config, "image_token_id", None), *sizes
 
 
 def judge_engine(

@@ -137,7 +137,7 @@ ERRORS = [
             {"engine_type": engine, engine: {option: 1}},
             1,
             f"[rollout] {engine} = {{\"{option}\": 1}} holds '{option}', which must not be there; "
-            "torchrft sets it, from its own options",
+            "torchrft sets it itself, from pretrain, bf16, engine_tp_size, max_len",
         )
         for engine, option in (
             ("vllm", "max_model_len"),

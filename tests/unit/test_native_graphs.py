@@ -10,6 +10,7 @@ from tiny_job import MODEL
 
 from torchrft.models.loader import load_tokenizer
 from torchrft.rollout.native import engine as engine_module
+from torchrft.rollout.native import generation as generation_module
 from torchrft.rollout.native.engine import NativeEngine
 from torchrft.rollout.native.graphs import GraphGeneration, merged, supports
 from torchrft.rollout.native.sampler import draw
@@ -28,6 +29,11 @@ def generate(monkeypatch, captured, sampling, family="qwen2", slots=8, compiled=
     model = tiny.model(family, "eager")
     engine = NativeEngine(model.config, load_tokenizer(MODEL), (1,), max_num_seqs=slots)
     engine.compiled = compiled
+    if compiled:  # layers run by themselves, as on a GPU
+        monkeypatch.setattr(generation_module, "is_plain", lambda _: False)
+    for module in engine.model.modules() if compiled else []:  # as the engine does on a GPU
+        if hasattr(module, "layer_idx"):
+            module.register_buffer("layer_index", None, persistent=False)
     engine.update_weights(named_full_tensors(model), version=4)
     return engine.generate(PROMPTS, sampling)
 

@@ -165,10 +165,11 @@ _OWN = {
 
 def _engine_tables(config: JobConfig, world_size: int) -> Iterator[Finding]:
     """What torchrft tells an engine itself, and relies on."""
+    options = "pretrain, bf16, engine_tp_size, max_len, max_num_seqs, engine_mem_util or stop"
     for table, names in _OWN.items():
         for name in names.split():
             if name in value_of(config, table):
-                instead = "torchrft sets it, from its own options (engine_mem_util and the like)"
+                instead = f"torchrft sets it itself, from {options}"
                 yield Finding(f"{table} holds {name!r}, which must not be there; {instead}")
 
 
