@@ -11,6 +11,7 @@ import pickle
 import sys
 import threading
 import types
+import weakref
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -218,6 +219,28 @@ def test_after_a_fault_all_is_gathered_and_the_next_update_works(server, monkeyp
     server.model.fault = ("", None)
     engine.update_weights(pairs, 4)
     assert {c.policy_version for c in engine.generate(PROMPTS, GREEDY)} == {4}
+
+
+def test_no_bucket_is_held_when_the_cache_wakes(server, monkeypatch):
+    engine, pairs = make(server), list(named_full_tensors(tiny.model("qwen2")))
+    pack, held, seen = sglang_loader.pack, [], []
+
+    def spy(bucket, verdict):
+        packed = pack(bucket, verdict)
+        held.append(weakref.ref(packed[0][1]))
+        return packed
+
+    monkeypatch.setattr(sglang_loader, "pack", spy)
+    monkeypatch.setattr("torchrft.rollout.sglang._BUCKET", 5000)
+    monkeypatch.setattr(
+        torch.cuda, "empty_cache", lambda: seen.append([each() is None for each in held])
+    )
+    engine.update_weights(pairs, 0)
+    engine.sleep()
+    engine.wake()
+    engine.update_weights(pairs, 1)
+    assert len(held) > 6
+    assert seen[-1] == [True] * len(held)
 
 
 def test_a_fault_on_the_way_is_named(server, monkeypatch):
