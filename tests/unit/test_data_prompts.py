@@ -118,12 +118,44 @@ def test_hub_id(tokenizer, monkeypatch):
     assert calls == [("openai/gsm8k", "main"), ("owner/name",)]
 
 
-def test_hub_failure_says_what_was_tried(tokenizer, monkeypatch):
+def wrapped(message, cause):
+    """As `datasets` raises it."""
+    error = datasets.exceptions.DatasetNotFoundError(message)
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (
+            ConnectionError("no network"),
+            'the dataset "a/b" is no folder here and not in the cache, and the hub cannot be '
+            "reached: try again, or run `hf download --repo-type dataset a/b` where",
+        ),
+        (
+            wrapped("Dataset 'a/b' doesn't exist on the Hub or cannot be accessed.", None),
+            '"a/b" is neither a folder here nor a dataset on the hub for this user: check the sp',
+        ),
+        (
+            wrapped("Dataset 'a/b' is a gated dataset on the Hub. Visit the page.", OSError()),
+            'the dataset "a/b" is gated: accept its terms at https://huggingface.co/datasets/a/b '
+            "and log in by `hf auth login`",
+        ),
+        (
+            ValueError("BuilderConfig 'c' not found. Available: ['x', 'y']"),
+            "a/b is no file or folder here, and could not be loaded from the Hugging Face hub: "
+            "ValueError: BuilderConfig 'c' not found. Available: ['x', 'y']",
+        ),
+    ],
+)
+def test_hub_failure_says_what_was_tried(tokenizer, monkeypatch, fault, message):
     def load(*args):
-        raise ConnectionError("no network")
+        raise fault
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(ValueError, match=r"prompt_data: a/b is no file or folder here.*hub: Conn"):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    with pytest.raises(ValueError, match="^" + re.escape(f"prompt_data: {message}")):
         load_prompts("a/b", Data(), tokenizer)
 
 
@@ -335,3 +367,158 @@ def test_debug_task_loads(tokenizer):
     prompts = load_prompts(str(ASSETS / "max_digit/train.jsonl"), Data(), tokenizer)
     assert len(prompts) == 1800
     assert {len(p.token_ids) for p in prompts} == {5}
+
+
+USER = '{"role": "user", "content": '
+SECOND = '[{"role": "user", "content": "1"}]'
+
+
+@pytest.mark.parametrize(
+    ("line", "column"),
+    [
+        ('{"prompt": "1\\ud800"}', "prompt"),
+        ('{"prompt": "\\udc001"}', "prompt"),
+        ('{"prompt": [' + USER + '"1\\ud83d"}]}', "prompt"),
+        ('{"prompt": [{"role": "user", "content": "1", "name": "\\udfff"}]}', "prompt"),
+        ('{"prompt": "1", "label": "\\ud800"}', "label"),
+        ('{"prompt": "1", "label": {"a": ["\\udbff"]}}', "label"),
+        ('{"prompt": "1", "label": {"\\udbff": 1}}', "label"),
+        ('{"prompt": "1", "level": "\\udbff"}', "level"),
+    ],
+)
+def test_half_a_character_names_file_line_and_column(write, tokenizer, line, column):
+    data = Data(apply_chat_template=True, metadata_keys=["level"] if column == "level" else [])
+    path = write('{"prompt": "1", "level": 1}', line)
+    start = re.escape(f"prompt_data: {path}, line 2: {column!r} holds half of a character (a lone")
+    with pytest.raises(ValueError, match=start):
+        load_prompts(path, data, tokenizer)
+
+
+def test_whole_characters_null_and_columns_that_are_not_read_pass(write, tokenizer):
+    path = write('{"prompt": "1\\ud83d\\ude00", "x": "\\ud800"}', '{"prompt": "1\\u00002"}')
+    assert [p.text for p in load_prompts(path, Data(), tokenizer)] == ["1\U0001f600", "1\x002"]
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ('[{"type": "text", "text": "1+"}, {"type": "text", "text": "2"}]', "1+2"),
+        ('[{"type": "text", "text": "1+2", "image": null}]', "1+2"),
+        ('[{"type": "text", "text": ""}, {"type": "text", "text": "1+2"}]', "1+2"),
+    ],
+)
+def test_lists_of_text_parts_are_texts(write, tokenizer, content, text):
+    path = write(f'{{"prompt": [{USER}{content}}}]}}')
+    (prompt,) = load_prompts(path, Data(apply_chat_template=True), tokenizer)
+    assert prompt.text == f"<|user|>{text}\n<|assistant|>"
+    assert prompt.messages == ({"role": "user", "content": text},)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (f'[{USER}[{{"type": "image"}}]}}]', "parts other than text need images_key or mixed_mm"),
+        (f'[{USER}["1"]}}]', "parts other than text need images_key or mixed_mm_data"),
+        (f'[{USER}[{{"text": 1, "type": "text"}}]}}]', "parts other than text need images_key"),
+        (f"[{USER}[]}}]", "'prompt' is empty"),
+        (f'[{USER}[{{"type": "text", "text": " "}}]}}]', "'prompt' is empty"),
+        (f"[{USER}null}}]", 'a message must be {"role": string, "content": string}, got {'),
+        (f'[{USER}null, "tool_calls": []}}]', 'a message must be {"role": string, "content"'),
+        ('["1+1="]', 'a message must be {"role": string, "content": string}, got \'1+1=\''),
+        ('[{"from": "human", "value": "1"}]', 'a message must be {"role": string, "content"'),
+        ('[{"role": 1, "content": "1"}]', 'a message must be {"role": string, "content"'),
+        ('{"role": "user", "content": "1"}', "must be a string or a list of chat messages, got {"),
+        ("[[]]", 'a message must be {"role": string, "content": string}, got []'),
+        ("true", "must be a string or a list of chat messages, got True"),
+    ],
+)
+def test_messages_of_other_forms_are_refused(write, tokenizer, prompt, message):
+    path = write(PROMPT, f'{{"prompt": {prompt}}}')
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        load_prompts(path, Data(apply_chat_template=True), tokenizer)
+    assert f"{path}, line 2: 'prompt'" in str(caught.value)
+
+
+def test_a_call_of_a_tool_needs_no_text(write, tokenizer):
+    call = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+    chat = [{"role": "user", "content": "1"}, {"role": "assistant", "content": None,
+            "tool_calls": call}, {"role": "tool", "content": "2"}]  # fmt: skip
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role[0] + m.content }}"
+        "{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{% endif %}{% endfor %}"
+    )
+    (prompt,) = load_prompts(write({"prompt": chat}), Data(apply_chat_template=True), tokenizer)
+    assert prompt.text == 'u1a{"name": "add", "arguments": {"a": 1}}t2'
+
+
+def test_messages_that_are_stored_as_json(write, tokenizer, tmp_path):
+    chat = [{"role": "system", "content": "s"}, {"content": "1\n[2]", "role": "user"}]
+    data = Data(apply_chat_template=True)
+    stored = [json.dumps(chat), " " + json.dumps(chat, indent=2) + "\n"]
+    path = write(*({"prompt": text} for text in stored))
+    datasets.Dataset.from_dict({"prompt": stored}).to_parquet(tmp_path / "p.parquet")
+    for source in (path, str(tmp_path / "p.parquet")):
+        for prompt in load_prompts(source, data, tokenizer):
+            assert prompt.text == "<|system|>s\n<|user|>1\n[2]\n<|assistant|>"
+            assert prompt.messages == tuple(chat)
+    with pytest.raises(ValueError, match="line 1: 'prompt' holds chat messages; they need apply"):
+        load_prompts(path, Data(), tokenizer)
+    for text in (str(chat), str(chat).replace("}, {", "}\n {"), json.dumps(chat).replace(",", "")):
+        with pytest.raises(ValueError, match="line 1: 'prompt' looks like a list of chat messages"):
+            load_prompts(write({"prompt": text}), data, tokenizer)
+    with pytest.raises(ValueError, match="line 1: the chat template fails on it with UnicodeEncod"):
+        load_prompts(write({"prompt": SECOND.replace('"1"', '"\\ud800"')}), data, tokenizer)
+    for text in ('[{"role": "admin"}] is a role: content?', '[{"role": 1}, {"content": 2}]',
+                 '[{"a": {"role": "x", "content": "y"}}]', "[1]", "[{'role': content}]"):  # fmt: skip
+        (prompt,) = load_prompts(write({"prompt": text}), data, tokenizer)
+        assert prompt.text == f"<|user|>{text}\n<|assistant|>"
+
+
+def test_a_saved_dataset_hands_out_lists_whatever_its_format(tokenizer, tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": "1"}], "label": [1, 2]}]
+    datasets.Dataset.from_list(rows).with_format("numpy").save_to_disk(tmp_path / "d")
+    (prompt,) = load_prompts(str(tmp_path / "d"), Data(apply_chat_template=True), tokenizer)
+    assert prompt.text == "<|user|>1\n<|assistant|>"
+    assert prompt.label == [1, 2]
+    assert type(prompt.label) is list
+
+
+THINKING = "{{ messages[0].content }}{% if think is defined %}{{ think }}{% endif %}{{ depth }}"
+
+
+def test_variables_of_the_chat_template(write, tokenizer):
+    tokenizer.chat_template = THINKING
+    for given, text in (({}, "1"), ({"think": False}, "1False"), ({"depth": "low"}, "1low")):
+        data = Data(apply_chat_template=True, chat_template_kwargs=given)
+        assert load_prompts(write(PROMPT), data, tokenizer)[0].text == text
+    for name in ("thinking", "messages", "add_generation_prompt", "tokenize", "chat_template"):
+        data = Data(apply_chat_template=True, chat_template_kwargs={"think": 1, name: "x"})
+        fault = f"chat_template_kwargs: no '{name}' in the chat template; takes depth, think$"
+        with pytest.raises(ValueError, match=fault):
+            load_prompts(write(PROMPT), data, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ messages[0].content + 1 }}", "the chat template fails on it with TypeError: can only"),
+        ("{{ messages[1].content }}", "the chat template refuses it: list object has no element 1"),
+        ("{{ 1 // 0 }}", "the chat template fails on it with ZeroDivisionError: "),
+        ("{{ ''.__class__ }}{{ messages.clear() }}", "the chat template refuses it: "),
+    ],
+)
+def test_templates_that_raise_name_file_and_line(write, tokenizer, template, message):
+    tokenizer.chat_template = template
+    path = write(PROMPT)
+    with pytest.raises(ValueError, match=re.escape(f"prompt_data: {path}, line 1: {message}")):
+        load_prompts(path, Data(apply_chat_template=True), tokenizer)
+
+
+def test_a_prompt_that_begins_with_bos_gets_no_second_one(write, tokenizer):
+    add_specials(tokenizer, "<|user|> $A <eos>")
+    path = write(*({"prompt": text} for text in ("<|user|>", "<|user|>12", "12", "1<|user|>")))
+    prompts = load_prompts(path, Data(), tokenizer)
+    assert [p.token_ids for p in prompts] == [(4,), (4, 9, 10), (4, 9, 10), (4, 9, 4)]
+    add_specials(tokenizer, "$A <eos>")
+    path = write(*({"prompt": text} for text in ("<eos>", "<eos><eos>1", "1<eos>")))
+    assert [p.token_ids for p in load_prompts(path, Data(), tokenizer)] == [(1,), (1, 1, 9), (9, 1)]

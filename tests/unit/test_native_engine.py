@@ -332,7 +332,7 @@ def test_stop_token_ids(flat):
         assert cut.token_ids == full.token_ids[:end]
         assert cut.logprobs == pytest.approx(full.logprobs[:end], abs=1e-5)
         assert cut.finish_reason == ("stop" if stops else "length")
-        assert cut.text == TOKENIZER.decode(cut.token_ids, skip_special_tokens=True)
+        assert cut.text == TOKENIZER.decode(cut.token_ids[: -1 if stops else None])
         ends.add(cut.token_ids[-1])
     assert {EOS, 30, 31, 32} <= ends
     assert {c.finish_reason for c in before} == {"stop", "length"}
@@ -382,7 +382,7 @@ def test_min_new_tokens_without_stop_tokens():
 def first_stop(full, stops):
     """(tokens until a stop string is complete, the text before the first), or None."""
     for end in range(1, len(full.token_ids) + 1):
-        text = TOKENIZER.decode(full.token_ids[:end], skip_special_tokens=True)
+        text = TOKENIZER.decode(full.token_ids[:end])
         found = [text.index(stop) for stop in stops if stop in text]
         if found:
             return end, text[: min(found)]
@@ -435,14 +435,24 @@ def test_stop_strings_and_min_new_tokens(flat, least):
     assert early > 3
 
 
-def test_text_of_several_bytes_and_special_tokens(flat):
-    """Special tokens are not in the text, and do not hide a stop string around them."""
-    got = flat[0].generate(prompts([[7]] * 8), SamplingParams(n=4, max_new_tokens=40))
+def test_special_tokens_are_in_the_text_and_stop_strings_find_them(flat):
+    """All that was sampled but the stop token, whether a tag is one special token or a text."""
+    base = SamplingParams(n=4, max_new_tokens=40, seeds=seeds(8, 4))
+    got = flat[0].generate(prompts([[7]] * 8), base)
     special = set(TOKENIZER.all_special_ids)
     assert any(special & set(c.token_ids[:-1]) for c in got)
     for c in got:
-        plain = [token for token in c.token_ids if token not in special]
-        assert c.text == TOKENIZER.decode(plain)
+        ids = c.token_ids[:-1] if c.finish_reason == "stop" else c.token_ids
+        assert c.text == TOKENIZER.decode(ids)
+    user = TOKENIZER.convert_tokens_to_ids("<|user|>")
+    stopped = flat[0].generate(prompts([[7]] * 8), dataclasses.replace(base, stop=("<|user|>",)))
+    for full, cut in zip(got, stopped, strict=True):
+        end = full.token_ids.index(user) + 1 if user in full.token_ids else len(full.token_ids)
+        assert cut.token_ids == full.token_ids[:end]
+        assert cut.finish_reason == ("stop" if user in full.token_ids else full.finish_reason)
+        assert cut.text == full.text.partition("<|user|>")[0]
+    assert any(user in c.token_ids[:-1] for c in stopped) is False
+    assert sum(user in c.token_ids for c in stopped) > 3
 
 
 def test_prompt_without_room(flat):

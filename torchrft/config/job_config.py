@@ -60,6 +60,8 @@ class Data(Section):
     """Put before every prompt as the system message; needs `apply_chat_template`."""
     apply_chat_template: bool = False
     """Format prompts with the tokenizer's chat template."""
+    chat_template_kwargs: dict[str, bool | int | float | str] = {}
+    """Variables of the chat template, for prompts, as Qwen3's `enable_thinking = false`."""
     max_len: PositiveInt = 4096
     """Maximum tokens of prompt + response."""
     prompt_max_len: PositiveInt = 2048

@@ -151,7 +151,7 @@ NEEDS: tuple[Need, ...] = (
     *_on("source_key", "recipes"),
     *_on("gate", "gate_reward"),
     *_need("images_key or mixed_mm_data", sees_images, "processor", "min_pixels", "max_pixels"),
-    *_on("apply_chat_template", "system_prompt"),
+    *_on("apply_chat_template", "system_prompt", "chat_template_kwargs"),
     *_on("packing_samples", "max_tokens_per_microbatch"),
     *_on("fused_linear_logprob", "chunk_size"),
     *_on("gradient_checkpointing", "checkpointing_mode"),

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
 
-from jinja2 import TemplateError
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
 from torchrft.config.job_config import Data
 from torchrft.data.image_prompts import RowImages, images_column
 from torchrft.data.sources import Columns, Row, RowSource, describe_columns, open_source
+from torchrft.models.tokenizer import encode, render_chat, template_variables
 from torchrft.models.vision import Vision
 from torchrft.tools.images import Image, ImageError
 from torchrft.tools.logging import logger
@@ -24,6 +26,9 @@ from torchrft.types import Prompt
 Messages = list[dict[str, Any]]
 _ROWS_PER_BATCH = 1000
 _ROWS_WORTH_A_BAR = 20_000
+_KEYS = r"(?=.*['\"]role['\"]\s*:)(?=.*['\"]content['\"]\s*:)"
+# A list of messages as text: JSON, or as Python prints it.
+_STORED_CHAT = re.compile(rf"\s*\[\s*\{{{_KEYS}.*\}}\s*\]\s*", re.DOTALL)
 
 
 class PromptDataset(Sequence[Prompt]):
@@ -146,6 +151,11 @@ class _Reader:
             raise ValueError(f"apply_chat_template: {owner} has no chat template")
         if data.system_prompt is not None and not data.apply_chat_template:
             raise ValueError("system_prompt needs apply_chat_template = true")
+        if data.chat_template_kwargs:
+            names = template_variables(self._template)
+            for name in data.chat_template_kwargs.keys() - names:
+                takes = f"takes {', '.join(sorted(names)) or 'none'}"
+                raise ValueError(f"chat_template_kwargs: no {name!r} in the chat template; {takes}")
         own = getattr(getattr(vision, "processor", None), "tokenizer", tokenizer)
         if own is not tokenizer and own.get_vocab() != tokenizer.get_vocab():
             raise ValueError(
@@ -173,9 +183,9 @@ class _Reader:
         texts = [prompt.text for _, prompt in found]
         prefix, suffix = self._affixes = self._affixes or self._find_affixes(texts[0])
         # verbose=False: over-long prompts are dropped and counted, no need to warn of each.
-        encoded = self._tokenizer(texts, add_special_tokens=self._plain, verbose=False)
-        for (row, prompt), ids in zip(found, encoded["input_ids"], strict=True):
-            if len(ids) <= prefix + suffix:
+        encoded = encode(self._tokenizer, texts, self._plain)
+        for (row, prompt), ids in zip(found, encoded, strict=True):
+            if len(ids) <= prefix + suffix and not encode(self._tokenizer, [prompt.text], False)[0]:
                 raise ValueError(f"{row.where}: the prompt becomes no token at all")
             self.saw_images = self.saw_images or bool(prompt.images)
             if prompt.images and self._vision is not None:
@@ -188,8 +198,12 @@ class _Reader:
 
     def _untokenized(self, row: Row) -> Prompt:
         """Raises ImageError where the row's images are no images."""
-        prompt, where = row.columns[self._data.input_key], row.where
-        what = f"{where}: {self._data.input_key!r}"
+        where, key = row.where, self._data.input_key
+        what = f"{where}: {key!r}"
+        given = (key, self._data.label_key, images_column(self._data), *self._data.metadata_keys)
+        for name in row.columns.keys() & given:
+            _refuse_surrogates(row.columns[name], f"{where}: {name!r}")
+        prompt = _chat_or_text(row.columns[key], what)
         if isinstance(prompt, list):
             messages = _checked_messages(prompt, what, parts=self._images is not None)
         elif isinstance(prompt, str):
@@ -235,15 +249,15 @@ class _Reader:
             # Templates that see images take lists of parts.
             content = system if self._images is None else [{"type": "text", "text": system}]
             messages = [{"role": "system", "content": content}, *messages]
-        apply = self._template.apply_chat_template
-        try:
-            return apply(messages, tokenize=False, add_generation_prompt=True), messages
-        except TemplateError as error:
-            raise ValueError(f"{where}: the chat template refuses it: {error}") from error
+        options = {"add_generation_prompt": True, **self._data.chat_template_kwargs}
+        return render_chat(self._template, messages, where, **options), messages
 
     def _find_affixes(self, text: str) -> tuple[int, int]:
-        bare = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        full = self._tokenizer(text, add_special_tokens=True, verbose=False)["input_ids"]
+        for probe in ("1", text):  # the prompt may hold special tokens itself
+            bare = self._tokenizer(probe, add_special_tokens=False, verbose=False)["input_ids"]
+            full = self._tokenizer(probe, add_special_tokens=True, verbose=False)["input_ids"]
+            if bare:
+                break
         if not bare:  # the caller refuses such a text; nothing can be learned from it
             return len(full), 0
         added = len(full) - len(bare)
@@ -264,13 +278,46 @@ def _checked_messages(prompt: list[Any], what: str, parts: bool) -> Messages:
     for message in prompt:
         fields = message if isinstance(message, dict) else {}
         kinds = (str, list) if parts else str
-        if not isinstance(fields.get("role"), str) or not isinstance(fields.get("content"), kinds):
-            needs = "; content of several parts needs images_key or mixed_mm_data"
-            hint = needs if isinstance(fields.get("content"), list) else ""
+        content = fields.get("content")
+        if content is None and fields.get("tool_calls"):
+            content = ""  # a call of a tool needs no text
+        elif isinstance(content, list) and not parts and all(map(_is_text, content)):
+            content = "".join(part["text"] for part in content)
+        if not isinstance(fields.get("role"), str) or not isinstance(content, kinds):
+            needs = "; parts other than text need images_key or mixed_mm_data"
+            hint = needs if isinstance(content, list) else ""
             form = '{"role": string, "content": string}'
             raise ValueError(f"{what}: a message must be {form}, got {message!r:.80}{hint}")
         # Arrow gives every message the keys of all; a template asks whether a key is there.
-        messages.append({key: value for key, value in message.items() if value is not None})
+        filled = {key: value for key, value in message.items() if value is not None}
+        messages.append(filled | {"content": content})
     if messages[-1]["role"] == "assistant":
         raise ValueError(f"{what} ends with the assistant's message, which the model is to write")
     return messages
+
+
+def _is_text(part: Any) -> bool:
+    text = part.get("text") if isinstance(part, Mapping) else None
+    return isinstance(text, str) and part.get("type") == "text"
+
+
+def _chat_or_text(prompt: Any, what: str) -> Any:
+    """The prompt, or the list of messages that a text holds as JSON, as tables often store it."""
+    if not isinstance(prompt, str) or not _STORED_CHAT.fullmatch(prompt):
+        return prompt
+    try:
+        messages = json.loads(prompt)
+    except ValueError as error:
+        fault = "looks like a list of chat messages, but is no JSON"
+        raise ValueError(f"{what} {fault} ({error}); write it with json.dumps") from error
+    is_chat = all(isinstance(message, dict) and "role" in message for message in messages)
+    return messages if is_chat else prompt
+
+
+def _refuse_surrogates(value: Any, what: str) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False, skipkeys=True, default=lambda other: None).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        fault = f"holds half of a character (a lone surrogate, {half!r})"
+        raise ValueError(f"{what} {fault}: write the whole character") from error

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+from torchrft.tools.hub import hub_fault
+
 if TYPE_CHECKING:  # imported where used: it takes a second, and JSON files do without it
     from datasets import Dataset
 
@@ -88,6 +90,7 @@ class Table:
         _check_columns(columns.required, self.column_names, origin)
         wanted = {*columns.required, *columns.optional}
         dataset = dataset.select_columns([n for n in self.column_names if n in wanted])
+        dataset = dataset.with_format(None)  # one that was saved would hand out arrays for lists
         for name, feature in dataset.features.items():
             # As the files have them: a damaged image would end the reading of all rows.
             if columns.encoded and (encoded := _undecoded(feature)) != feature:
@@ -198,9 +201,12 @@ def _load_splits(location: str, path: Path) -> Mapping[str, Dataset]:
     from datasets import DatasetDict, load_dataset, load_from_disk
 
     if not path.is_dir():
-        unknown = "is no file or folder here, and could not be loaded from the Hugging Face hub"
-        with _refused(f"{location} {unknown}"):
-            return load_dataset("/".join(parts[:2]), *parts[2:])
+        unknown, name = "could not be loaded from the Hugging Face hub", "/".join(parts[:2])
+        try:
+            with _refused(f"{location} is no file or folder here, and {unknown}"):
+                return load_dataset(name, *parts[2:])
+        except ValueError as error:
+            raise ValueError(hub_fault(name, error, "dataset") or str(error)) from error
     saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
     with _refused(f"{path} is not a dataset folder that `datasets` can load"):
         loaded = load_from_disk(str(path)) if saved else load_dataset(str(path))

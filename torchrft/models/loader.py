@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from torchrft.models import attention
+from torchrft.tools.hub import hub_fault
 
 
 def load_config(source: str) -> PreTrainedConfig:
@@ -32,7 +33,7 @@ def load_config(source: str) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise ValueError(_not_found(source, "config.json")) from error
+        raise ValueError(_not_found(source, "config.json", error)) from error
     return _with_attention(config)
 
 
@@ -85,7 +86,7 @@ def load_model(
         return read_weights(auto, source, "pretrain =", config, **options)
     except OSError as error:
         remedy = '; [model] init = "random" makes fresh ones'
-        raise ValueError(_not_found(source, "weights") + remedy) from error
+        raise ValueError(_not_found(source, "weights", error) + remedy) from error
 
 
 def read_weights(
@@ -135,7 +136,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise ValueError(_not_found(source, "tokenizer")) from error
+        raise ValueError(_not_found(source, "tokenizer", error)) from error
     if len(tokenizer.get_vocab()) == len(tokenizer.get_added_vocab()):
         # For some architectures transformers makes an empty tokenizer when there are no files.
         raise ValueError(_not_found(source, "tokenizer"))
@@ -176,7 +177,6 @@ def parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
-def _not_found(source: str, what: str) -> str:
-    if Path(source).is_dir():
-        return f'pretrain = "{source}" holds no {what} that transformers can read'
-    return f'pretrain = "{source}" is neither a folder nor a model that the hub hands out here'
+def _not_found(source: str, what: str, error: Exception | None = None) -> str:
+    fault = hub_fault(source, error) if error is not None else None
+    return fault or f'pretrain = "{source}" holds no {what} that transformers can read'

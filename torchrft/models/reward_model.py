@@ -23,6 +23,7 @@ from torchrft.models.loader import read_weights
 from torchrft.models.sharded import ShardedWeights
 from torchrft.parallel import ParallelDims, parallelize
 from torchrft.tools.distributed import World
+from torchrft.tools.hub import hub_fault
 from torchrft.tools.logging import logger
 
 Group = Sequence[Sequence[int]]  # token ids of samples that begin alike
@@ -172,7 +173,8 @@ def load_reward_model(
         try:
             loaded = read_weights(auto, source, "the reward model", config, dtype=dtype)
         except OSError as error:
-            raise ValueError(f'the reward model "{source}" has no weights: {error}') from error
+            why = hub_fault(source, error) or f'the reward model "{source}" has no weights: {error}'
+            raise ValueError(why) from error
     model = RewardModel(loaded.eval().requires_grad_(False), world.device)
     if sharded is None:
         model.to(world.device)
@@ -190,10 +192,8 @@ def reward_config(source: str) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f'the reward model "{source}" is neither a folder with a config.json that transformers '
-            "can read nor a model that the hub hands out here"
-        ) from error
+        none = f'the reward model "{source}" holds no config.json that transformers can read'
+        raise ValueError(hub_fault(source, error) or none) from error
     names = config.architectures or []
     if names and not any("ForSequenceClassification" in name for name in names):
         raise ValueError(

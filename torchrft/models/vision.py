@@ -20,6 +20,8 @@ from transformers import AutoProcessor, PreTrainedConfig, PreTrainedModel
 
 from torchrft.models.attention import Layout
 from torchrft.models.loader import auto_class, load_config, sees_images
+from torchrft.models.tokenizer import without_second_bos
+from torchrft.tools.hub import hub_fault
 from torchrft.tools.images import Image, ImageError
 from torchrft.types import Prompt
 
@@ -113,7 +115,8 @@ class Vision:
         except (OSError, ValueError, ImportError, AttributeError) as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise ValueError(
-                f'no image processor can be made from "{source}": {first} (name one by '
+                hub_fault(source, error)
+                or f'no image processor can be made from "{source}": {first} (name one by '
                 "`processor`; most need `pip install pillow torchvision`)"
             ) from error
         if getattr(made, "image_processor", None) is None:
@@ -165,8 +168,8 @@ class Vision:
         if short is None or self.by_size is None:  # the first time, both
             made = self._process(text, pictures, special)["input_ids"][0].tolist()
             self.by_size = made == short
-            return list(made)
-        return short
+            short = list(made)
+        return without_second_bos(self.processor.tokenizer, [short])[0] if special else short
 
     def _expanded(self, text: str, pictures: list[Any], special: bool) -> list[int] | None:
         """`token_ids` from the pictures' sizes alone, without their pixels; None: not known."""

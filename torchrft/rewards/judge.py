@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from torchrft.config.job_config import JobConfig
 from torchrft.config.reward_config import Judge as Entry
 from torchrft.models.loader import load_config, load_tokenizer
+from torchrft.models.tokenizer import encode, render_chat
 from torchrft.models.vision import Vision
 from torchrft.rewards.judge_server import ServerAnswers
 from torchrft.rewards.judge_template import Content, JudgeTemplate
@@ -95,15 +96,14 @@ class EngineAnswers:
             ]
         chat = bool(teller.chat_template)
         if chat:
-            text = teller.apply_chat_template(
-                [{"role": "user", "content": shown}], tokenize=False, add_generation_prompt=True
-            )
+            said = [{"role": "user", "content": shown}]
+            text = render_chat(teller, said, "the judge's prompt", add_generation_prompt=True)
         else:
             text = "".join(p if isinstance(p, str) else p.get("text", mark) for p in shown)
         if images and self.vision is not None:
             ids = self.vision.token_ids(text, images, special=not chat)
         else:
-            ids = self.tokenizer(text, add_special_tokens=not chat, verbose=False).input_ids
+            [ids] = encode(self.tokenizer, [text], special=not chat)
         return Prompt(place, text, tuple(ids), images=images)
 
     def close(self) -> None:

@@ -20,11 +20,13 @@ from torchrft.models.reward_model import (
     load_reward_model,
     reward_config,
 )
+from torchrft.models.tokenizer import encode
 from torchrft.rewards.source import RewardRequest, RewardResult, SampleError
 from torchrft.rewards.text import chat_text, text_or_file
 from torchrft.rewards.vision_model import VisionModel
 from torchrft.tools import distributed
 from torchrft.tools.distributed import World
+from torchrft.tools.hub import hub_fault
 from torchrft.types import Prompt
 
 _LONGEST = 32768  # tokens of a sample that an engine makes room for, where its own limit is higher
@@ -56,7 +58,8 @@ class Reader:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(self.source)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f'the reward model "{entry.pretrain}" has no tokenizer in "{self.source}" that '
+                hub_fault(self.source, error)
+                or f'the reward model "{entry.pretrain}" has no tokenizer in "{self.source}" that '
                 "transformers can read; name one with tokenizer = ..."
             ) from error
         own = None if policy is None else self.tokenizer.chat_template
@@ -81,9 +84,7 @@ class Reader:
         else:
             texts = [self.text(r.prompt, r.completion.text) for r in requests]
             # A template writes its special tokens itself.
-            ids = self.tokenizer(
-                texts, add_special_tokens=self.template is None, verbose=False
-            ).input_ids
+            ids = encode(self.tokenizer, texts, special=self.template is None)
         for request, sample in zip(requests, ids, strict=True):
             self.refuse_images(request.prompt)
             if not 0 < len(sample) <= self.max_len:
@@ -102,8 +103,7 @@ class Reader:
     def text(self, prompt: Prompt, response: str) -> str:
         """The text that is tokenized."""
         if self.template is None:
-            # The tokenizer puts this one there itself.
-            return prompt.text.removeprefix(self.tokenizer.bos_token or "") + response
+            return prompt.text + response
         return chat_text(self.tokenizer, self.template, prompt, response)
 
     def check(self, prompts: Sequence[Prompt]) -> None:

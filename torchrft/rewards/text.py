@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
+from torchrft.models.tokenizer import render_chat
 
 if TYPE_CHECKING:
     from torchrft.types import Prompt
@@ -17,17 +17,9 @@ def chat_text(teller: Any, template: str, prompt: Prompt, response: Any) -> str:
     Raises ValueError, naming the prompt's row, where the template refuses them.
     """
     messages = prompt.messages or ({"role": "user", "content": prompt.text},)
-    try:
-        text: str = teller.apply_chat_template(
-            [*messages, {"role": "assistant", "content": response}],
-            chat_template=template,
-            tokenize=False,
-        )
-        return text
-    except TemplateError as error:
-        raise ValueError(
-            f"prompt row {prompt.row}: the chat template refuses it: {error}"
-        ) from error
+    chat = [*messages, {"role": "assistant", "content": response}]
+    chosen = template if isinstance(template, str) else None  # of several by name, the default one
+    return render_chat(teller, chat, f"prompt row {prompt.row}", chat_template=chosen)
 
 
 def text_or_file(value: str, option: str) -> str:

@@ -13,6 +13,7 @@ from torchrft.config.reward_config import RewardModel as Entry
 from torchrft.models.reward_model import HostWeights, RewardModel
 from torchrft.rewards.source import RewardRequest, RewardResult, SampleError
 from torchrft.rewards.text import chat_text, text_or_file
+from torchrft.tools.hub import hub_fault
 from torchrft.types import Prompt
 
 
@@ -34,7 +35,8 @@ class VisionModel:
             self.processor: Any = AutoProcessor.from_pretrained(source)
         except (OSError, ValueError, ImportError) as error:
             raise ValueError(
-                f'the reward model "{entry.pretrain}" sees images, but "{source}" holds no '
+                hub_fault(source, error)
+                or f'the reward model "{entry.pretrain}" sees images, but "{source}" holds no '
                 f"processor that transformers can read: {error}"
             ) from error
         given = entry.chat_template
@@ -51,7 +53,8 @@ class VisionModel:
     def read(self, prompt: Prompt, response: str) -> dict[str, Any]:
         """The model's inputs, with a batch of one. Raises ValueError, naming the prompt's row."""
         response = response.replace(self.processor.image_token, "")  # no place for a picture
-        text = prompt.text + response
+        # The processor's tokenizer puts this one there itself.
+        text = prompt.text.removeprefix(self.processor.tokenizer.bos_token or "") + response
         if self.template is not None:
             said = [{"type": "text", "text": response}]
             text = chat_text(self.processor, self.template, prompt, said)

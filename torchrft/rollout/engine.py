@@ -1,12 +1,13 @@
 """The protocol every rollout engine speaks."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Protocol, cast
 
 import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from torchrft.models.tokenizer import decode
 from torchrft.tools.distributed import DataRanks
 from torchrft.types import Completion, Prompt, SamplingParams
 
@@ -104,8 +105,10 @@ def completion(
     version: int | None,
     sampling: SamplingParams,
     tokenizer: PreTrainedTokenizerBase,
+    stop_ids: Collection[int],
 ) -> Completion:
-    """Sample number `sample` of a prompt, of (token id, log-prob) `rows`.
+    """Sample number `sample` of a prompt, of (token id, log-prob) `rows`; the engine ends at
+    `stop_ids` and those of `sampling`.
 
     Raises ConnectionError if the engine did not end it, but broke off for another `reason`.
     """
@@ -114,15 +117,17 @@ def completion(
     assert version is not None
     pairs = list(rows)
     tokens, logprobs = tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs)
-    text = texts(tokenizer, [tokens], sampling.stop)[0]
+    text = texts(tokenizer, [tokens], sampling.stop, {*stop_ids, *sampling.stop_token_ids})[0]
     return Completion(prompt, sample, tokens, logprobs, text, cast(Any, reason), version)
 
 
 def texts(
-    tokenizer: PreTrainedTokenizerBase, responses: Sequence[Sequence[int]], stop: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase,
+    responses: Sequence[Sequence[int]],
+    stop: Sequence[str],
+    stop_ids: Collection[int] = (),
 ) -> list[str]:
-    """The responses' texts, each up to its first stop string."""
-    decoded = tokenizer.batch_decode([list(ids) for ids in responses], skip_special_tokens=True)
-    for string in stop:
-        decoded = [text.split(string, 1)[0] for text in decoded]
-    return decoded
+    """The responses' texts as sampled, without the stop token or string that ended them: see
+    `decode`. The end-of-sequence token always is a stop token."""
+    ends = {tokenizer.eos_token_id, *stop_ids}
+    return [decode(tokenizer, ids, stop, ends) for ids in responses]

@@ -348,7 +348,8 @@ class RemoteVllmEngine:
             raise ConnectionError(f"it does not hold this run's weights, but {tags}")
         content = choice["logprobs"]["content"]
         rows = zip(choice["token_ids"], (token["logprob"] for token in content), strict=True)
-        return completion(place, index, rows, reason, version, sampling, self.tokenizer)
+        tokenizer, ends = self.tokenizer, self.stop_token_ids
+        return completion(place, index, rows, reason, version, sampling, tokenizer, ends)
 
 
 def _load(server: Server, files: WeightFiles) -> None:

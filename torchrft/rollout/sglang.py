@@ -212,6 +212,8 @@ class SglangEngine:
                 "min_new_tokens": sampling.min_new_tokens,
                 "stop": list(sampling.stop) or None,
                 "stop_token_ids": sorted({*self.stop_token_ids, *sampling.stop_token_ids}),
+                "skip_special_tokens": False,
+                "spaces_between_special_tokens": False,
             }
             for token_ids in prompts
         ]
@@ -237,7 +239,8 @@ class SglangEngine:
         rows, reason = output
         reason = reason["type"] if isinstance(reason, Mapping) else reason
         pairs = ((int(row[1]), float(row[0])) for row in rows)
-        return completion(prompt, sample, pairs, reason, self.version, sampling, self.tokenizer)
+        tokenizer, ends = self.tokenizer, self.stop_token_ids
+        return completion(prompt, sample, pairs, reason, self.version, sampling, tokenizer, ends)
 
 
 def _serialize(tensors: list[tuple[str, Tensor]]) -> str:

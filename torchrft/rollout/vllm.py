@@ -223,8 +223,9 @@ class VllmEngine:
 
     def _completion(self, place: int, output: Any, sampling: SamplingParams) -> Completion:
         rows = zip(output.token_ids, output.logprobs.logprobs, strict=True)
-        reason, version = output.finish_reason, self.version
-        return completion(place, output.index, rows, reason, version, sampling, self.tokenizer)
+        reason, version, tokenizer = output.finish_reason, self.version, self.tokenizer
+        ends = self.stop_token_ids
+        return completion(place, output.index, rows, reason, version, sampling, tokenizer, ends)
 
 
 def sampling_options(
@@ -244,6 +245,9 @@ def sampling_options(
         "stop_token_ids": sorted({*stop_token_ids, *sampling.stop_token_ids}),
         "ignore_eos": True,  # the end-of-sequence tokens are among the stop ids
         "detokenize": bool(sampling.stop),
+        # Stop strings are looked for in the text that rewards see.
+        "skip_special_tokens": False,
+        "spaces_between_special_tokens": False,
         "logprobs": 0,  # of the sampled token
     }
 

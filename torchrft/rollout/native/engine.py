@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from torchrft.models.loader import empty_model
 from torchrft.models.policy import refuse_unsupported
+from torchrft.models.tokenizer import decode
 from torchrft.models.vision import Vision
 from torchrft.parallel.compile import apply_compile
 from torchrft.rollout.engine import check_prompts, texts
@@ -103,16 +104,11 @@ class NativeEngine:
             sampling,
             stop_ids=self.stop_token_ids + sampling.stop_token_ids,
             max_num_seqs=self.max_num_seqs,
-            decode=self._decode_tail,
+            decode=partial(decode, self.tokenizer),
             vision=self.vision,
         )
         tokens, logprobs, stopped = generation.run()
         return self._completions(sampling, tokens, logprobs, stopped)
-
-    def _decode_tail(self, token_ids: list[int]) -> str:
-        text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
-        assert isinstance(text, str)
-        return text
 
     def _completions(
         self,
@@ -122,7 +118,8 @@ class NativeEngine:
         stopped: list[bool],
     ) -> list[Completion]:
         completions = []
-        for request, text in enumerate(texts(self.tokenizer, tokens, sampling.stop)):
+        stop_ids = self.stop_token_ids + sampling.stop_token_ids
+        for request, text in enumerate(texts(self.tokenizer, tokens, sampling.stop, stop_ids)):
             reason: FinishReason = "stop" if stopped[request] else "length"
             assert self.version is not None
             completions.append(
