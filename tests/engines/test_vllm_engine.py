@@ -214,6 +214,33 @@ def test_stops_and_budgets(tmp_path):
     assert reasons == {"stop", "length"}
 
 
+def test_stop_strings_that_are_special_tokens(tmp_path):
+    """vLLM ends where the tag was sampled, and the text is all before it, special tokens too."""
+    engine = make(tmp_path, stop=["<|user|>"])
+    engine.update_weights(named_full_tensors(weights("qwen2", False, seed=5)), 0)
+    base = SamplingParams(
+        n=24,
+        temperature=2.0,
+        max_new_tokens=30,
+        max_total_tokens=64,
+        seeds=tuple(tuple(100 * i + j for j in range(24)) for i in range(3)),
+    )
+    tokenizer, user = load_tokenizer(str(tmp_path)), 4
+    free = engine.generate(PROMPTS, base)
+    cut = engine.generate(PROMPTS, dataclasses.replace(base, stop=("<|user|>",)))
+    hits = 0
+    for a, b in zip(free, cut, strict=True):
+        end = a.token_ids.index(user) + 1 if user in a.token_ids else len(a.token_ids)
+        assert b.token_ids == a.token_ids[:end]
+        assert b.text == a.text.partition("<|user|>")[0]
+        body = a.token_ids[:-1] if a.finish_reason == "stop" else a.token_ids
+        assert a.text == tokenizer.decode(body)
+        hits += b.token_ids[-1] == user
+        assert b.finish_reason == "stop" or b.token_ids == a.token_ids
+    assert hits > 5
+    assert any("<|assistant|>" in c.text for c in cut)
+
+
 def test_wrong_use(tmp_path):
     engine = make(tmp_path)
     with pytest.raises(ValueError, match="the engine has no weights: call update_weights"):

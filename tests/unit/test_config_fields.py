@@ -41,6 +41,7 @@ FIELD_PROOF: dict[str, str] = {
     "metadata_keys": UNIT + "data_prompts.py::test_jsonl_values",
     "system_prompt": UNIT + "data_prompts.py::test_chat_template_and_system_prompt",
     "apply_chat_template": UNIT + "data_prompts.py::test_chat_template_and_system_prompt",
+    "chat_template_kwargs": UNIT + "data_prompts.py::test_variables_of_the_chat_template",
     "max_len": UNIT + "native_engine.py::test_length_limits",
     "prompt_max_len": UNIT + "data_prompts.py::test_over_long_prompts_are_dropped_and_counted",
     "mixed_mm_data": UNIT + "data_images.py::test_mixed_data_may_lack_the_column",

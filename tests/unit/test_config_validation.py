@@ -291,6 +291,7 @@ NEED_CASES = {
     "overlong_penalty_factor": (1.0, {"overlong_buffer_len": 8}, {}),
     "reward_running_norm_minus_mean": (True, {"reward_running_norm": True}, {}),
     "system_prompt": ("s", {"apply_chat_template": True}, {}),
+    "chat_template_kwargs": ({"x": False}, {"apply_chat_template": True}, {}),
     "max_tokens_per_microbatch": (8192, {"packing_samples": True}, {}),
     "chunk_size": (4096, {"fused_linear_logprob": True}, {}),
     "checkpointing_mode": (

@@ -468,8 +468,8 @@ def test_messages_that_are_stored_as_json(write, tokenizer, tmp_path):
             load_prompts(write({"prompt": text}), data, tokenizer)
     with pytest.raises(ValueError, match="line 1: the chat template fails on it with UnicodeEncod"):
         load_prompts(write({"prompt": SECOND.replace('"1"', '"\\ud800"')}), data, tokenizer)
-    for text in ('[{"role": "admin"}] is a role: content?', '[{"role": 1}, {"content": 2}]',
-                 '[{"a": {"role": "x", "content": "y"}}]', "[1]", "[{'role': content}]"):  # fmt: skip
+    texts = ['[{"role": "admin"}] is a role: content?', '[{"role": 1}, {"content": 2}]', "[1]"]
+    for text in (*texts, '[{"a": {"role": "x", "content": "y"}}]', "[{'role': content}]"):
         (prompt,) = load_prompts(write({"prompt": text}), data, tokenizer)
         assert prompt.text == f"<|user|>{text}\n<|assistant|>"
 

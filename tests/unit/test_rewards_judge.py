@@ -255,7 +255,7 @@ def test_judges_that_cannot_be_built(tmp_path):
         ({"max_new_tokens": 512}, "max_new_tokens = 512 leaves no room for a prompt within 512"),
         ({"parser": "nothing"}, 'unknown parser of a judge "nothing"'),
         ({"template": "lost"}, r"judge 'judge': template = \"lost\" is no text file"),
-        ({"pretrain": str(tmp_path / "lost")}, 'lost" is neither a folder nor a model'),
+        ({"pretrain": str(tmp_path / "lost")}, 'lost" is no folder here: correct'),
     ):
         given = options if "engine" in options or not options else {"pretrain": folder} | options
         with pytest.raises(ValueError, match=text):

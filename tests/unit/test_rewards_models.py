@@ -147,7 +147,7 @@ def test_folders_that_are_no_reward_models(tmp_path):
     Path(headless, "model.safetensors").write_bytes(b"broken")
     with pytest.raises(ValueError, match=r"headless\" do not load"):
         load(headless)
-    with pytest.raises(ValueError, match=r"nowhere\" is neither a folder with a config.json"):
+    with pytest.raises(ValueError, match=r"nowhere\" is no folder here: correct the path"):
         load(str(tmp_path / "nowhere"))
     Path(two, "config.json").write_text(json.dumps({"model_type": "t5", "num_labels": 1}))
     with pytest.raises(ValueError, match="an encoder and a decoder"):

@@ -5,8 +5,10 @@ reported in one go, a line each; argparse and tyro stop at the first. Nothing is
 word that does not read as its field's type stays text, and the config refuses it.
 """
 
+import json
 import re
 import tomllib
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -144,11 +146,11 @@ def _scalar(kind: str, text: str) -> Any:
 
 
 def _toml(text: str) -> Any:
-    """A value as TOML writes it; text that is none stays text, for its field to refuse."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):
-        return text
+    """A value as TOML or JSON writes it; other text stays text, for its field to refuse."""
+    for read in (lambda: tomllib.loads(f"value = {text}")["value"], lambda: json.loads(text)):
+        with suppress(ValueError, RecursionError):
+            return read()
+    return text
 
 
 def _list(name: str, words: list[str]) -> Any:
