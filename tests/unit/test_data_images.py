@@ -13,6 +13,7 @@ from pathlib import Path
 import datasets
 import pytest
 from PIL import Image as Pillow
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 from torchrft.config.job_config import Data
@@ -213,7 +214,7 @@ def test_a_place_for_a_video_is_refused(tmp_path, tokenizer, vision, monkeypatch
 
 def test_parts_need_a_job_with_images(tmp_path, tokenizer):
     path = write(tmp_path, {"prompt": [{**USER, "content": part("a", {})}]})
-    with pytest.raises(ValueError, match="content of several parts needs images_key or mixed"):
+    with pytest.raises(ValueError, match="parts other than text need images_key or mixed_mm_data"):
         load_prompts(path, Data(apply_chat_template=True), tokenizer)
 
 
@@ -386,3 +387,53 @@ def test_sixteen_bits_second_pictures_and_odd_texts(tmp_path):
         image_of("data:image/png;base64,é", tmp_path)
     with pytest.raises(ImageError, match="does not exist"):
         image_of("~nosuchuser/x.png", tmp_path).open()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        '{"prompt": "1", "images": "\\ud800.png"}',
+        '{"prompt": "1", "images": ["a.png", {"path": "\\ud800.png"}]}',
+    ],
+)
+def test_half_a_character_in_a_path_is_one_sentence(row, tokenizer, vision, tmp_path):
+    (tmp_path / "p.jsonl").write_text(row)
+    with pytest.raises(ValueError, match=r"p\.jsonl, line 1: 'images' holds half of a character"):
+        load_prompts(str(tmp_path / "p.jsonl"), data(), tokenizer, vision=vision)
+
+
+def test_a_null_in_a_path_is_one_sentence(tokenizer, vision, tmp_path):
+    path = write(tmp_path / "n", {"prompt": "1", "images": "a\x00.png"})
+    with pytest.raises(ValueError, match=r"no prompt's images can be used; .*line 1: .*null"):
+        load_prompts(path, data(), tokenizer, vision=vision)
+
+
+def test_variables_of_a_processors_template_and_calls_of_tools(tokenizer, tmp_path):
+    vision = Vision.load(MODEL)
+    vision.processor.chat_template += "{% if think is defined %}{{ think }}{% endif %}"
+    call = [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+    chat = [{"role": "user", "content": "1"}, {"role": "assistant", "content": None,
+            "tool_calls": call}, {"role": "user", "content": "2"}]  # fmt: skip
+    path = write(tmp_path / "t", {"prompt": chat})
+    mixed = {"mixed_mm_data": True, "images_key": None}
+    thinks = data(**mixed, chat_template_kwargs={"think": False})
+    (prompt,) = load_prompts(path, thinks, tokenizer, vision=vision)
+    assert prompt.text.endswith("False")
+    wrong = data(**mixed, chat_template_kwargs={"x": 1})
+    with pytest.raises(ValueError, match=r"no 'x' in the chat template; takes .*think"):
+        load_prompts(path, wrong, tokenizer, vision=vision)
+
+
+def test_a_text_with_images_that_begins_with_bos_gets_no_second_one(tmp_path):
+    tokenizer, vision = AutoTokenizer.from_pretrained(MODEL), Vision.load(MODEL)
+    for one in (tokenizer, vision.processor.tokenizer):
+        one.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<|user|> $A", special_tokens=[("<|user|>", 4)]
+        )
+    picture = base64.b64encode(encoded()).decode()
+    rows = [{"prompt": f"{bos}{vision.placeholder}1", "images": picture}
+            for bos in ("", "<|user|>", "", "<|user|>")]  # fmt: skip
+    plain = data(apply_chat_template=False)
+    prompts = load_prompts(write(tmp_path / "b", *rows), plain, tokenizer, vision=vision)
+    assert len({p.token_ids for p in prompts}) == 1
+    assert prompts[0].token_ids[0] == 4 != prompts[0].token_ids[1]

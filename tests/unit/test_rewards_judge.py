@@ -15,6 +15,7 @@ import torch
 from helpers import run_ranks
 from reward_servers import Reply, Scripted
 from tiny_job import records, rollout, tiny_config
+from tokenizers import processors
 
 from torchrft.config.reward_config import Judge as Entry
 from torchrft.model_builder import judge_engine
@@ -234,6 +235,27 @@ def test_the_native_engine_answers_as_transformers_does(tmp_path):
     )
     assert one[0] == two[0]
     assert len(set(one[0])) == 3
+
+
+def test_a_chat_template_that_raises_is_a_sentence(tmp_path):
+    folder = judge_folder(tmp_path)
+    made = build(entry(pretrain=folder, max_new_tokens=6))
+    made.answers.tokenizer.chat_template = "{{ messages[0].content + 1 }}"
+    fails = "source 'judge': the judge's prompt: the chat template fails on it with TypeError: can"
+    with pytest.raises(RewardError, match=fails):
+        made.score([request("1")])
+
+
+def test_a_judges_text_gets_no_second_bos(tmp_path):
+    folder = judge_folder(tmp_path)
+    made = build(entry(pretrain=folder, max_new_tokens=6))
+    tokenizer = made.answers.tokenizer
+    tokenizer.chat_template = None
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|user|> $A", special_tokens=[("<|user|>", 4)]
+    )
+    for text in ("<|user|>12", "12"):
+        assert made.answers._prompt(0, text).token_ids == (4, 9, 10)
 
 
 def test_a_template_that_is_too_long_has_no_verdict(tmp_path):

@@ -12,6 +12,7 @@ import torch
 from helpers import run_ranks
 from safetensors.torch import load_file, save_file
 from tiny_job import MODEL, records, rollout, tiny_config
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 from torchrft.config.job_config import Parallel
@@ -167,7 +168,7 @@ def test_what_the_config_asks_for_and_cannot_have(tmp_path):
     assert build(Entry(pretrain=folder, name="taste")).name == "taste"
     with pytest.raises(ValueError, match="reads at most 20 tokens, but max_len = 21"):
         build(Entry(pretrain=folder), max_len=21)
-    with pytest.raises(ValueError, match=r"no tokenizer in .*nothing"):
+    with pytest.raises(ValueError, match=r"nothing\" is no folder here: correct the path"):
         build(Entry(pretrain=folder, tokenizer=str(tmp_path / "nothing")))
     with pytest.raises(ValueError, match=r"chat_template = .*lost.jinja\" is no text file"):
         build(Entry(pretrain=folder, chat_template="lost.jinja"))
@@ -242,6 +243,13 @@ def test_another_chat_template_is_written_anew(tmp_path):
     broken = Reader(Entry(pretrain=folder, chat_template=refusing), policy)
     with pytest.raises(ValueError, match="row 3: the chat template refuses it: no system"):
         broken.check([request().prompt])
+    broken = Reader(Entry(pretrain=folder, chat_template="{{ messages[0].content + 1 }}"), policy)
+    with pytest.raises(ValueError, match="row 3: the chat template fails on it with TypeError: "):
+        broken.check([request().prompt])
+    policy.chat_template, several = None, policy_tokenizer()
+    several.chat_template = {"default": TURNS, "other": "x"}
+    several.save_pretrained(folder)
+    assert read(Reader(Entry(pretrain=folder), policy), request()) == ["u:12=,a:2,"]
 
 
 def test_without_a_policy_texts_are_joined(tmp_path):
@@ -251,6 +259,20 @@ def test_without_a_policy_texts_are_joined(tmp_path):
     assert read(Reader(Entry(pretrain=folder, chat_template=TURNS), None), request()) == [
         "u:12=,a:2,"
     ]
+
+
+def test_a_prompt_that_begins_with_bos_is_read_with_one(tmp_path):
+    """Where the tokenizer puts one in front of a text, and where it does not."""
+    tokenizer = AutoTokenizer.from_pretrained(other_tokenizer(tmp_path))
+    for special, ids in (([("<|user|>", 4)], [4, 56, 18, 10]), ([], [4, 56, 18, 10])):
+        single = "<|user|> $A" if special else "$A"
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=single, special_tokens=special
+        )
+        tokenizer.save_pretrained(tmp_path)
+        reader = Reader(Entry(pretrain="rm", tokenizer=str(tmp_path)), policy_tokenizer())
+        assert reader([request(text="<|user|>12=")]) == [ids]
+        assert reader([request()]) == [ids if special else ids[1:]]
 
 
 def test_a_sample_that_is_too_long_stops_the_run(tmp_path):
