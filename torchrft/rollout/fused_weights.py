@@ -147,7 +147,8 @@ class _Memory:
         layout = parameter.data_ptr(), parameter.shape, parameter.stride(), parameter.dtype
         if parameter is not self.parameter or layout != self.layout:
             self.parameter, self.layout = parameter, layout
-            self.view = parameter.detach()[self.rows]
+            # A buffer may have no dimension.
+            self.view = parameter.detach()[self.rows] if parameter.dim() else parameter.detach()
         return self.view
 
 
