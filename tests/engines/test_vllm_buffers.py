@@ -40,8 +40,9 @@ def make(folder, family, dtype=torch.float32):
     return build_engine(rollout, str(folder), dtype, load_weights=False, max_len=64)
 
 
-@pytest.mark.parametrize("family", OPTIONS)
-def test_every_update_gives_transformers_tokens_and_log_probs(family, tmp_path):
+# vLLM computes the slopes of Apertus' activation in bfloat16, also in a float32 model.
+@pytest.mark.parametrize(("family", "tolerance"), [("apertus", 0.01), ("gemma4_text", 1e-4)])
+def test_every_update_gives_transformers_tokens_and_log_probs(family, tolerance, tmp_path):
     engine = make(tmp_path, family)
     for version in range(3):
         model = weights(family, version)
@@ -53,7 +54,7 @@ def test_every_update_gives_transformers_tokens_and_log_probs(family, tmp_path):
                 log_p = model(ids).logits[0, start - 1 : -1].log_softmax(-1)
             best = log_p.max(-1)
             assert list(completion.token_ids) == best.indices.tolist()
-            assert completion.logprobs == pytest.approx(best.values.tolist(), abs=1e-4)
+            assert completion.logprobs == pytest.approx(best.values.tolist(), abs=tolerance)
 
 
 def test_one_that_does_not_arrive_is_named(tmp_path, monkeypatch):

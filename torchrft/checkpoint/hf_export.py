@@ -195,7 +195,11 @@ def _write_configs(
     dtype: torch.dtype,
     files: Mapping[str, bytes],
 ) -> None:
+    origin = getattr(getattr(tokenizer, "tokenizer", tokenizer), "name_or_path", None)
+    elsewhere = not files or origin != model.name_or_path
     for name, content in files.items():
+        if elsewhere and any(word in name for word in ("chat_template", "processor")):
+            continue  # they would stand beside those of another processor
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     config = copy.deepcopy(model.config)
@@ -211,6 +215,5 @@ def _write_configs(
     name = "generation_config.json"
     if name not in files and model.can_generate() and model.generation_config is not None:
         model.generation_config.to_json_file(folder / name)
-    origin = getattr(getattr(tokenizer, "tokenizer", tokenizer), "name_or_path", None)
-    if not files or origin != model.name_or_path:
+    if elsewhere:
         tokenizer.save_pretrained(folder)
