@@ -12,7 +12,7 @@ from torchrft.config.job_config import JobConfig
 from torchrft.config.reward_config import Judge
 from torchrft.data.image_prompts import images_column
 from torchrft.models.heads import ValueModel
-from torchrft.models.loader import load_config, load_model, sees_images
+from torchrft.models.loader import cast_buffers, load_config, load_model, sees_images
 from torchrft.models.policy import PolicyModel
 from torchrft.models.sharded import ShardedWeights
 from torchrft.models.vision import Vision, freeze_vision
@@ -88,6 +88,7 @@ class ModelBuilder:
             if not sees_images(loaded.config):
                 raise ValueError(f'freeze_vision: "{source}" has no image tower')
             freeze_vision(loaded)
+        cast_buffers(loaded, self.dtype)
         model = wrap(loaded.eval())
         if sharded is None:
             model.to(device)

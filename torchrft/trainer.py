@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from torchrft.advantage_step import AdvantageStep
-from torchrft.checkpoint.hf_export import export_hf
+from torchrft.checkpoint.hf_export import export_hf, files_beside_weights
 from torchrft.checkpoint.manager import CheckpointManager
 from torchrft.checkpoint.set_aside import set_aside
 from torchrft.collector import Collector
@@ -38,7 +38,7 @@ from torchrft.rewards.shaping import RewardShaper
 from torchrft.rollout import build_engine
 from torchrft.rollout.weight_sync import named_full_tensors
 from torchrft.tools import distributed
-from torchrft.tools.distributed import World, on_all
+from torchrft.tools.distributed import World, on_all, on_main
 from torchrft.tools.logging import logger
 from torchrft.tools.seeds import rng_state, seed_everything, set_rng_state
 from torchrft.tools.signals import StopSignal
@@ -174,6 +174,9 @@ class Trainer:
         self.log_dir = Path(config.logging.log_dir or save_path / "logs")
         most, size = config.checkpoint.max_ckpt_num, config.checkpoint.max_ckpt_mem * 10**9
         self.checkpoints = CheckpointManager(save_path, most, size)
+        self.other_files: dict[str, bytes] = {}  # rank 0's; read now, since they may be gone later
+        read = partial(files_beside_weights, config.model.pretrain)
+        on_main(lambda: self.other_files.update(read()), "read pretrain")
         if not (config.checkpoint.load_checkpoint and self._resume()):
             set_aside(save_path, self.log_dir)
         if self.world.is_main:
@@ -317,7 +320,8 @@ class Trainer:
 
     def save(self) -> None:
         """Writes checkpoints/step-N and hf/step-N."""
-        export = partial(export_hf, self.policy.model, self.processor, dtype=self.dtype)
+        model, files = self.policy.model, self.other_files
+        export = partial(export_hf, model, self.processor, dtype=self.dtype, files=files)
         with self.timer.phase("checkpoint"):
             self.checkpoints.save(self.step, self.state_dict(), export)
 

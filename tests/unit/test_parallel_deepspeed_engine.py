@@ -45,6 +45,32 @@ def said(messages):
     messages.append(str(caught.value))
 
 
+class Buffered(Net):
+    """With constants as a file that rank 0 alone has read may hold them."""
+
+    def __init__(self, rank):
+        super().__init__()
+        for name, dtype in (("scale", torch.float32), ("seen", torch.int64), ("on", torch.bool)):
+            self.register_buffer(name, torch.full((2,), 1 - rank).to(dtype))
+        self.register_buffer("bias", torch.tensor(0.5 + rank, dtype=torch.bfloat16))
+        self.register_buffer("turn", torch.tensor([1j * rank]), persistent=False)
+
+
+def buffers_after_initialize(rank):
+    engine = engine_of(model=Buffered(rank), bf16={"enabled": True})
+    names = dict(engine.module.named_buffers())
+    return names, {name: engine.module_state_dict()[name] for name in names if name != "turn"}
+
+
+def test_buffers_begin_as_rank_0_has_them():
+    expected = dict(Buffered(0).named_buffers())
+    for buffers, saved in run_ranks(buffers_after_initialize, 2):
+        for name, value in expected.items():
+            assert buffers[name].dtype == value.dtype
+            assert torch.equal(buffers[name], value)
+            assert name == "turn" or torch.equal(saved[name], value)
+
+
 def parameters_given(rank):
     found = []
     for pick in (

@@ -1,6 +1,7 @@
 """Models and tokenizers from a Hugging Face folder or hub id."""
 
 import copy
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
@@ -23,6 +24,7 @@ from transformers import (
 
 from torchrft.models import attention
 from torchrft.tools.hub import hub_fault
+from torchrft.tools.logging import logger
 
 
 def load_config(source: str) -> PreTrainedConfig:
@@ -94,6 +96,7 @@ def read_weights(
 ) -> PreTrainedModel:
     """The model that an Auto class reads from `source`, which is a `what`, for errors.
 
+    A buffer that the files lack keeps the value that transformers gives it, and a warning names it.
     Raises OSError where there are no weights, ValueError for a damaged file, other shapes and
     missing weights.
     """
@@ -103,10 +106,44 @@ def read_weights(
         )
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f'the weights of {what} "{source}" do not load: {error}') from error
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise ValueError(f'{what} "{source}" lacks weights of the model: {missing}, …')
+    buffers = dict(persistent_buffers(model)).keys() & info["missing_keys"]
+    for missing, of in (info["missing_keys"] - buffers, "weights"), (buffers, "buffers"):
+        text = f'{what} "{source}" lacks {of} of the model: {", ".join(sorted(missing)[:3])}, …'
+        if missing and of == "weights":
+            raise ValueError(text)
+        if missing:
+            logger.warning(f"{text}; they keep the values that transformers gives new models")
     return model
+
+
+def persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of the buffers that `state_dict`, and so the files, hold beside parameters:
+    trained constants, as a router's correction bias. Rotary tables and the like are not among them.
+    """
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(path, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                yield name, buffer
+
+
+def expected_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """On the meta device: names, shapes, ties and dtypes of what `from_pretrained(dtype=dtype)`
+    holds. Some tensors stay float32 in a bfloat16 model (`_keep_in_fp32_modules_strict`)."""
+    with torch.device("meta"):
+        model: Any = auto_class(config).from_config(copy.deepcopy(config), dtype=dtype)
+    kept = [pattern.replace("*", ".*") for pattern in model._keep_in_fp32_modules_strict or ()]
+    for name, tensor in (*model.named_parameters(), *persistent_buffers(model)):
+        if tensor.is_floating_point() and any(re.search(pattern, name) for pattern in kept):
+            tensor.data = tensor.data.float()
+    return model
+
+
+def cast_buffers(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Gives persistent buffers the dtype that they have in a model loaded to compute in `dtype`."""
+    if buffers := dict(persistent_buffers(model)):
+        expected = dict(persistent_buffers(expected_model(model.config, dtype)))
+        for name, buffer in buffers.items():
+            buffer.data = buffer.to(expected[name].dtype)
 
 
 def empty_model(
@@ -116,6 +153,7 @@ def empty_model(
     config = _with_attention(config)
     with parameters_on_meta():  # where drawing them costs nothing
         model: Any = auto_class(config).from_config(config, dtype=dtype)
+    cast_buffers(model, dtype)
     materialize(model.modules(), torch.device(device))
     return model.to(device)
 
@@ -154,7 +192,7 @@ def stop_token_ids(model_config: PreTrainedConfig, source: str, eos: int) -> tup
             generation = GenerationConfig.from_pretrained(source)
         except OSError:
             generation = None  # hub models need not have one
-    for config in (model_config, generation):
+    for config in (model_config, model_config.get_text_config(), generation):
         value = getattr(config, "eos_token_id", None)
         found.update(value if isinstance(value, list) else [] if value is None else [value])
     return tuple(sorted(found))
@@ -162,7 +200,7 @@ def stop_token_ids(model_config: PreTrainedConfig, source: str, eos: int) -> tup
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Parameters go to the meta device as they are made; buffers, which files lack, are real."""
+    """Parameters go to the meta device as they are made; buffers are real."""
     original = nn.Module.register_parameter
 
     def register(module: nn.Module, name: str, parameter: Any) -> None:

@@ -18,7 +18,13 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from torchrft.models.loader import auto_class, load_config, materialize, parameters_on_meta
+from torchrft.models.loader import (
+    auto_class,
+    load_config,
+    materialize,
+    parameters_on_meta,
+    persistent_buffers,
+)
 from torchrft.tools.logging import logger
 
 Build = Callable[..., PreTrainedModel]
@@ -81,7 +87,7 @@ class ShardedWeights:
 
     def fill(self, root: nn.Module, device: torch.device) -> None:
         """Gives every parameter of `model` that is in `root` its memory on `device`, and its part
-        of the weights. All ranks call it.
+        of the weights; persistent buffers get whole ones. All ranks call it.
 
         Raises ValueError for weights of another shape.
         """
@@ -90,9 +96,10 @@ class ShardedWeights:
         materialize((module for _, module in owners), device)
         state: dict[str, Tensor] = {}
         for prefix, module in owners:
-            for key, parameter in module.named_parameters(prefix, recurse=False):
+            buffers = module.named_buffers(prefix, recurse=False)
+            for key, tensor in (*module.named_parameters(prefix, recurse=False), *buffers):
                 if key in self.names:
-                    state[self.names[key]] = parameter.data
+                    state[self.names[key]] = tensor.data
         try:
             with tempfile.TemporaryDirectory() as folder:  # the reader takes all that is in one
                 for number, path in enumerate(sorted({*self.files.values()})):
@@ -106,7 +113,7 @@ class ShardedWeights:
 
     def _by_model_name(self, names: set[str]) -> dict[str, str]:
         """Published files may have other names than the modules; what has to be computed from
-        several tensors, or from one of another shape, is left out."""
+        several tensors, or from one of another shape, is left out, and what no model holds."""
         model = self.model(torch.float32)
         rules = get_model_conversion_mapping(model)
         renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
@@ -116,7 +123,7 @@ class ShardedWeights:
             new, converter = rename_source_key(
                 name, renamings, converters, model.base_model_prefix, known
             )
-            if converter is None:
+            if converter is None and new in known:
                 found[new] = name
         return found
 
@@ -126,10 +133,12 @@ class ShardedWeights:
             return file.get_tensor(self.names[name]).view(torch.uint8)
 
     def _aliases(self) -> list[set[str]]:
-        """The names of each parameter; tied ones have several."""
+        """The names of each parameter and persistent buffer; tied ones have several."""
         names: dict[int, set[str]] = {}
-        for name, parameter in self.model(torch.float32).named_parameters(remove_duplicate=False):
-            names.setdefault(id(parameter), set()).add(name)
+        model = self.model(torch.float32)
+        parameters = model.named_parameters(remove_duplicate=False)
+        for name, tensor in (*parameters, *persistent_buffers(model)):
+            names.setdefault(id(tensor), set()).add(name)
         return list(names.values())
 
 

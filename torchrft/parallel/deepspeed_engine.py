@@ -40,10 +40,12 @@ class DeepSpeedEngine(Checkpoints, nn.Module):
         self._reduced, self._backwards = True, 0  # since the last step
         model.to(device)
         with torch.no_grad():
-            for parameter in model.parameters():  # which need not be equal, as in DeepSpeed
-                first = parameter.detach().contiguous()
+            # They need not be equal before, as in DeepSpeed.
+            for tensor in (*model.parameters(), *model.buffers()):
+                first = tensor.detach().contiguous()
                 dist.broadcast(first, 0)
-                parameter.copy_(first)
+                tensor.copy_(first)
+            for parameter in model.parameters():
                 if self.bfloat16_enabled() and parameter.is_floating_point():
                     parameter.data = parameter.data.float()  # master weights
         mesh = settings.dims.sharding_mesh(device.type)["dp_replicate", "fsdp"]

@@ -12,6 +12,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from torchrft.models.loader import persistent_buffers
+
 _ROW = 1024  # integers that are weighted and summed together
 _GROUP = 1 << 24  # integers marked at a time: few calls for many tensors, and bounded memory
 
@@ -154,9 +156,9 @@ class Packed(Held):
 class Canary:
     """Watches one hand-over.
 
-    Args: model, whose parameters' names, shapes and ties are those to expect (it may lie on the
-        meta device); find, the places where the engine holds a tensor of that name, none for one
-        that cannot be read back.
+    Args: model, whose parameters and persistent buffers are those to expect, with their names,
+        shapes, ties and dtypes (it may lie on the meta device); find, the places where the engine
+        holds a tensor of that name, none for one that cannot be read back.
 
     >>> canary = Canary(model, find)                            # doctest: +SKIP
     >>> engine_model.load_weights(canary.watch(named_tensors))  # doctest: +SKIP
@@ -164,15 +166,16 @@ class Canary:
     """
 
     def __init__(self, model: nn.Module, find: Callable[[str], Sequence[Held]]) -> None:
-        self.expected = dict(model.named_parameters(remove_duplicate=False))
+        self.expected = dict[str, Tensor](model.named_parameters(remove_duplicate=False))
+        self.expected |= persistent_buffers(model)
         self.find = find
         self.sent, self.places = Marks(), list[tuple[str, Held]]()
         self.infinite: list[str] = []  # packed ones are read back by products, in which NaN spreads
         self.seen: set[int] = set()  # ids, so that one name of a tied weight will do
 
     def watch(self, named_tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Passes the tensors on. Raises ValueError for an unknown name or another shape, and at
-        the end for a parameter that got no value."""
+        """Passes the tensors on, in the expected dtype. Raises ValueError for an unknown name or
+        another shape, and at the end for a parameter or buffer that got no value."""
         for name, tensor in named_tensors:
             if name not in self.expected:
                 raise ValueError(f'weight update: the engine\'s model has no parameter "{name}"')
@@ -183,6 +186,7 @@ class Canary:
                     f"{tuple(shape)} in the engine"
                 )
             self.seen.add(id(self.expected[name]))
+            tensor = tensor.to(self.expected[name].dtype)
             for held in self.find(name):
                 if isinstance(held, Packed) and not tensor.isfinite().all():
                     self.infinite.append(name)

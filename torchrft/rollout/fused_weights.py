@@ -103,6 +103,8 @@ def _places(module: Any, part: int | None, leaf: str) -> list[Held]:
     if is_a(module, "RowParallelLinear") and leaf == "weight":
         length = module.input_size_per_partition
         return [_place(module, leaf, 1, 0, module.tp_rank * length, length)]
+    if is_a(module, "ReplicatedLinear") and part is None:
+        return [_place(module, leaf, 0, 0, 0, module.output_size)]
     if not is_a(module, "ColumnParallelLinear"):
         return [Held(_Memory(module, leaf, slice(None)))]
     found, at, before = [], 0, 0  # before: rows of the tensor that belong to parts before this one
@@ -147,7 +149,8 @@ class _Memory:
         layout = parameter.data_ptr(), parameter.shape, parameter.stride(), parameter.dtype
         if parameter is not self.parameter or layout != self.layout:
             self.parameter, self.layout = parameter, layout
-            self.view = parameter.detach()[self.rows]
+            # A buffer may have no dimension.
+            self.view = parameter.detach()[self.rows] if parameter.dim() else parameter.detach()
         return self.view
 
 

@@ -20,11 +20,12 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from torchrft.config.job_config import Rollout
+from torchrft.models.loader import expected_model
 from torchrft.rollout.canary import Canary, WeightSyncError
 from torchrft.rollout.engine import check_prompts, completion
 from torchrft.rollout.server_client import Server, ServerError
 from torchrft.rollout.vllm import sampling_options
-from torchrft.rollout.weight_sync import WeightFiles, expected_model, layout
+from torchrft.rollout.weight_sync import WeightFiles, layout
 from torchrft.tools import distributed
 from torchrft.tools.logging import logger
 from torchrft.types import Completion, Prompt, SamplingParams
@@ -73,7 +74,7 @@ class RemoteVllmEngine:
         self.temperature = rollout.temperature
         self.version: int | None = None
         self.newest = -1  # the version that is on its way to the servers, or there
-        self.expected = expected_model(config)
+        self.expected = expected_model(config, dtype)
         folder = rollout.weight_folder
         if folder is not None and not os.path.isdir(folder):
             raise ValueError(
@@ -166,7 +167,7 @@ class RemoteVllmEngine:
         pairs = Canary(self.expected, lambda name: []).watch(named_tensors)
         files = WeightFiles()
         if distributed.is_main():
-            files = WeightFiles.write(pairs, self.folder, self.dtype)
+            files = WeightFiles.write(pairs, self.folder)
         else:
             for _ in pairs:
                 pass

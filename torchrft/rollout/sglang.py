@@ -20,10 +20,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from torchrft.config.job_config import Rollout
+from torchrft.models.loader import expected_model
 from torchrft.rollout import sglang_loader
 from torchrft.rollout.canary import Canary, WeightSyncError
 from torchrft.rollout.engine import check_prompts, completion, neighbors
-from torchrft.rollout.weight_sync import buckets, expected_model
+from torchrft.rollout.weight_sync import buckets
 from torchrft.tools.distributed import get_rank, get_world_size
 from torchrft.types import Completion, Prompt, SamplingParams
 
@@ -102,7 +103,7 @@ class SglangEngine:
         self.ranks = neighbors(tp_size)
         self.version: int | None = None
         self.asleep = self.cache_asleep = False
-        self.expected = expected_model(config)
+        self.expected = expected_model(config, dtype)
 
     def _post(self, path: str, **payload: Any) -> Any:
         return None if self.transport is None else self.transport.post(path, payload)
@@ -113,7 +114,7 @@ class SglangEngine:
         self.version = None
         # SGLang's process compares what it holds; here it is what is missing or misshapen.
         watched = Canary(self.expected, lambda name: []).watch(named_tensors)
-        pairs = ((name, tensor.to(self.device, self.dtype)) for name, tensor in watched)
+        pairs = ((name, tensor.to(self.device)) for name, tensor in watched)
         with ThreadPoolExecutor(1) as sender:  # a bucket is loaded while the next is gathered
             loading, failure = Future[None](), None
             loading.set_result(None)

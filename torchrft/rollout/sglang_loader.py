@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchrft.rollout.canary import Marks
@@ -28,7 +29,9 @@ def pack(bucket: Sequence[tuple[str, Tensor]], verdict: Tensor) -> list[tuple[st
         for (name, tensor), mark in zip(bucket, marks.result().tolist(), strict=True)
     ]
     raw = torch.tensor(list(json.dumps(index).encode()), dtype=torch.uint8)
-    flat = torch.cat([tensor.contiguous().view(-1).view(torch.uint8) for _, tensor in bucket])
+    parts = [tensor.contiguous().view(-1).view(torch.uint8) for _, tensor in bucket]
+    # Each begins at a multiple of 8 bytes: dtypes may differ, and a view needs its own alignment.
+    flat = torch.cat([F.pad(part, (0, -len(part) % 8)) for part in parts])
     return [(_BYTES, flat), (_INDEX, raw.to(verdict.device)), (_VERDICT, verdict)]
 
 
@@ -39,7 +42,7 @@ def unpack(payload: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, int]]:
         kind = getattr(torch, dtype)
         size = torch.Size(shape).numel() * kind.itemsize
         yield name, payload[_BYTES][start : start + size].view(kind).view(shape), mark
-        start += size
+        start += size + -size % 8
 
 
 def load(model: nn.Module, named_tensors: Sequence[tuple[str, Any]]) -> None:

@@ -16,11 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from torchrft.config.job_config import Rollout
+from torchrft.models.loader import expected_model
 from torchrft.models.vision import Vision
 from torchrft.rollout.engine import check_prompts, completion, neighbors
 from torchrft.rollout.fused_weights import Places
 from torchrft.rollout.vllm_model import load, scale_logits
-from torchrft.rollout.weight_sync import expected_model
 from torchrft.tools.distributed import DataRanks
 from torchrft.tools.logging import logger
 from torchrft.tools.seeds import rng_state, set_rng_state
@@ -77,7 +77,7 @@ class VllmEngine:
         self.cached = False  # whether vLLM keeps anything that these weights computed
         self.temperature = 1.0
         self.ranks = neighbors(rollout.engine_tp_size)
-        self.expected, self.max_len = expected_model(config), max_len
+        self.expected, self.max_len = expected_model(config, dtype), max_len
         self.vocabulary = int(config.get_text_config().vocab_size)
         self.stops_at_strings = bool(rollout.stop) or vision is not None
         self.places: Places | None = None
@@ -124,9 +124,8 @@ class VllmEngine:
         def reload(pairs: Iterable[tuple[str, Tensor]]) -> None:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": pairs})
 
-        pairs = ((name, tensor.to(self.dtype)) for name, tensor in named_tensors)
         self.places = self.places or Places(model)
-        load(self.places, self.expected, pairs, reload if self.on_cpu else None)
+        load(self.places, self.expected, named_tensors, reload if self.on_cpu else None)
 
     # ---------------------------------------------------------------- memory
 

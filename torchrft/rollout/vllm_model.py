@@ -60,7 +60,7 @@ def _with_head(expected: nn.Module, pairs: Pairs) -> Iterator[tuple[str, Tensor]
     head = parameters.get("lm_head.weight")
     for name, tensor in pairs:
         yield name, tensor
-        if name != "lm_head.weight" and parameters[name] is head:
+        if name != "lm_head.weight" and parameters.get(name, name) is head:
             yield "lm_head.weight", tensor
 
 

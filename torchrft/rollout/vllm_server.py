@@ -14,10 +14,11 @@ from torch import Tensor
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory, base
 from vllm.model_executor.model_loader import reload as layerwise
 
+from torchrft.models.loader import expected_model
 from torchrft.rollout.canary import Canary, WeightSyncError, fingerprint
 from torchrft.rollout.fused_weights import Places
 from torchrft.rollout.vllm_model import load, scale_logits
-from torchrft.rollout.weight_sync import expected_model, layout
+from torchrft.rollout.weight_sync import layout
 
 
 class Extension:
@@ -34,7 +35,7 @@ class Extension:
             "model": str(model.model),
             "dtype": str(model.dtype).removeprefix("torch."),
             "max_len": model.max_model_len,
-            "layout": layout(expected_model(model.hf_config)),
+            "layout": layout(expected_model(model.hf_config, model.dtype)),
             "logprobs_mode": str(getattr(model.logprobs_mode, "value", model.logprobs_mode)),
             "backend": transfer.backend if transfer else None,
             "sees_folder": os.path.exists(probe),
@@ -76,7 +77,7 @@ class FileTransfer(base.WeightTransferEngine[base.WeightTransferInitInfo, Files]
 
     def receive_weights(self, update_info: Files) -> None:
         """Raises WeightSyncError for a tensor that the model does not hold as it was sent."""
-        expected = expected_model(self.model_config.hf_config)
+        expected = expected_model(self.model_config.hf_config, self.model_config.dtype)
         # First without the model, which does not recover from a load that breaks off.
         for _ in Canary(expected, lambda name: []).watch(_read(update_info)):
             pass

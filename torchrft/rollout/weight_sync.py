@@ -12,30 +12,23 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedConfig
 
-from torchrft.models.loader import auto_class
+from torchrft.models.loader import persistent_buffers
 from torchrft.rollout.canary import Canary, Held, fingerprint
 
 _BUCKET = 256 << 20  # bytes held at a time while weights are written
 
 
 def named_full_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name, tensor) of every parameter, gathered from its shards if it has any.
+    """Yields (name, tensor) of every parameter, gathered from its shards if it has any, and of
+    every persistent buffer, which all ranks hold whole.
 
     Gathering is collective: with sharded parameters all ranks must exhaust the iterator together.
     Tied parameters come once, under their first name; only one gathered tensor is alive at a time.
     """
-    for name, parameter in model.named_parameters():
+    for name, parameter in (*model.named_parameters(), *persistent_buffers(model)):
         tensor = parameter.detach()
         yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def expected_model(config: PreTrainedConfig) -> nn.Module:
-    """On the meta device: names, shapes and ties of what the trainer sends."""
-    with torch.device("meta"):
-        model: nn.Module = auto_class(config).from_config(config)
-    return model
 
 
 def buckets(pairs: Iterable[tuple[str, Tensor]], size: int) -> Iterator[dict[str, Tensor]]:
@@ -52,9 +45,9 @@ def buckets(pairs: Iterable[tuple[str, Tensor]], size: int) -> Iterator[dict[str
 
 @torch.no_grad()
 def copy_weights(model: nn.Module, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Copies every tensor into the model's parameter of that name, casting to its dtype.
+    """Copies every tensor into the model's parameter or buffer of that name, casting to its dtype.
 
-    Raises ValueError for an unknown name, another shape, or a parameter that got no value, and
+    Raises ValueError for an unknown name, another shape, or one of them that got no value, and
     WeightSyncError if a copy is not what was sent: the tensor that is wrong is named, and the
     weights must not be used.
     """
@@ -65,8 +58,9 @@ def copy_weights(model: nn.Module, named_tensors: Iterable[tuple[str, Tensor]]) 
 
 
 def layout(model: nn.Module) -> str:
-    """A short digest of the parameters' names and shapes, equal for the same model only."""
-    shapes = sorted((name, tuple(p.shape)) for name, p in model.named_parameters())
+    """A short digest of the weights' names and shapes, equal for the same model only."""
+    tensors = (*model.named_parameters(), *persistent_buffers(model))
+    shapes = sorted((name, tuple(tensor.shape)) for name, tensor in tensors)
     return hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
 
 
@@ -79,8 +73,8 @@ class WeightFiles:
     failure: str | None = None
 
     @classmethod
-    def write(cls, pairs: Iterable[tuple[str, Tensor]], folder: str, dtype: torch.dtype) -> Self:
-        """Writes the tensors, as `dtype`, in buckets of bounded size.
+    def write(cls, pairs: Iterable[tuple[str, Tensor]], folder: str) -> Self:
+        """Writes the tensors in buckets of bounded size.
 
         Gathering them is collective, so all are taken, even when the disk is full: that is told in
         `failure`.
@@ -90,7 +84,6 @@ class WeightFiles:
         def on_host() -> Iterator[tuple[str, Tensor]]:
             for name, tensor in pairs:
                 if files.failure is None:
-                    tensor = tensor.to(dtype)
                     files.marks[name] = int(fingerprint(tensor))
                     yield name, tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
 

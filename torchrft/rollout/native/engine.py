@@ -25,7 +25,7 @@ class NativeEngine:
     """Runs the transformers model itself, one copy per rank; see `RolloutEngine` for the calls.
 
     >>> engine = NativeEngine(config, tokenizer, stop_token_ids=(1,))       # doctest: +SKIP
-    >>> engine.update_weights(model.named_parameters(), version=0)          # doctest: +SKIP
+    >>> engine.update_weights(named_full_tensors(model), version=0)         # doctest: +SKIP
     >>> engine.generate(prompts, SamplingParams(n=8, temperature=1.0))      # doctest: +SKIP
 
     Raises ValueError for a model that `refuse_unsupported` refuses.
