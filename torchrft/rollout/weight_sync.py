@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig
 
-from torchrft.models.loader import auto_class
+from torchrft.models.support import auto_class
 from torchrft.rollout.canary import Canary, Held, fingerprint
 
 _BUCKET = 256 << 20  # bytes held at a time while weights are written
