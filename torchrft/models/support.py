@@ -106,9 +106,9 @@ def check_length(length: int, limit: int | None, kind: str, name: str = "a seque
     """Raises ValueError for `length` tokens of a sequence beyond the limit of the class `kind`."""
     if limit is not None and length > limit:
         raise ValueError(
-            f"{name}{length} tokens is more than the {limit} that {kind} takes here: longer ones are "
-            "beyond its table of positions, or change the rotary frequencies of all samples in "
-            f"their batch; set max_len = {limit} or less"
+            f"{name}{length} tokens is more than the {limit} that {kind} takes here: longer ones "
+            "are beyond its table of positions, or change the rotary frequencies of all samples "
+            f"in their batch; set max_len = {limit} or less"
         )
 
 
@@ -140,7 +140,7 @@ def _judge(config: PreTrainedConfig) -> _Verdict:
     except _Unsupported as fault:
         faults = (str(fault),)
     except Exception as error:  # a model's code may raise anything
-        first = (str(error).strip() or repr(error)).splitlines()[0]
+        first = (str(error).strip() or repr(error)).splitlines()[0].split(". ")[0]
         what = f"does not run on its own ({type(error).__name__}: {first})"
         return _Verdict(kind.__name__, (what,))
     limits = [rope_limit(text), _table_limit(decoder, model.get_input_embeddings(), text)]
@@ -168,7 +168,8 @@ class _Probe:
             decoder(input_ids=ids, position_ids=ids.clone(), **options)
         if {*self.layers} != {*range(num_layers)}:
             return (f"has {len({*self.layers})} of {num_layers} layers with attention",)
-        if any(isinstance(module, nn.Conv1d) for module in decoder.modules()):
+        layers = getattr(decoder, "layers", decoder)
+        if any(isinstance(module, nn.Conv1d) for module in layers.modules()):
             return ("mixes tokens by convolution",)
         return ()
 
