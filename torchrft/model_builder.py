@@ -12,9 +12,10 @@ from torchrft.config.job_config import JobConfig
 from torchrft.config.reward_config import Judge
 from torchrft.data.image_prompts import images_column
 from torchrft.models.heads import ValueModel
-from torchrft.models.loader import cast_buffers, load_config, load_model, sees_images
+from torchrft.models.loader import cast_buffers, load_config, load_model
 from torchrft.models.policy import PolicyModel
 from torchrft.models.sharded import ShardedWeights
+from torchrft.models.support import refuse_unsupported, sees_images
 from torchrft.models.vision import Vision, freeze_vision
 from torchrft.parallel import ParallelDims, parallelize
 from torchrft.rollout import RolloutEngine, build_engine
@@ -32,6 +33,16 @@ def load_vision(config: JobConfig) -> Vision | None:
     if images_column(data) is None:
         return None
     return Vision.load(model.pretrain, data.processor, data.min_pixels, data.max_pixels)
+
+
+def check_models(config: JobConfig) -> None:
+    """Raises ValueError for a model of the job that torchrft would compute wrongly, before anything
+    is loaded; see `refuse_unsupported`."""
+    model, native = config.model, config.rollout.engine_type == "native"
+    uses = (model.pretrain, native, True), (model.ref_pretrain, False, True)
+    for source, cache, head in (*uses, (model.critic_pretrain, False, False)):
+        if source is not None:
+            refuse_unsupported(load_config(source), config.data.max_len, cache, head)
 
 
 class ModelBuilder:
@@ -54,21 +65,26 @@ class ModelBuilder:
             fused=config.training.fused_linear_logprob,
             chunk_size=config.training.chunk_size,
         )
-        return self._model(wrap, source, init, dtype)
+        return self._model(wrap, source, init, dtype, "policy")
 
     def critic(self, source: str, init: str, dtype: torch.dtype) -> ValueModel:
         """A critic with weights in `dtype`."""
-        return self._model(ValueModel, source, init, dtype)
+        return self._model(ValueModel, source, init, dtype, "critic")
 
     def _model(
-        self, wrap: Callable[[PreTrainedModel], M], source: str, init: str, dtype: torch.dtype
+        self,
+        wrap: Callable[[PreTrainedModel], M],
+        source: str,
+        init: str,
+        dtype: torch.dtype,
+        use: str,
     ) -> M:
         """The model of `source` inside `wrap`, spread over the ranks."""
         training, device = self.config.training, self.world.device
         several = self.world.world_size > 1 and init != "random"
         sharded = ShardedWeights.of(source) if several else None
         if sharded is None:
-            loaded: Any = load_model(source, init, dtype, training.seed)
+            loaded: Any = load_model(source, init, dtype, training.seed, use)
         else:
             loaded = sharded.model(dtype)
         if images_column(self.config.data) is not None:
@@ -121,6 +137,8 @@ def judge_engine(
     ValueError for an engine that does not start.
     """
     assert entry.pretrain is not None
+    if entry.engine == "native":
+        refuse_unsupported(load_config(entry.pretrain), max_len, cache=True)
     own: dict[str, Any] = {"server_urls": [], "engine_tp_size": 1, "enable_engine_sleep": False}
     own |= {"engine_type": entry.engine, "stop": [], "min_new_tokens": 0}
     rollout = config.rollout.model_copy(update=own)

@@ -25,7 +25,7 @@ from torchrft.metrics.plots import plot_curves, plot_lengths
 from torchrft.metrics.rollout_dump import dump
 from torchrft.metrics.rollout_stats import dump_rows, rollout_metrics, warn_of_mismatch
 from torchrft.metrics.timing import PhaseTimer, peak_memory_gib
-from torchrft.model_builder import ModelBuilder, load_vision
+from torchrft.model_builder import ModelBuilder, check_models, load_vision
 from torchrft.models.loader import load_tokenizer
 from torchrft.optim.lr_scheduler import build_scheduler
 from torchrft.optim.optimizer import build_optimizer
@@ -62,6 +62,7 @@ class Trainer:
         self.step = self.pending_rollouts = self.step_began = 0  # where in the stream it began
         self.stop_requested: int | None = None
         self.pending: list[Sample] = []  # samples that wait for a full train_batch_size
+        check_models(config)  # before data and engines, which take minutes
         self._build_data()
         self._build_rollout()  # first: an engine that does not start or fit shows at once
         self._build_models()

@@ -224,7 +224,8 @@ def test_padding_on_the_right_changes_nothing(window):
 def call(**options):
     module = SimpleNamespace(layer_idx=3)
     query, key, value = qkv(4)
-    return attention.attention(module, query, key, value, **{"attention_mask": None, **options})
+    options = {"attention_mask": None, "layout": padded, **options}
+    return attention.attention(module, query, key, value, **options)
 
 
 def test_attention_defaults():
@@ -238,6 +239,12 @@ def test_attention_defaults():
         call(scaling=0.1, sliding_window=2, softcap=None, s_aux=None, is_causal=True)[0],
         dense(*qkv(4), causal(4, 2), 0.1),
     )
+
+
+def test_a_missing_layout_is_no_padded_row():
+    """A model whose layers drop it would attend across the sequences of a packed row."""
+    with pytest.raises(ValueError, match="SimpleNamespace got no `layout`"):
+        call(layout=None)
 
 
 def test_attention_hands_everything_to_the_layout():

@@ -52,8 +52,8 @@ def attention(
 
     With `split` (sequence parallelism) it gets a part of the sequence, and returns that part.
 
-    Raises ValueError for what would silently change the result: an attention mask, dropout,
-    attention sinks or soft-capped scores.
+    Raises ValueError for what would silently change the result: no layout, an attention mask,
+    dropout, attention sinks or soft-capped scores.
     """
     if attention_mask is not None:
         raise ValueError("torchrft attention takes a `layout`, not an attention_mask")
@@ -61,11 +61,16 @@ def attention(
     if unsupported or dropout > 0:
         what = ", ".join(unsupported) or f"attention_dropout = {dropout}"
         raise ValueError(f"{type(module).__name__} uses {what}, which torchrft does not support")
+    if layout is None:
+        raise ValueError(
+            f"{type(module).__name__} got no `layout`: pass it to the model's forward; if it was "
+            "passed, the model's layers do not hand it on, which torchrft does not support"
+        )
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     place: Any = module.layer_idx if layer is None else layer
     if split is not None:
         query, key, value = split.whole(query, key, value)
-    out = (layout or padded)(place, query, key, value, scale, sliding_window)
+    out = layout(place, query, key, value, scale, sliding_window)
     return out if split is None else split.part(out), None
 
 

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 
-from torchrft.models.loader import sees_images
 from torchrft.models.policy import Inputs, target_states
 from torchrft.models.split import joined
+from torchrft.models.support import refuse_unsupported, sees_images
 from torchrft.parallel.mesh import ModelMesh
 
 
@@ -20,6 +20,7 @@ class ValueModel(nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
+        self.limit = refuse_unsupported(model.config, head=False)
         whole: Any = model.base_model if sees_images(model.config) else model.get_decoder()
         self.model: nn.Module = whole
         weight = model.get_input_embeddings().weight
@@ -31,7 +32,7 @@ class ValueModel(nn.Module):
     def forward(self, inputs: Inputs) -> Tensor:
         """Values float32 [M]: entry m is that of the state in which response token m was chosen."""
         ranks = None if self.mesh is None else self.mesh.all
-        hidden, rows = target_states(self.model, inputs, ranks, ranks)
+        hidden, rows = target_states(self.model, inputs, ranks, ranks, self.limit)
         weight = self.head.weight
         if isinstance(weight, DTensor):  # each tp rank's gradient is that of its rows
             weight = weight.to_local(grad_placements=[Partial()])

@@ -1,6 +1,5 @@
 """Models and tokenizers from a Hugging Face folder or hub id."""
 
-import copy
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,10 +10,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -23,6 +19,7 @@ from transformers import (
 )
 
 from torchrft.models import attention
+from torchrft.models.support import attention_of, auto_class, refuse_unsupported, with_attention
 from torchrft.tools.hub import hub_fault
 from torchrft.tools.logging import logger
 
@@ -36,54 +33,39 @@ def load_config(source: str) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ValueError(_not_found(source, "config.json", error)) from error
-    return _with_attention(config)
-
-
-def sees_images(config: PreTrainedConfig) -> bool:
-    """Whether a model of that config has a vision tower beside its language model."""
-    return hasattr(config, "vision_config") and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-
-
-def auto_class(config: PreTrainedConfig) -> Any:
-    """The Auto class that makes the whole model of that config, its vision tower included."""
-    return AutoModelForImageTextToText if sees_images(config) else AutoModelForCausalLM
-
-
-def _attention_of(config: PreTrainedConfig) -> str | dict[str, str]:
-    """torchrft's for the language model alone: what a vision tower attends to is its own affair."""
-    if not sees_images(config):
-        return attention.NAME
-    text = config.get_text_config()
-    parts = {name: getattr(config, name, None) for name in config.sub_configs}
-    found = {name: part for name, part in parts.items() if part is not None}
-    return {name: attention.NAME if part is text else "sdpa" for name, part in found.items()}
-
-
-def _with_attention(config: PreTrainedConfig) -> PreTrainedConfig:
-    # transformers writes the attention's name into the very object it is given.
-    config = copy.deepcopy(config)
-    config._attn_implementation = _attention_of(config)
-    return config
+    return with_attention(config, attention.NAME)
 
 
 def load_model(
-    source: str, init: str = "pretrained", dtype: torch.dtype = torch.float32, seed: int = 0
+    source: str,
+    init: str = "pretrained",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    use: str = "policy",
 ) -> PreTrainedModel:
     """A language model in `dtype` on the CPU, with its vision tower if it has one: the weights of
     `source`, or fresh ones drawn by `seed`.
 
-    Fresh weights depend on the config and the seed only, so every rank draws the same.
-    Raises ValueError when there are no weights to load, the files cannot be read, or weights are
-    missing from them or have another shape.
+    Fresh weights depend on the config and the seed only, so every rank draws the same. `use` is
+    "policy", "critic" (whose head is of no use), or "engine": weights for an engine that has code
+    of its own, so that they may be of any family.
+    Raises ValueError for a model that torchrft does not support, before weights are loaded; when
+    there are none to load, the files cannot be read, or weights are missing from them or have
+    another shape.
     """
     config = load_config(source)
+    if use != "engine":
+        refuse_unsupported(config, head=use == "policy")
     auto = auto_class(config)
     if init == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model: PreTrainedModel = auto.from_config(config, dtype=dtype)
             return model
-    options = {"dtype": dtype, "attn_implementation": _attention_of(config)}
+    options = {
+        "dtype": dtype,
+        "attn_implementation": attention_of(config, "eager" if use == "engine" else attention.NAME),
+    }
     try:
         return read_weights(auto, source, "pretrain =", config, **options)
     except OSError as error:
@@ -150,7 +132,7 @@ def empty_model(
     config: PreTrainedConfig, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
     """A model of that config on `device`, its weights still to be filled in (they are 0)."""
-    config = _with_attention(config)
+    config = with_attention(config, attention.NAME)
     with parameters_on_meta():  # where drawing them costs nothing
         model: Any = auto_class(config).from_config(config, dtype=dtype)
     cast_buffers(model, dtype)

@@ -10,41 +10,9 @@ from transformers import PreTrainedModel
 from torchrft.models.attention import Layout
 from torchrft.models.logprobs import fused_linear_logprob, linear_logprob
 from torchrft.models.split import joined, local_vocabulary, part_of, shared
+from torchrft.models.support import check_length, refuse_unsupported
 from torchrft.models.vision import ImageBatch, hidden_states
 from torchrft.parallel.mesh import ModelMesh
-
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
-
-# Heads that do more than hidden @ weight^T; taking log-probs without that would be silently wrong.
-_LOGIT_CHANGES = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "logits_scaling",
-    "lm_head_multiplier",
-    "output_multiplier",
-)
-
-
-def refuse_unsupported(model: PreTrainedModel) -> None:
-    """Raises ValueError for a model that would run, but give other log-probs than its own.
-
-    Such are models whose layers mix tokens by other means than transformers' attention interface
-    (recurrent layers, chunked attention), and those whose logits are more than hidden @ weight^T.
-    """
-    layer_types = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-    if layer_types - _LAYER_TYPES or not model.is_backend_compatible():
-        what = ", ".join(sorted(layer_types - _LAYER_TYPES)) or "attention code of its own"
-        raise ValueError(f"{type(model).__name__} uses {what}, which torchrft does not support")
-    head = model.get_output_embeddings()
-    if head is None or getattr(head, "bias", None) is not None:
-        raise ValueError(f"{type(model).__name__} needs a language-model head without bias")
-    for name in _LOGIT_CHANGES:
-        value = getattr(model.config.get_text_config(), name, None)
-        if value not in (None, 1, 1.0):
-            raise ValueError(
-                f"{type(model).__name__} changes its logits by {name} = {value}, "
-                "which torchrft does not support"
-            )
 
 
 class Inputs(Protocol):
@@ -59,10 +27,17 @@ class Inputs(Protocol):
 
 
 def target_states(
-    model: nn.Module, inputs: Inputs, ranks: DeviceMesh | None, among: DeviceMesh | None
+    model: nn.Module,
+    inputs: Inputs,
+    ranks: DeviceMesh | None,
+    among: DeviceMesh | None,
+    limit: int | None,
 ) -> tuple[Tensor, slice]:
     """Hidden states [rows, D] at this rank's part of the targets, and which part that is: `ranks`
-    have the same inputs, `among` divide the targets."""
+    have the same inputs, `among` divide the targets. Raises ValueError for a sequence of more than
+    `limit` tokens."""
+    if limit is not None and inputs.input_ids.shape[1] > limit:  # else a GPU need not be asked
+        check_length(int(inputs.position_ids.max()) + 1, limit, type(model).__name__)
     hidden = hidden_states(
         model, inputs.input_ids, inputs.position_ids, inputs.layout, inputs.images
     )
@@ -85,18 +60,20 @@ class PolicyModel(nn.Module):
         chunk_size: int = 4096,
     ) -> None:
         super().__init__()
-        refuse_unsupported(model)
+        self.limit = refuse_unsupported(model.config)
+        head: Any = model.get_output_embeddings()
+        if head.bias is not None:
+            raise ValueError(f"{type(model).__name__} needs a language-model head without bias")
         self.model = model
         self.mesh: ModelMesh | None = None  # set by torchrft.parallel.parallelize
         self.temperature, self.fused, self.chunk_size = temperature, fused, chunk_size
-        head: Any = model.get_output_embeddings()
         head.logprobs = MethodType(_logprobs, head)  # which parallelize makes one of FSDP2's
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """Returns logprobs float32 [M] and entropy float32 [M] of `inputs.labels`."""
         # Over `sp` ranks each takes a part of the tokens, over `tp` ranks a part of the vocabulary.
         sp, ranks = (None, None) if self.mesh is None else (self.mesh.sp, self.mesh.all)
-        hidden, rows = target_states(self.model, inputs, ranks, sp)
+        hidden, rows = target_states(self.model, inputs, ranks, sp, self.limit)
         head: Any = self.model.get_output_embeddings()
         chunk_size = self.chunk_size if self.fused else None
         values = head.logprobs(hidden, inputs.labels[rows], self.temperature, chunk_size)

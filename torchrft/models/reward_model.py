@@ -21,14 +21,13 @@ from torchrft.config.job_config import Parallel
 from torchrft.models import attention
 from torchrft.models.loader import read_weights
 from torchrft.models.sharded import ShardedWeights
+from torchrft.models.support import refuse_unsupported
 from torchrft.parallel import ParallelDims, parallelize
 from torchrft.tools.distributed import World
 from torchrft.tools.hub import hub_fault
 from torchrft.tools.logging import logger
 
 Group = Sequence[Sequence[int]]  # token ids of samples that begin alike
-
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 class RewardModel(nn.Module):
@@ -229,12 +228,11 @@ def _is_plain_decoder(model: PreTrainedModel) -> bool:
     """Whether torchrft's attention and a head on one hidden state give the model's own scores."""
     config: Any = model.config
     own_forward = type(model).forward is not GenericForSequenceClassification.forward
-    if own_forward or config.get_text_config() is not config:
+    causal = all(getattr(module, "is_causal", True) is True for module in model.modules())
+    if own_forward or not causal or config.get_text_config() is not config:
         return False
-    modules = list(model.modules())
-    causal = all(getattr(module, "is_causal", True) is True for module in modules)
-    sinks = any(hasattr(module, "sinks") for module in modules)
-    softcap = getattr(config, "attn_logit_softcapping", None)
-    types = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
-    plain = causal and not sinks and softcap is None and not types
-    return plain and model.is_backend_compatible()
+    try:
+        refuse_unsupported(config, head=False)
+    except ValueError:
+        return False
+    return True

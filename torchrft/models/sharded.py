@@ -19,12 +19,12 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from torchrft.models.loader import (
-    auto_class,
     load_config,
     materialize,
     parameters_on_meta,
     persistent_buffers,
 )
+from torchrft.models.support import auto_class, refuse_unsupported
 from torchrft.tools.logging import logger
 
 Build = Callable[..., PreTrainedModel]
@@ -67,6 +67,7 @@ class ShardedWeights:
             return None
         if build is None:
             config = load_config(source)
+            refuse_unsupported(config, head=False)
             build = partial(auto_class(config).from_config, config)
         weights = cls(source, files, build)
         for aliases in weights._aliases():

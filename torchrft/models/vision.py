@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoProcessor, PreTrainedConfig, PreTrainedModel
 
-from torchrft.models.attention import Layout
-from torchrft.models.loader import auto_class, load_config, sees_images
+from torchrft.models.attention import Layout, padded
+from torchrft.models.loader import load_config
+from torchrft.models.support import auto_class, sees_images
 from torchrft.models.tokenizer import without_second_bos
 from torchrft.tools.hub import hub_fault
 from torchrft.tools.images import Image, ImageError
@@ -344,7 +345,7 @@ def hidden_states(
     if images is not None:
         inputs = _embedded(whole, decoder, input_ids, images)
     return decoder(
-        **inputs, position_ids=position_ids, use_cache=False, layout=layout
+        **inputs, position_ids=position_ids, use_cache=False, layout=layout or padded
     ).last_hidden_state
 
 

@@ -20,6 +20,7 @@ from torchrft.models.reward_model import (
     load_reward_model,
     reward_config,
 )
+from torchrft.models.support import rope_limit
 from torchrft.models.tokenizer import encode
 from torchrft.rewards.source import RewardRequest, RewardResult, SampleError
 from torchrft.rewards.text import chat_text, text_or_file
@@ -237,7 +238,7 @@ def build_scalar_model(
             )
         seeing = load_reward_model(entry.pretrain, config.parallel, world, dtype, whole=True)
         return VisionModel(name, entry, seeing, offload)
-    limit = getattr(model_config, "max_position_embeddings", None)
+    limit = rope_limit(model_config) or getattr(model_config, "max_position_embeddings", None)
     reader = Reader(entry, policy, limit, model_config.get_text_config().vocab_size)
     if reader.direct and config.data.max_len > reader.max_len:
         raise ValueError(

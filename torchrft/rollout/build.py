@@ -69,5 +69,7 @@ def build_engine(
         served = (transport, model_config, tokenizer, stop_ids, tp_size, dtype, device, max_len)
         engine = SglangEngine(*served)
     if load_weights:
-        engine.update_weights(named_full_tensors(load_model(pretrain, dtype=dtype)), version=0)
+        use = "policy" if config.engine_type == "native" else "engine"
+        model = load_model(pretrain, dtype=dtype, use=use)
+        engine.update_weights(named_full_tensors(model), version=0)
     return engine

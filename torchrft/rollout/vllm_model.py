@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange
 
-from torchrft.models.loader import sees_images
+from torchrft.models.support import sees_images
 from torchrft.rollout.canary import Canary
 from torchrft.rollout.fused_weights import Places, is_a
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from torchrft.models.loader import empty_model
-from torchrft.models.policy import refuse_unsupported
+from torchrft.models.support import check_length, refuse_unsupported
 from torchrft.models.tokenizer import decode
 from torchrft.models.vision import Vision
 from torchrft.parallel.compile import apply_compile
@@ -46,8 +46,8 @@ class NativeEngine:
         self.stop_token_ids = stop_token_ids
         self.max_num_seqs = max_num_seqs
         self.device = torch.device(device)
+        self.limit = refuse_unsupported(config, cache=True)
         model: Any = empty_model(config, dtype, self.device)
-        refuse_unsupported(model)
         self.model = model.eval().requires_grad_(False)
         join_projections(self.model.get_decoder())
         self.compiled = compile and self.device.type == "cuda"
@@ -95,6 +95,8 @@ class NativeEngine:
         check_prompts(prompts, sampling, self.version, self.vision is not None, vocabulary)
         if not prompts:
             return []
+        longest = max(len(p.token_ids) + sampling.budget(len(p.token_ids)) for p in prompts)
+        check_length(longest, self.limit, type(self.model).__name__)
         kind: Callable[..., Generation] = Generation
         if supports(self.model, bool(sampling.stop)):
             kind = partial(GraphGeneration, compiled=self.compiled, warm=self.warm)

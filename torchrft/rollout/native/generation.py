@@ -61,7 +61,6 @@ class Generation:
         self.model, self.vision = model, vision
         self.base, self.head = model.get_decoder(), model.get_output_embeddings()
         self.plain = is_plain(self.base)
-        self.num_layers = model.config.get_text_config().num_hidden_layers
         self.device = self.head.weight.device
         self.prompts, self.sampling, self.decode = prompts, sampling, decode
         stops = sorted({token for token in stop_ids if token < len(self.head.weight)})
@@ -172,11 +171,6 @@ class Generation:
             positions, images = positions.to(self.device), images.to(self.device)
         row = torch.tensor([ids], device=self.device)
         hidden = hidden_states(self.model, row, positions, self.prefill, images)
-        if len(self.prefill.keys) != self.num_layers:
-            raise ValueError(
-                f"{type(self.base).__name__}: {len(self.prefill.keys)} of {self.num_layers} layers "
-                "went through torchrft's attention function; the others would be wrong"
-            )
         self.prefill_logits = self.head(hidden[0, torch.tensor(ends, device=self.device) - 1])
         n = self.sampling.n
         self.waiting_samples.extend(

@@ -136,7 +136,7 @@ class Decode:
             out = F.scaled_dot_product_attention(
                 query, held, values[:batch, :, : self.width], attn_mask=~outside, scale=scale
             )
-        return out.reshape(batch, 1, heads, dim)
+        return out.reshape(batch, 1, heads, -1)  # MLA: values may be narrower than keys
 
     def weigh(self, weights: Tensor, values: Tensor) -> Tensor:
         """Sums of the values by weights [B, Hkv, G, width], for a CPU.

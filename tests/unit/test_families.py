@@ -1,0 +1,48 @@
+"""Every causal language model of the installed transformers: right in all ways, or refused.
+
+A new family that transformers brings is tried at once. `python tests/families.py` prints the table
+of all families in all ways; here the ways that take two processes run on a selection.
+"""
+
+import re
+from pathlib import Path
+
+import families
+import pytest
+import torch
+from families import TOLERANCE
+from tiny import VOCABULARY
+from transformers import AutoConfig
+
+from torchrft.models.loader import load_config, load_model, load_tokenizer
+from torchrft.models.policy import PolicyModel
+from torchrft.models.support import refuse_unsupported
+from torchrft.rollout.native.engine import NativeEngine
+
+TOKENIZER = load_tokenizer(str(Path(__file__).parents[1] / "assets/debug_model"))
+SPREAD = [
+    *("llama", "gemma", "gemma3_text", "qwen3_moe", "gpt2", "opt", "persimmon", "olmo2"),
+    *("deepseek_v2", "glm4_moe_lite", "longcat_flash", "gpt_neox", "phi3", "granite", "jetmoe"),
+]
+
+
+@pytest.mark.parametrize("name", families.names())
+def test_each_family_is_right_or_refused(name, tmp_path):
+    sentence = families.refusal(name)
+    if sentence is not None:
+        assert "\n" not in sentence
+        assert "; use a model of another family" in sentence
+        assert ("does not run on its own" in sentence) is (name in families.NOT_BUILT), sentence
+        families.config(name).save_pretrained(tmp_path)  # and no weights
+        with pytest.raises(ValueError, match=re.escape(sentence.partition(",")[0])):
+            NativeEngine(load_config(str(tmp_path)), TOKENIZER, (1,))
+        return
+    differences = families.check([name], tmp_path, spread=False)[name]
+    assert differences.keys() == {"padded", "packed", "native"}
+    assert max(differences.values()) < TOLERANCE, differences
+
+
+def test_two_ranks_and_the_export(tmp_path):
+    for name, differences in families.check(SPREAD, tmp_path).items():
+        assert differences.keys() == {*families.WAYS}
+        assert max(differences.values()) < TOLERANCE, (name, differences)

@@ -1,0 +1,294 @@
+"""Refuses models whose log-probs torchrft would compute otherwise than transformers does.
+
+There is no list of families. A model is made from its config on the meta device, where weights cost
+neither memory nor time, and its decoder runs once under an attention function that looks at every
+call: does it bring the layout, and is its mask causal, within the window that it names? The code
+around the head runs on real numbers. So a model is judged before weights are loaded.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+)
+
+_NAME = "torchrft_probe"
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_LOGIT_CHANGES = (  # options by which known families do it, for the message
+    *("final_logit_softcapping", "logit_scale", "logits_scaling"),
+    *("lm_head_multiplier", "output_multiplier"),
+)
+_OFFSET = 8  # some tables of positions hold a few rows more than there are positions
+
+
+def sees_images(config: PreTrainedConfig) -> bool:
+    """Whether a model of that config has a vision tower beside its language model."""
+    return hasattr(config, "vision_config") and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The Auto class that makes the whole model of that config, its vision tower included."""
+    return AutoModelForImageTextToText if sees_images(config) else AutoModelForCausalLM
+
+
+def attention_of(config: PreTrainedConfig, name: str) -> str | dict[str, str]:
+    """The attention function `name` for the language model alone: what a vision tower attends to is
+    its own affair."""
+    if not sees_images(config):
+        return name
+    text = config.get_text_config()
+    parts = {key: getattr(config, key, None) for key in config.sub_configs}
+    return {key: name if part is text else "sdpa" for key, part in parts.items() if part}
+
+
+def with_attention(config: PreTrainedConfig, name: str) -> PreTrainedConfig:
+    """A copy of the config, set to `attention_of` it."""
+    config = copy.deepcopy(config)  # transformers writes the name into the very object it is given
+    config._attn_implementation = attention_of(config, name)
+    return config
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """What a model of a config is."""
+
+    kind: str  # its class
+    faults: tuple[str, ...] = ()  # of the decoder, each a predicate of that class
+    head_faults: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()  # of all calls of attention, in their order
+    limit: int | None = None  # tokens of the longest sequence
+
+
+_VERDICTS: dict[tuple[type, str], _Verdict] = {}
+
+
+def refuse_unsupported(
+    config: PreTrainedConfig, max_len: int | None = None, cache: bool = False, head: bool = True
+) -> int | None:
+    """The most tokens that a sequence of such a model may have; None if there is no limit.
+
+    There is one where positions are rows of a learned table, and where rotary frequencies depend on
+    the longest sequence of a call ("longrope", "dynamic"), so that samples would change each other.
+
+    Args: max_len, tokens of the longest sequence, if known; cache, for the native engine, whose KV
+        cache takes one call of attention per layer; head, false where the logits are of no use.
+    Raises ValueError for a model that would give other log-probs than transformers' own forward of
+    each sample alone, and for a max_len beyond the limit.
+    """
+    key = type(config), config.to_json_string(use_diff=False)
+    if key not in _VERDICTS:
+        _VERDICTS[key] = _judge(config)
+    verdict = _VERDICTS[key]
+    faults = [*verdict.faults, *(verdict.head_faults if head else ())]
+    if cache and not faults and verdict.layers != tuple(range(len(verdict.layers))):
+        faults = ['calls attention several times a layer (engine_type = "vllm" may know it)']
+    if faults:
+        raise ValueError(
+            f"{verdict.kind} {' and '.join(faults)}, which torchrft does not support; use a model "
+            "of another family"
+        )
+    if max_len is not None:
+        check_length(max_len, verdict.limit, verdict.kind, "max_len = ")
+    return verdict.limit
+
+
+def check_length(length: int, limit: int | None, kind: str, name: str = "a sequence of ") -> None:
+    """Raises ValueError for `length` tokens of a sequence beyond the limit of the class `kind`."""
+    if limit is not None and length > limit:
+        raise ValueError(
+            f"{name}{length} tokens is more than the {limit} that {kind} takes here: longer ones "
+            "are beyond its table of positions, or change the rotary frequencies of all samples "
+            f"in their batch; set max_len = {limit} or less"
+        )
+
+
+def _judge(config: PreTrainedConfig) -> _Verdict:
+    probed, auto = with_attention(config, _NAME), auto_class(config)
+    if type(config) not in auto._model_mapping:
+        return _Verdict(f"a {config.model_type} model", ("has no causal language model",))
+    kinds = auto._model_mapping[type(config)]  # several for one config
+    kind: Any = kinds[0] if isinstance(kinds, tuple | list) else kinds
+    text = probed.get_text_config()
+    types = sorted(set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES)
+    if types or not kind.is_backend_compatible():
+        what = ", ".join(types) or "attention code of its own"
+        return _Verdict(kind.__name__, (f"uses {what}",))
+    text._experts_implementation = "batched_mm"  # the one whose sizes do not depend on values
+    probe = _Probe()
+    try:
+        with torch.device("meta"):
+            model: Any = auto.from_config(probed, dtype=torch.float32).eval()
+        decoder = model.get_decoder()
+        try:
+            faults = probe.faults_of(decoder, text.num_hidden_layers, "meta")
+        except (
+            NotImplementedError,
+            RuntimeError,
+        ):  # its layers look at numbers, as to route tokens
+            decoder.to_empty(device="cpu")  # which takes memory only where it is written to
+            faults = probe.faults_of(decoder, text.num_hidden_layers, "cpu")
+    except _Unsupported as fault:
+        faults = (str(fault),)
+    except Exception as error:  # a model's code may raise anything
+        first = (str(error).strip() or repr(error)).splitlines()[0].split(". ")[0]
+        what = f"does not run on its own ({type(error).__name__}: {first})"
+        return _Verdict(kind.__name__, (what,))
+    limits = [rope_limit(text), _table_limit(decoder, model.get_input_embeddings(), text)]
+    limit = min((n for n in limits if n is not None), default=None)
+    heads = tuple(_head_faults(model, text))
+    return _Verdict(kind.__name__, faults, heads, tuple(probe.layers), limit)
+
+
+class _Probe:
+    """A layout that computes nothing and judges each call of the attention function."""
+
+    def __init__(self) -> None:
+        self.layers: list[int] = []
+
+    @torch.no_grad()
+    def faults_of(self, decoder: nn.Module, num_layers: int, device: str) -> tuple[str, ...]:
+        """Runs the decoder. Raises _Unsupported."""
+        self.layers.clear()
+        with torch.device(device):
+            ids = torch.zeros(1, 5, dtype=torch.long)
+            options: dict[str, Any] = {"use_cache": False, "layout": self}
+            options["attention_mask"] = torch.ones_like(
+                ids
+            )  # so that no packed rows are looked for
+            decoder(input_ids=ids, position_ids=ids.clone(), **options)
+        if {*self.layers} != {*range(num_layers)}:
+            return (f"has {len({*self.layers})} of {num_layers} layers with attention",)
+        layers = getattr(decoder, "layers", decoder)
+        if any(isinstance(module, nn.Conv1d) for module in layers.modules()):
+            return ("mixes tokens by convolution",)
+        return ()
+
+
+class _Unsupported(Exception):
+    """A reason, as a predicate of the model's class."""
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    sliding_window: int | None = None,
+    layout: _Probe | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function of the probe. Raises _Unsupported."""
+    name = type(module).__name__
+    if layout is None:
+        raise _Unsupported(f"does not pass `layout` on to {name}, so that packed samples would mix")
+    bent = [n for n in ("softcap", "s_aux", "sinks", "position_bias") if kwargs.get(n) is not None]
+    if bent:
+        raise _Unsupported(f"uses {', '.join(bent)} in {name}")
+    whole = getattr(attention_mask, "_base", None)  # of which it may be a view
+    rule = getattr(attention_mask if whole is None else whole, "rule", None)
+    if query.shape[2] != key.shape[2] or not _is_causal(rule, sliding_window, module.config):
+        within = "" if sliding_window is None else f" within sliding_window = {sliding_window}"
+        raise _Unsupported(f"has a mask in {name} other than the causal one{within}")
+    layout.layers.append(module.layer_idx)
+    return value.new_empty(*query.transpose(1, 2).shape[:3], value.shape[3]), None
+
+
+def _mask(
+    batch_size: int, q_length: int, kv_length: int, mask_function: Callable[..., Any], **_: Any
+) -> Tensor:
+    """The mask function of the probe: a mask that knows its rule."""
+    mask: Any = torch.ones(batch_size, 1, q_length, kv_length, dtype=torch.bool)
+    mask.rule = mask_function
+    return mask
+
+
+AttentionInterface.register(_NAME, _attention)
+AttentionMaskInterface.register(_NAME, _mask)
+
+
+def _is_causal(rule: Any, window: int | None, config: Any) -> bool:
+    """Whether the mask is the causal one within `window`, at positions near and far."""
+    if not callable(rule):
+        return False
+    last = getattr(config, "max_position_embeddings", None) or 1 << 20
+    near = {window or 0, *(1 << power for power in range(last.bit_length())), last - 2}
+    places = {n + step for n in near for step in (-1, 0, 1)}
+    at = torch.tensor(sorted(n for n in places if 0 <= n < last), device="cpu")
+    query, key = at[:, None], at[None]
+    wanted = (key <= query) & (query - key < (window or last))
+    zero = torch.zeros((), dtype=torch.long, device="cpu")
+    try:
+        return torch.equal(rule(zero, zero, query, key), wanted)
+    except (RuntimeError, IndexError, TypeError):  # it looks into tensors of the batch
+        return False
+
+
+def rope_limit(config: PreTrainedConfig) -> int | None:
+    """Tokens of a sequence from which on it changes the rotary frequencies of its whole call."""
+    text: Any = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    limits = []
+    for kind in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        if kind.get("rope_type") == "longrope":
+            limits.append(kind["original_max_position_embeddings"])
+        elif kind.get("rope_type") == "dynamic":
+            limits.append(text.max_position_embeddings)
+    return min(limits, default=None)
+
+
+def _table_limit(decoder: nn.Module, embeddings: nn.Module, text: Any) -> int | None:
+    """Positions in a learned table of them."""
+    most = getattr(text, "max_position_embeddings", None)
+    tables = [m for m in decoder.modules() if isinstance(m, nn.Embedding) and m is not embeddings]
+    held = most and any(0 <= table.num_embeddings - most <= _OFFSET for table in tables)
+    return most if held else None
+
+
+class _Hidden(dict[str, Any]):
+    """Stands for any model output: hidden states, and None for all else."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.last_hidden_state if key in (0, "last_hidden_state") else None
+
+
+def _head_faults(model: Any, text: Any) -> Iterator[str]:
+    """Runs the code around the decoder and the head, whose outputs are numbers made up here.
+
+    The logits must be the head's output, and its input the decoder's, to the last bit.
+    """
+    head = model.get_output_embeddings()
+    if head is None or getattr(head, "bias", None) is not None:
+        yield "needs a language-model head without bias"
+        return
+    outputs, inputs = head.weight.shape
+    hidden, logits = (torch.linspace(-50, 50, 3 * n).view(1, 3, n) for n in (inputs, outputs))
+    for module in (model.base_model, model.get_decoder()):
+        module.forward = lambda *args, **kwargs: _Hidden(hidden)
+    seen: list[Tensor] = []
+    head.forward = lambda x: seen.append(x) or logits  # type: ignore[func-returns-value]
+    try:
+        out = model(input_ids=torch.zeros(1, 3, dtype=torch.long), use_cache=False).logits
+        plain = len(seen) == 1 and torch.equal(seen[0], hidden) and torch.equal(out, logits)
+    except Exception:  # code that wants more of the decoder than its hidden states
+        plain = False
+    if not plain:
+        values = {name: getattr(text, name, None) for name in _LOGIT_CHANGES}
+        options = ", ".join(f"{k} = {v}" for k, v in values.items() if v not in (None, 1))
+        yield f"changes its logits by {options or 'code around its head'}"
