@@ -44,9 +44,9 @@ def main(argv: list[str]) -> int:
         train.run(argv)
     # A wrong config is refused here, in one process, before any other starts.
     from torchrft.config.manager import check_only
-    from torchrft.rewards.verify import reward_faults
+    from torchrft.preflight import job_faults
 
-    if code := check_only(argv, reward_faults):
+    if code := check_only(argv, job_faults):
         return 0 if code == 10 else code
     if hosts[1] == "1":
         return _one_host(argv, count)

@@ -419,6 +419,7 @@ def test_a_reward_that_fails_on_one_rank_ends_all_with_a_sentence(tmp_path):
 def test_config_file_and_a_relative_path_from_another_folder(tmp_path):
     config = tmp_path / "my.toml"
     config.write_text((ROOT / "train_configs" / "debug_model.toml").read_text())
+    (tmp_path / "tests").symlink_to(ROOT / "tests")  # paths are relative to here
     result = subprocess.run(
         [str(ROOT / "run_train.sh"), "--dry_run"],
         env=environment(1) | {"CONFIG_FILE": str(config)},

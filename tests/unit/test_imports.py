@@ -22,7 +22,7 @@ ROWS = [
     {"models"},
     {"data", "rewards", "algorithms", "rollout", "optim", "checkpoint", "metrics"},
     # What the trainer is made of.
-    {"collector", "advantage_step", "optimizer_step", "model_builder"},
+    {"collector", "advantage_step", "optimizer_step", "model_builder", "preflight"},
     {"policy_update", "critic_update", "reward_builder"},
     {"trainer"},
     {"train", "rewards/server.py"},

@@ -104,8 +104,8 @@ def setup(timeout_seconds: float = 1800.0) -> World:
         elif (socket := os.environ.pop("TORCHRFT_STORE", None)) is not None:  # launch.py's
             rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            listens = {"master_listen_fd": int(socket)} if rank == 0 else {}
-            store = dist.TCPStore(*where, ranks, rank == 0, timeout, **listens)
+            listens = int(socket) if rank == 0 else None
+            store = dist.TCPStore(*where, ranks, rank == 0, timeout, master_listen_fd=listens)
             alone = {"store": store, "rank": rank, "world_size": ranks}
         dist.init_process_group(backend, timeout=timeout, **alone)
         _started_here = True
