@@ -19,6 +19,7 @@ from torchrft.optim.offload import StateOffload
 from torchrft.optim.optimizer import clip_gradients
 from torchrft.parallel import set_gradient_sync
 from torchrft.tools.distributed import DataRanks, all_reduce_max, get_world_size
+from torchrft.tools.progress import each
 from torchrft.types import RolloutBatch
 
 # Loss of a micro-batch, whose samples count or not, and metrics that add up to the step's.
@@ -105,7 +106,8 @@ class OptimizerStep:
         width = batch.mask.shape[1]
         tables = tuple(torch.zeros_like(batch.rollout_logprobs) for _ in range(outputs))
         samples = self.rollout.micro_rollout_batch_size
-        for rows, counted in self._micro_batches(batch, list(range(len(batch))), samples):
+        micro_batches = list(self._micro_batches(batch, list(range(len(batch))), samples))
+        for rows, counted in each(micro_batches, len(micro_batches), "micro-batches"):
             micro = self._build(batch, rows)
             values = model(micro)
             values = values if isinstance(values, tuple) else (values,)
@@ -155,7 +157,8 @@ class OptimizerStep:
         sums: dict[str, Tensor] = {}
         size = self.training.micro_train_batch_size
         micro_batches = list(self._micro_batches(batch, rows, size))
-        for index, (micro_rows, counted) in enumerate(micro_batches):
+        counting = each(micro_batches, len(micro_batches), "micro-batches of this optimizer step")
+        for index, (micro_rows, counted) in enumerate(counting):
             last = index == len(micro_batches) - 1
             set_gradient_sync(self.model, last or self.reduce_every_micro_batch)
             part = batch.select(micro_rows)

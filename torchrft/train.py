@@ -3,17 +3,23 @@
 import atexit
 import os
 import sys
+import traceback
+from pathlib import Path
+from typing import NoReturn
 
-from torchrft.config.manager import read
-from torchrft.rewards.verify import reward_faults
+from torchrft.tools.signals import exit_on_signal
+
+# All else is imported late, so that Ctrl-C is heard, and that help and config errors come at once.
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the job; returns 0, 2 for a job that cannot start, 1 for one that cannot go on, or
-    128 + signal if one ended it."""
-    config = read(sys.argv[1:] if argv is None else argv, reward_faults)
+    128 + signal if one ended it. A fault is one line; the traceback of a bug goes to a file."""
+    from torchrft.config.manager import read
+    from torchrft.preflight import job_faults
 
-    # Only now, so that help and config errors come at once.
+    config = read(sys.argv[1:] if argv is None else argv, job_faults)
+
     from torchrft.rewards.source import RewardError
     from torchrft.rollout.canary import WeightSyncError
     from torchrft.tools import distributed
@@ -23,42 +29,76 @@ def main(argv: list[str] | None = None) -> int:
 
     of_ranks = (distributed.RankError, TimeoutError, ConnectionError)
     told = (RewardError, WeightSyncError, ImageError, *of_ranks)
-    world = distributed.setup(config.parallel.collective_timeout)
-    setup_logging(world.rank)
+    trainer = None
     try:
+        world = distributed.setup(config.parallel.collective_timeout)
+        setup_logging(world.rank)
         try:
             trainer = Trainer(config, world)
         except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        try:
-            signum = trainer.train()
-        except told as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        except RuntimeError as error:
-            if not distributed.comes_from_a_collective(error):
-                raise
-            phase = trainer.timer.failed or "training"
-            print(f"error: {distributed.peer_error(error, phase)}", file=sys.stderr)
-            return 1
+            return _end_of_rank(error, 2)
+        signum = trainer.train()
         return 0 if signum is None else 128 + signum
+    except told as error:
+        return _end_of_rank(error)
+    except KeyboardInterrupt:
+        return _end_of_rank("stopped by a second Ctrl-C, without saving", 130)
+    except Exception as error:
+        if isinstance(error, RuntimeError) and distributed.comes_from_a_collective(error):
+            phase = (trainer and trainer.timer.failed) or "training"
+            return _end_of_rank(distributed.peer_error(error, phase))
+        return _end_of_rank(_crash(error, Path(config.checkpoint.save_path, "crashes")))
     finally:
         distributed.teardown()
 
 
+def _end_of_rank(fault: object, code: int = 1) -> int:
+    """Prints the one line with which a rank ends."""
+    from torchrft.config.fields import one_line
+
+    text, rank = one_line(str(fault)), os.environ.get("RANK")
+    several = os.environ.get("WORLD_SIZE", "1") != "1" and rank is not None
+    # In one piece, since ranks write at the same time.
+    sys.stderr.write(f"error: {text}" + (f" (rank {rank})\n" if several else "\n"))
+    return code
+
+
+def _crash(error: Exception, folder: Path) -> str:
+    """What a bug raised, and where; its traceback goes to a file, or is printed if none can be."""
+    lines = "".join(traceback.format_exception(error))
+    file = folder / f"rank-{os.environ.get('RANK', '0')}.txt"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(lines, encoding="utf-8", errors="backslashreplace")
+    except OSError:
+        print(lines, file=sys.stderr)
+        return f"{type(error).__name__}: {error}"
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{frame.filename}, line {frame.lineno}"
+    return f"{type(error).__name__}: {error} ({where}; the traceback is in {file})"
+
+
 def _end(codes: list[int]) -> None:
     """Ends the process of a job that has ended, its exit code in `codes`, without torch's own
-    destructors: threads of gloo that are still at it abort a rank there now and then, and torchrun
-    then ends the others, whatever they are about to save."""
+    destructors: threads of gloo that are still at it abort a rank there now and then, and its
+    launcher then ends the others, whatever they are about to save."""
     sys.stdout.flush()
     sys.stderr.flush()
     if codes:
         os._exit(codes[0])
 
 
-if __name__ == "__main__":
+def run(argv: list[str] | None = None) -> NoReturn:
+    """`main` as the whole program."""
+    exit_on_signal()
     ended: list[int] = []
     atexit.register(_end, ended)  # the first to be registered is the last to run
-    ended.append(main())
+    try:
+        ended.append(main(argv))
+    except SystemExit as done:  # a signal's, or that of a dry run
+        ended.append(int(done.code or 0))
     sys.exit(ended[0])
+
+
+if __name__ == "__main__":
+    run()

@@ -24,6 +24,7 @@ from torchrft.metrics.logger import MetricLogger
 from torchrft.metrics.plots import plot_curves, plot_lengths
 from torchrft.metrics.rollout_dump import dump
 from torchrft.metrics.rollout_stats import dump_rows, rollout_metrics, warn_of_mismatch
+from torchrft.metrics.stuck import StuckAlarm
 from torchrft.metrics.timing import PhaseTimer, peak_memory_gib
 from torchrft.model_builder import ModelBuilder, check_models, load_vision
 from torchrft.models.loader import load_tokenizer
@@ -185,6 +186,7 @@ class Trainer:
             (save_path / "config.toml").write_text(to_toml(config))
         settings, began = config.model_dump(mode="json"), self.step or None
         self.logger = MetricLogger(config.logging, self.log_dir, settings, resume_step=began)
+        self.stuck = StuckAlarm(read_metrics(self.log_dir) if began else ())
         self.console = Console(self.last_step, self.step)
 
     def train(self) -> int | None:
@@ -305,7 +307,10 @@ class Trainer:
         """Records the step, and saves when a checkpoint is due."""
         # In this order, a kill in between costs nothing: a step that was logged but not saved is
         # dropped from the log and run again when the run resumes.
-        warn_of_mismatch(self.step, metrics, self.config.rollout.mismatch_alarm)
+        if self.world.is_main:
+            warn_of_mismatch(self.step, metrics, self.config.rollout.mismatch_alarm)
+            if warning := self.stuck.hear(metrics):
+                logger.warning("step %d: %s", self.step, warning)
         self.logger.log(self.step, metrics)
         self.console.step(self.step, metrics)
         if self._save_is_due():

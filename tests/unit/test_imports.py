@@ -22,10 +22,11 @@ ROWS = [
     {"models"},
     {"data", "rewards", "algorithms", "rollout", "optim", "checkpoint", "metrics"},
     # What the trainer is made of.
-    {"collector", "advantage_step", "optimizer_step", "model_builder"},
+    {"collector", "advantage_step", "optimizer_step", "model_builder", "preflight"},
     {"policy_update", "critic_update", "reward_builder"},
     {"trainer"},
-    {"train", "rewards/server.py", "config/__main__.py"},
+    {"train", "rewards/server.py"},
+    {"launch"},
 ]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

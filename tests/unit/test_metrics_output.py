@@ -1,9 +1,12 @@
 import contextlib
 import io
 import json
+import re
 import time
+from pathlib import Path
 
 import pytest
+import tiny_job
 import torch
 from rich.console import Console as RichConsole
 
@@ -12,6 +15,9 @@ from torchrft.metrics.console import Console, step_line, summary_lines
 from torchrft.metrics.plots import plot_curves, plot_lengths
 from torchrft.metrics.rollout_dump import dump
 from torchrft.metrics.timing import PhaseTimer, peak_memory_gib
+from torchrft.tools import progress
+
+ROOT = Path(__file__).parents[2]
 
 CPU = torch.device("cpu")
 METRICS = {
@@ -63,15 +69,17 @@ def test_peak_memory_on_cuda_is_reset_by_each_call():
 
 
 def test_plain_lines_without_a_terminal(capsys, monkeypatch):
-    clock = iter([100.0, 102.0, 104.0])
+    clock = iter([100.0, 160.0, 162.0, 167.0])  # the first step compiles
     monkeypatch.setattr(console_module.time, "monotonic", lambda: next(clock))
     with Console(total_steps=12, start_step=4) as console:
         console.step(5, METRICS)
         console.step(6, {"reward/mean": 0.5})
+        console.step(7, {"reward/mean": 0.5})
     assert capsys.readouterr().out == (
         "step  5/12 | reward 0.531 | eval 0.610 | loss -0.0123 | kl 0.00012 | grad_norm 0.500"
-        " | length 23.1 | tok/s 12,346 | seconds 1.23 | left 00:14\n"
+        " | length 23.1 | tok/s 12,346 | seconds 1.23 | left ?\n"
         "step  6/12 | reward 0.500 | left 00:12\n"
+        "step  7/12 | reward 0.500 | left 00:18\n"
     )
 
 
@@ -88,6 +96,77 @@ def test_a_bar_with_time_left_on_a_terminal(monkeypatch):
     assert "step 2/4 | reward 0.750 | seconds 2.00" in text
     assert "2/4" in text
     assert "00:00 left" in text
+
+
+def test_a_run_of_one_step_has_no_time_left(capsys):
+    with Console(total_steps=1) as console:
+        console.step(1, {})
+    assert capsys.readouterr().out == "step 1/1 | left 00:00\n"
+
+
+def documented() -> list[str]:
+    """Patterns of the keys in docs/metrics.md; <…> there stands for any name."""
+    text = (ROOT / "docs" / "metrics.md").read_text().partition("## Keys of metrics.jsonl")[2]
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    keys = [key for row in rows for key in re.findall("`([^`]+)`", row)]
+    return [re.sub("<[a-z]+>", ".+", re.escape(key)) for key in keys]
+
+
+RUNS = {
+    "saves and evaluates": {
+        "eval_data": str(tiny_job.ASSETS / "max_digit" / "eval.jsonl"),
+        **{"eval_steps": 1, "save_steps": 1, "init_kl_coef": 0.1},
+    },
+    "a critic": {
+        **{"advantage_estimator": "gae", "reward_running_norm": True, "reward_clip": 0.5},
+        **{"advantage_clip": 0.1, "overlong_buffer_len": 2, "rollout_correction": "token_tis"},
+    },
+    "cpgd": {"advantage_estimator": "cpgd", "dynamic_sampling": True, "max_epochs": 2},
+    "a step that collects": {"train_batch_size": 32, "entropy_coef": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_key_that_a_run_writes_is_documented(tmp_path, name):
+    tiny_job.run(tmp_path, **RUNS[name])
+    keys = {key for record in tiny_job.records(tmp_path) for key in record}
+    assert len(keys) > 25
+    unknown = [key for key in keys if not any(re.fullmatch(p, key) for p in documented())]
+    assert unknown == []
+
+
+def test_a_long_phase_tells_how_far_it_is_ever_more_seldom(monkeypatch, caplog):
+    caplog.set_level("INFO", logger="torchrft")
+    monkeypatch.setattr(progress, "SECONDS_UNTIL_FIRST", 0.1)
+    timer = PhaseTimer(CPU)
+    with timer.phase("step"), timer.phase("rollout"):
+        for _ in progress.each(range(8), 8, "samples"):
+            time.sleep(0.1)
+    told = list(caplog.messages)
+    assert 1 <= len(told) <= 4  # after 0.1, 0.2, 0.4 seconds, and of the inner phase alone
+    for line in told:
+        assert re.fullmatch(r"rollout: \d seconds so far, [0-7] of 8 samples", line)
+    time.sleep(0.5)
+    assert caplog.messages == told
+    with timer.phase("update"):
+        time.sleep(0.15)
+    assert caplog.messages[-1] == "update: 0 seconds so far"
+
+
+def test_a_short_phase_says_nothing(caplog):
+    caplog.set_level("INFO", logger="torchrft")
+    with PhaseTimer(CPU).phase("rollout"):
+        progress.at(1, 2, "samples")
+    assert caplog.messages == []
+
+
+def test_a_librarys_bar_is_counted_and_not_shown(capfd):
+    bar = progress.Counted(total=4, desc="Processed prompts", dynamic_ncols=True, postfix="x")
+    bar.update(3)
+    assert progress._counts["requests"] == (3, 4)
+    assert bar.format_dict["elapsed"] >= 0
+    bar.close()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_step_line_leaves_out_what_is_missing():

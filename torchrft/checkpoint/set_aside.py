@@ -6,7 +6,7 @@ from pathlib import Path
 from torchrft.tools.distributed import on_main
 from torchrft.tools.logging import logger
 
-WRITTEN_TO_SAVE_PATH = ("config.toml", "checkpoints", "hf")
+WRITTEN_TO_SAVE_PATH = ("config.toml", "checkpoints", "hf", "crashes")
 WRITTEN_TO_LOG_DIR = ("metrics.jsonl", "rollouts", "plots", "wandb", "wandb_run_id")
 
 

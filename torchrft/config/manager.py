@@ -81,7 +81,7 @@ def _say(lines: Iterable[str], file: TextIO | None = None) -> None:
 def check_only(argv: list[str], verify: Verify = lambda config: []) -> int:
     """Whether the job may start: 0, or 2 after printing faults; 10 after --help or --dry_run.
 
-    For run_train.sh, which asks before it starts any process. Warnings are left to the job.
+    For launch.py, which asks before it starts any process. Warnings are left to the job.
     """
     try:
         if wants_help(argv) or parse(argv).dry_run:

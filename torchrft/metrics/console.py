@@ -32,13 +32,15 @@ COLUMNS = (
 class Console(AbstractContextManager["Console"]):
     """Progress of the steps after `start_step` (0 in a fresh run) up to `total_steps`.
 
-    On a terminal a bar stays below the lines; elsewhere each line tells the time left. Ranks other
-    than 0 print nothing. Leaving the context removes the bar.
+    On a terminal a bar stays below the lines; elsewhere each line tells the time left, which the
+    first step, slower than the others, does not count for. Ranks other than 0 print nothing.
+    Leaving the context removes the bar.
     """
 
     def __init__(self, total_steps: int, start_step: int = 0) -> None:
         self.total_steps, self.start_step = total_steps, start_step
         self._started_at = time.monotonic()
+        self._first_at = math.inf  # end of the first step, which compiles and warms up
         columns = ("training", BarColumn(), MofNCompleteColumn(), "{task.fields[left]}")
         is_shown = is_main() and on_terminal()
         self._bar = Progress(*columns, console=terminal(), disable=not is_shown)
@@ -47,7 +49,9 @@ class Console(AbstractContextManager["Console"]):
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Print the line of a finished step; metrics that it lacks are left out."""
-        left = self._time_left(step)
+        now = time.monotonic()
+        self._first_at = min(self._first_at, now)
+        left = self._time_left(step, now - self._first_at)
         line_left = left if self._bar.disable else None
         self._print(step_line(step, self.total_steps, metrics, line_left))
         self._bar.update(self._task, completed=step, left=f"{left} left")
@@ -70,11 +74,9 @@ class Console(AbstractContextManager["Console"]):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _time_left(self, step: int) -> str:
-        if step <= self.start_step:
-            return "?"
-        seconds_per_step = (time.monotonic() - self._started_at) / (step - self.start_step)
-        return _clock(max(0.0, seconds_per_step * (self.total_steps - step)))
+    def _time_left(self, step: int, seconds: float) -> str:
+        left, counted = self.total_steps - step, step - self.start_step - 1
+        return _clock(seconds / max(counted, 1) * left) if counted > 0 or left == 0 else "?"
 
     def _print(self, line: str) -> None:
         if is_main() and on_terminal():

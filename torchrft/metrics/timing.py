@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
+from torchrft.tools.progress import told
+
 
 class PhaseTimer:
     """Adds up the seconds spent in named phases.
@@ -30,10 +32,11 @@ class PhaseTimer:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count what runs inside as `name`, also if it raises."""
+        """Count what runs inside as `name`, also if it raises; one that takes long is told of."""
         start = self._now()
         try:
-            yield
+            with told(name):
+                yield
         except BaseException:
             self.failed = self.failed or name
             raise

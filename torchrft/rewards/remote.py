@@ -14,6 +14,7 @@ from torchrft.rewards.source import RewardError, RewardRequest, RewardResult
 from torchrft.tools.http import FAILURES, JsonServer, ServerError, bearer_token, parse
 from torchrft.tools.images import ImageError
 from torchrft.tools.logging import logger
+from torchrft.tools.progress import each
 from torchrft.types import Prompt
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds before a server that failed is asked again
@@ -102,7 +103,7 @@ class RemoteRewards:
         pool = ThreadPoolExecutor(self.config.remote_rm_concurrency, "remote-reward")
         try:
             scored = [pool.submit(self._score, batch, deadline, ended) for batch in batches]
-            for first in as_completed(scored):
+            for first in each(as_completed(scored), len(scored), "requests"):
                 first.result()
         except BaseException:  # what fails first ends the others
             ended.set()

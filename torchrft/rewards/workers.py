@@ -119,6 +119,8 @@ class WorkerPool:
         Where a worker had to be killed or died, the results have an `error`. Raises RuleFault for a
         bug in the rule and RewardError if workers do not start.
         """
+        from torchrft.tools import progress  # which the workers, that import this, do without
+
         size = len(rows) if together else min(len(rows) // (4 * self.count), _MOST)
         starts = range(0, len(rows), max(size, 1))
         jobs = deque(_Job(range(len(rows))[first : first + max(size, 1)]) for first in starts)
@@ -128,6 +130,7 @@ class WorkerPool:
                 self.workers.append(_Worker(self.tasks, self.memory))
             try:
                 while len(run.results) < len(rows):
+                    progress.at(len(run.results), len(rows), "samples")
                     self._assign(run)
                     self._collect(run)
             except BaseException:  # nobody will fetch what the others find

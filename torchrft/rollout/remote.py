@@ -28,6 +28,7 @@ from torchrft.rollout.vllm import sampling_options
 from torchrft.rollout.weight_sync import WeightFiles, layout
 from torchrft.tools import distributed
 from torchrft.tools.logging import logger
+from torchrft.tools.progress import each
 from torchrft.types import Completion, Prompt, SamplingParams
 
 _GENERATE = "/inference/v1/generate"  # vLLM's "tokens in, tokens out"
@@ -271,7 +272,8 @@ class RemoteVllmEngine:
             try:
                 complete = partial(self._complete, sampling=sampling, made_by=made_by)
                 parts = pool.map(complete, range(len(prompts)), prompts)
-                return [completion for part in parts for completion in part]
+                counted = each(parts, len(prompts), "prompts")
+                return [completion for part in counted for completion in part]
             finally:
                 pool.shutdown(cancel_futures=True)
 

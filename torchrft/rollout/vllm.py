@@ -23,6 +23,7 @@ from torchrft.rollout.fused_weights import Places
 from torchrft.rollout.vllm_model import load, scale_logits
 from torchrft.tools.distributed import DataRanks
 from torchrft.tools.logging import logger
+from torchrft.tools.progress import Counted
 from torchrft.tools.seeds import rng_state, set_rng_state
 from torchrft.types import Completion, Prompt, SamplingParams
 
@@ -202,7 +203,7 @@ class VllmEngine:
         inputs = [self._input(prompt) for prompt, _ in requests]
         self.cached = True
         try:
-            return self.llm.generate(inputs, parameters, use_tqdm=False)
+            return self.llm.generate(inputs, parameters, use_tqdm=Counted)
         except BaseException:  # what an interrupt leaves would be part of the next call
             engine = self.llm.llm_engine
             engine.abort_request(list(engine.output_processor.request_states), internal=True)

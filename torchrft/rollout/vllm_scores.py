@@ -8,6 +8,7 @@ from torchrft.config.availability import engine_missing
 from torchrft.config.job_config import Rollout
 from torchrft.models.reward_model import reward_config, scored_part
 from torchrft.rollout.vllm import cache_bytes, start
+from torchrft.tools.progress import Counted
 
 _TOKENS = 16384  # that the KV cache holds at least; a sample leaves it once it has its score
 
@@ -52,7 +53,7 @@ class VllmScores:
         if not samples:
             return []
         raw = PoolingParams(use_activation=False)
-        outputs = self.llm.encode(samples, raw, pooling_task="classify", use_tqdm=False)
+        outputs = self.llm.encode(samples, raw, pooling_task="classify", use_tqdm=Counted)
         return [float(output.outputs.data) for output in outputs]
 
     def close(self) -> None:

@@ -95,12 +95,19 @@ def setup(timeout_seconds: float = 1800.0) -> World:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
+        timeout = timedelta(seconds=timeout_seconds)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        alone: dict[str, Any] = {}
+        alone: dict[str, Any] = {}  # by default, by MASTER_ADDR and MASTER_PORT
         if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
             # A store inside the process needs no port, so such jobs run side by side.
             alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds), **alone)
+        elif (socket := os.environ.pop("TORCHRFT_STORE", None)) is not None:  # launch.py's
+            rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            listens = int(socket) if rank == 0 else None
+            store = dist.TCPStore(*where, ranks, rank == 0, timeout, master_listen_fd=listens)
+            alone = {"store": store, "rank": rank, "world_size": ranks}
+        dist.init_process_group(backend, timeout=timeout, **alone)
         _started_here = True
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
 

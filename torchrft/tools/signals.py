@@ -7,11 +7,32 @@ import time
 from types import FrameType
 from typing import Any, Self
 
-from torchrft.tools.distributed import get_rank
-
-# On Ctrl-C a worker hears from the terminal and, right after, from torchrun: one key press, two
+# On Ctrl-C a worker hears from the terminal and, right after, from its launcher: one key press, two
 # signals. Only a later one is a person who insists.
 SECONDS_BETWEEN_KEY_PRESSES = 1.0
+
+
+def exit_on_signal() -> None:
+    """Ctrl-C and SIGTERM end the program by SystemExit with 128 + signal, after one line.
+
+    Meant for what comes before a run can save. A rank among several keeps the default of SIGTERM,
+    which also ends what waits for other ranks in C++; its launcher says the line.
+    """
+    signal.signal(signal.SIGINT, _exit)
+    if os.environ.get("WORLD_SIZE", "1") == "1" or "RANK" not in os.environ:
+        signal.signal(signal.SIGTERM, _exit)
+
+
+def _exit(signum: int, frame: FrameType | None) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    _say(f"error: stopped by {signal.Signals(signum).name}")
+    raise SystemExit(128 + signum)
+
+
+def _say(line: str) -> None:
+    # Not through logging: a handler may interrupt a write to the very same stream.
+    os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{line}\n".encode())
 
 
 class StopSignal:
@@ -44,9 +65,7 @@ class StopSignal:
         now = time.monotonic()
         if self.received is None:
             self.received, self._received_at = signum, now
-            name = signal.Signals(signum).name
-            line = f"rank {get_rank()}: received {name}, saving at the end of this step\n"
-            # Not through logging: a handler may interrupt a write to the very same stream.
-            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, line.encode())
+            rank, name = os.environ.get("RANK", "0"), signal.Signals(signum).name
+            _say(f"rank {rank}: received {name}, saving at the end of this step")
         elif signum == signal.SIGINT and now - self._received_at > SECONDS_BETWEEN_KEY_PRESSES:
             raise KeyboardInterrupt

@@ -21,6 +21,7 @@ from torchrft.models.vision import Vision, hidden_states
 from torchrft.rollout.native.kv_cache import Decode, Prefill, SlotCache
 from torchrft.rollout.native.lean import is_plain, lean_step
 from torchrft.rollout.native.sampler import sample
+from torchrft.tools import progress
 from torchrft.types import Prompt, SamplingParams
 
 _PREFILL_TOKENS = 16384  # of one prefill pass, its keys padded, which bounds its memory
@@ -102,7 +103,10 @@ class Generation:
 
     def run(self) -> tuple[list[list[int]], list[list[float]], list[bool]]:
         """Tokens, log-probs and "ended by a stop" of every request."""
+        n, count = self.sampling.n, len(self.budgets)
         while self.waiting or self.active.request.numel():
+            left = len(self.waiting_prompts) * n + len(self.waiting_samples)
+            progress.at(count - left - self.active.request.numel(), count, "samples")
             while self.admit():
                 pass
             if self.active.request.numel():
