@@ -5,9 +5,9 @@ mean the same. The text under a field is its documentation: `--help`, the JSON s
 docs/configuration.md are made from it. Rules that join several fields are in validation.py.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from torchrft.config.field_types import (
     AdvantageEstimator,
@@ -195,6 +195,15 @@ class Rollout(Section):
     """Rounds of generation after which a step runs on what dynamic sampling found."""
 
 
+# Clip ranges of papers by policy loss, and of DAPO; for all others the guide's are the defaults.
+CLIP_RANGES = {
+    "gspo": {"clip_range": 3e-4, "clip_range_higher": 4e-4},
+    "gmpo": {"clip_range": 0.4, "clip_range_higher": 0.4},
+    "cispo": {"clip_range": 1.0},  # a ratio is never below 0: no lower bound
+    "dapo": {"clip_range_higher": 0.28},
+}
+
+
 class Algorithm(Section):
     """Advantage, loss and KL; formulas and papers are in docs/algorithms.md."""
 
@@ -223,9 +232,9 @@ class Algorithm(Section):
     kl_horizon: PositiveInt = 10000
     """Samples over which the adaptive coefficient reacts."""
     clip_range: PositiveFloat = 0.2
-    """Lower clip: the probability ratio is kept above 1 - clip_range."""
+    """Lower clip: the ratio stays above 1 - clip_range. For gspo 3e-4, gmpo 0.4, cispo 1 (none)."""
     clip_range_higher: PositiveFloat = 0.3
-    """Upper clip: the probability ratio is kept below 1 + clip_range_higher."""
+    """Upper clip: the ratio stays below 1 + this value. For gspo 4e-4, gmpo 0.4, dapo 0.28."""
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     """Bound of the loss on negative advantages (dual-clip PPO), as a multiple of the advantage."""
     value_clip: PositiveFloat = 0.2
@@ -252,6 +261,21 @@ class Algorithm(Section):
     """Correction of the mismatch between the engine's log-probs and the trainer's."""
     rollout_correction_cap: Annotated[float, Field(ge=1)] = 2.0
     """Cap of the importance weight of `rollout_correction`."""
+
+    @property
+    def loss(self) -> str:
+        """The policy loss in use: the field, or the preset's."""
+        named = self.advantage_estimator in ("cpgd", "gspo", "gmpo", "cispo")  # like their loss
+        return self.policy_loss or (self.advantage_estimator if named else "ppo_clip")
+
+    @model_validator(mode="after")
+    def _take_clip_ranges(self) -> Self:
+        """Fields that are not set get the clip ranges of the paper, where there are any."""
+        dapo = self.advantage_estimator == "dapo" and self.loss == "ppo_clip"
+        ranges = CLIP_RANGES.get("dapo" if dapo else self.loss, {})
+        unset = {name: e for name, e in ranges.items() if name not in self.model_fields_set}
+        self.__dict__.update(unset)  # past the freeze, and without counting as set
+        return self
 
 
 class Parallel(Section):
