@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchrft.algorithms.losses import LOSSES
+from torchrft.algorithms.presets import resolve
 from torchrft.config.fields import FIELDS, SECTIONS
 from torchrft.config.job_config import JobConfig, RewardFunction
 from torchrft.config.manager import (
@@ -255,6 +256,29 @@ def test_the_resolved_config_shows_the_clip_ranges_in_use(flags, tmp_path):
         assert tuple(defaults) == CLIPS[flags]
 
 
+@pytest.mark.parametrize(
+    ("flags", "estimator"),
+    [
+        ("--advantage_estimator reinforce_plus_plus", "k1"),
+        ("--kl_placement reward", "k1"),
+        ("--advantage_estimator gae --kl_placement reward --kl_estimator k2", "k2"),
+        ("--advantage_estimator reinforce_plus_plus --kl_placement loss", "k3"),
+        ("--advantage_estimator reinforce_baseline", "k3"),
+        ("--kl_estimator k1", "k1"),
+    ],
+)
+def test_the_resolved_config_shows_the_kl_estimator_in_use(flags, estimator, tmp_path):
+    loaded = load([*BASE, *flags.split()])
+    assert tomllib.loads(to_toml(loaded.config))["algorithm"]["kl_estimator"] == estimator
+    again = load(["--dry_run", "--config_file", write(tmp_path / "r.toml", dry_run_text(loaded))])
+    assert again.config == loaded.config
+    assert again.warnings == loaded.warnings
+    # A preset's own placement is that of the presets' table.
+    algorithm = loaded.config.algorithm
+    assert algorithm.kl_in_reward == (resolve(algorithm).kl_placement == "reward")
+    assert algorithm.loss == resolve(algorithm).policy_loss
+
+
 def test_a_loss_that_does_not_clip_shows_no_clip_ranges():
     shown = tomllib.loads(to_toml(config_of("--policy_loss", "reinforce")))["algorithm"]
     assert not {"clip_range", "clip_range_higher"} & set(shown)
@@ -272,6 +296,8 @@ CHANGES = st.fixed_dictionaries(
         "advantage_estimator": st.sampled_from(["group_norm", "gae", "cpgd", "gspo", "reinforce"]),
         "policy_loss": st.sampled_from(["reinforce", "cispo", "gspo", "gmpo"]),
         "clip_range": st.sampled_from([3e-4, 0.2, 1.0]),
+        "kl_placement": st.sampled_from(["loss", "reward"]),
+        "kl_estimator": st.sampled_from(["k1", "k2", "k3"]),
         "lr_decay": st.sampled_from(["cosine", "constant"]),
         "adam_betas": st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)),
         "l2": st.floats(0, 1e300),

@@ -221,6 +221,12 @@ WARNINGS = [
     ({"init_kl_coef": 0.1}, "[algorithm] init_kl_coef = 0.1 is outside the usual range 0.0001"),
     ({"engine_mem_util": 0.95}, "[rollout] engine_mem_util = 0.95 is outside the usual range 0.3"),
     (
+        {"kl_estimator": "k3", "advantage_estimator": "reinforce_plus_plus"},
+        '[algorithm] kl_estimator = "k3" in the reward hardly pulls to the reference, where only '
+        'k1 has the right gradient; use "k1", or kl_placement = "loss"',
+    ),
+    ({"kl_estimator": "k2", "kl_placement": "reward"}, '[algorithm] kl_estimator = "k2" in the'),
+    (
         {"max_new_tokens": 4096},
         "[rollout] max_new_tokens = 4096 has no effect: max_len = 4096 leaves at most 4095 tokens",
     ),
@@ -259,6 +265,14 @@ def test_warnings(fields, message):
         ({"advantage_estimator": "gae", "critic_learning_rate": 1e-5, "value_clip": 0.1}, 1),
         ({"advantage_estimator": "gmpo", "clip_range": 0.4}, 1),
         ({"advantage_estimator": "gspo", "clip_range": 3e-4}, 1),
+        ({"advantage_estimator": "reinforce_plus_plus"}, 1),  # its KL estimator is k1
+        ({"kl_placement": "reward"}, 1),
+        ({"kl_estimator": "k1"}, 1),
+        (
+            {"advantage_estimator": "reinforce_plus_plus", "kl_placement": "loss"}
+            | {"kl_estimator": "k3"},
+            1,
+        ),
         ({"advantage_estimator": "cispo", "clip_range": 1.0}, 1),  # as the resolved config says
         ({"advantage_estimator": "cispo", "clip_range": 10.0}, 1),
         ({"advantage_estimator": "reinforce", "n_samples_per_prompt": 1, "gamma": 0.9}, 16),

@@ -5,7 +5,7 @@ mean the same. The text under a field is its documentation: `--help`, the JSON s
 docs/configuration.md are made from it. Rules that join several fields are in validation.py.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -224,7 +224,8 @@ class Algorithm(Section):
     init_kl_coef: NonNegativeFloat = 0.001
     """KL coefficient (initial, if it adapts); 0 means that no reference model is loaded."""
     kl_placement: Literal["loss", "reward"] | None = None
-    """Where the KL term goes, in place of the preset's way (reinforce_plus_plus: the reward)."""
+    """Where the KL term goes, in place of the preset's way (reinforce_plus_plus: the reward). In the
+    reward, an unset `kl_estimator` is k1."""
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
     """Whether the KL coefficient follows `kl_target`."""
     kl_target: PositiveFloat = 0.01
@@ -268,12 +269,19 @@ class Algorithm(Section):
         named = self.advantage_estimator in ("cpgd", "gspo", "gmpo", "cispo")  # like their loss
         return self.policy_loss or (self.advantage_estimator if named else "ppo_clip")
 
+    @property
+    def kl_in_reward(self) -> bool:
+        """Whether the KL term goes into the reward: by the field, or the preset."""
+        named = self.advantage_estimator == "reinforce_plus_plus"
+        return self.kl_placement == "reward" or (named and self.kl_placement is None)
+
     @model_validator(mode="after")
-    def _take_clip_ranges(self) -> Self:
-        """Fields that are not set get the clip ranges of the paper, where there are any."""
+    def _take_the_papers_values(self) -> Self:
+        """Fields that are not set get the values of the paper, where the guide's do not fit it."""
         dapo = self.advantage_estimator == "dapo" and self.loss == "ppo_clip"
-        ranges = CLIP_RANGES.get("dapo" if dapo else self.loss, {})
-        unset = {name: e for name, e in ranges.items() if name not in self.model_fields_set}
+        values: dict[str, Any] = CLIP_RANGES.get("dapo" if dapo else self.loss, {})
+        values = values | ({"kl_estimator": "k1"} if self.kl_in_reward else {})
+        unset = {name: v for name, v in values.items() if name not in self.model_fields_set}
         self.__dict__.update(unset)  # past the freeze, and without counting as set
         return self
 

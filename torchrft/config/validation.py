@@ -214,6 +214,9 @@ def _algorithm(config: JobConfig, world_size: int) -> Iterator[Finding]:
     if algorithm.clip_range >= 1 and loss == "cpgd":
         fault = "must be below 1 for the cpgd policy loss, which clips at log(1 - clip_range)"
         yield Finding(f"clip_range {fault}; use e.g. 0.2")
+    if algorithm.init_kl_coef and algorithm.kl_in_reward and algorithm.kl_estimator != "k1":
+        fault = "in the reward hardly pulls to the reference, where only k1 has the right gradient"
+        yield Finding(f'kl_estimator {fault}; use "k1", or kl_placement = "loss"', False)
     per_token = algorithm.rollout_correction in ("token_tis", "token_mask")
     if (per_token or algorithm.high_entropy_token_ratio < 1) and loss == "gmpo":
         yield Finding(
