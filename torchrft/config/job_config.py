@@ -224,8 +224,8 @@ class Algorithm(Section):
     init_kl_coef: NonNegativeFloat = 0.001
     """KL coefficient (initial, if it adapts); 0 means that no reference model is loaded."""
     kl_placement: Literal["loss", "reward"] | None = None
-    """Where the KL term goes, in place of the preset's way (reinforce_plus_plus: the reward). In the
-    reward, an unset `kl_estimator` is k1."""
+    """Where the KL term goes, in place of the preset's way (reinforce_plus_plus: the reward).
+    In the reward, an unset `kl_estimator` is k1."""
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
     """Whether the KL coefficient follows `kl_target`."""
     kl_target: PositiveFloat = 0.01
