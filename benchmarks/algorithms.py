@@ -2,8 +2,7 @@
 
     python benchmarks/algorithms.py [--seed 0] [--only gae,cispo] [--jobs 2] [--figure FILE.png]
 
-Only `advantage_estimator` changes, with the clip ranges of the algorithm's paper where the default
-ones do not fit it, and for PPO the critic's learning rate.
+Only `advantage_estimator` changes, and for PPO the critic's learning rate.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ FLAGS: dict[str, list[str]] = {
     "gae": ["--critic_learning_rate", "1e-3"],
     "dapo": [],
     "cispo": [],
-    "gspo": ["--clip_range", "3e-4", "--clip_range_higher", "4e-4"],
-    "gmpo": ["--clip_range", "0.4", "--clip_range_higher", "0.4"],
+    "gspo": [],
+    "gmpo": [],
     "cpgd": [],
 }
 

@@ -102,26 +102,19 @@ class PolicyUpdate:
     def _step(self, batch: RolloutBatch, rows: list[int], frozen: bool) -> dict[str, float]:
         mask = batch.mask[rows]
         denominators = self.stepper.denominators(mask, self.max_response_length)
-        kept = None
         if batch.entropy is not None and self.algorithm.high_entropy_token_ratio < 1:
             ratio = self.algorithm.high_entropy_token_ratio
             keep = high_entropy_mask(batch.entropy[rows], mask, ratio, self._gather)
-            kept = self.stepper.denominators(keep, self.max_response_length)
             full = torch.zeros_like(batch.mask)
             full[rows] = keep
             batch = replace(batch, keep=full)
-        loss = partial(self._loss, denominators=denominators, keep_denominators=kept)
+        loss = partial(self._loss, denominators=denominators)
         if frozen:
             return self.stepper.evaluate(batch, rows, loss)
         return self.stepper.run(batch, rows, loss, usable=denominators.tokens > 0)
 
     def _loss(
-        self,
-        micro: MicroBatch,
-        part: RolloutBatch,
-        mask: Tensor,
-        denominators: Denominators,
-        keep_denominators: Denominators | None,
+        self, micro: MicroBatch, part: RolloutBatch, mask: Tensor, denominators: Denominators
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of one micro-batch, whose samples are `part`."""
         width, algorithm = mask.shape[1], self.algorithm
@@ -144,10 +137,9 @@ class PolicyUpdate:
             mask,
             ref_logprobs=part.ref_logprobs,
             entropy=entropy,
-            keep=None if part.keep is None else part.keep & mask,
+            keep=part.keep,
             rollout_logprobs=part.rollout_logprobs,
             denominators=denominators,
-            keep_denominators=keep_denominators,
             **options_of(policy_loss, settings, {}, 5),
             **options_of(self.loss, settings, algorithm.policy_loss_options, 4),
         )

@@ -245,7 +245,7 @@ RUNS = [
         for name, flags in (
             ("gae", {"critic_learning_rate": "1e-3"}),
             ("cispo", {}),
-            ("gspo", {"clip_range": "3e-4", "clip_range_higher": "4e-4"}),
+            ("gspo", {}),
         )
     ),
 ]

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,8 +7,9 @@ from torch import tensor
 from torch.nn.functional import pad
 
 from torchrft.algorithms.aggregation import MODES, Denominators, aggregate, masked_sum
-from torchrft.algorithms.losses import LOSSES, policy_loss
+from torchrft.algorithms.losses import LOSSES, policy_loss, value_loss
 
+BUDGET = {"max_response_length": 9.0}  # what seq_mean_token_sum_norm divides by
 MASK = tensor([[True, True, False], [True, False, False]])
 # Ratios 1.5 and 0.5 with advantage 1; 0.5 with advantage -2.
 RATIOS = tensor([[1.5, 0.5, 1.0], [0.5, 1.0, 1.0]])
@@ -47,7 +49,11 @@ def loop_loss(logprobs, old, ref, advantages, mask, mode, low, high, kl, coef):
             clipped = torch.clamp(ratio, 1 - low, 1 + high)
             policy = torch.maximum(-ratio * advantages[i, t], -clipped * advantages[i, t])
             d = logprobs[i, t] - ref[i, t]
-            penalty = {"k1": d, "k2": d * d / 2, "k3": torch.exp(-d) - 1 + d}[kl]
+            k2 = d * d / 2
+            # k1's value with k2's gradient.
+            penalty = {"k1": d.detach() + k2 - k2.detach(), "k2": k2, "k3": torch.exp(-d) - 1 + d}[
+                kl
+            ]
             terms.append(policy + coef * penalty)
         if terms:
             sequences.append(terms)
@@ -55,8 +61,7 @@ def loop_loss(logprobs, old, ref, advantages, mask, mode, low, high, kl, coef):
         return sum(map(sum, sequences)) / sum(map(len, sequences))
     if mode == "seq_mean_token_mean":
         return sum(sum(terms) / len(terms) for terms in sequences) / len(sequences)
-    longest = max(map(len, sequences))
-    return sum(sum(terms) / longest for terms in sequences) / len(sequences)
+    return sum(sum(terms) / BUDGET["max_response_length"] for terms in sequences) / len(sequences)
 
 
 @pytest.mark.parametrize(
@@ -65,11 +70,11 @@ def loop_loss(logprobs, old, ref, advantages, mask, mode, low, high, kl, coef):
         # Token losses: max(-1.5, -1.3) = -1.3, max(-0.5, -0.8) = -0.5; max(1.0, 1.6) = 1.6.
         ("token_mean", (-1.3 - 0.5 + 1.6) / 3),
         ("seq_mean_token_mean", ((-1.3 - 0.5) / 2 + 1.6 / 1) / 2),
-        ("seq_mean_token_sum_norm", ((-1.3 - 0.5) / 2 + 1.6 / 2) / 2),  # longest response: 2
+        ("seq_mean_token_sum_norm", ((-1.3 - 0.5) / 9 + 1.6 / 9) / 2),
     ],
 )
 def test_loss_aggregation(mode, expected):
-    loss, metrics = hand_case(loss_aggregation=mode)
+    loss, metrics = hand_case(loss_aggregation=mode, **BUDGET)
     assert loss == pytest.approx(expected, abs=1e-6)
     assert metrics["policy/loss"] == pytest.approx(expected, abs=1e-6)
     # The first and the last of the three tokens are clipped.
@@ -115,6 +120,7 @@ def test_values_and_gradients_against_a_float64_loop(mode, kl):
         init_kl_coef=0.3,
         clip_range=0.15,
         clip_range_higher=0.25,
+        **BUDGET,
     )
     loss.backward()
     exact = logprobs.detach().double().requires_grad_()
@@ -156,8 +162,9 @@ def test_clip_range(ratio, advantage, low, high, expected):
 def test_on_policy_loss_is_minus_the_mean_advantage(mode):
     _, old, _, advantages, mask = random_case()
     logprobs = old.clone().requires_grad_()
-    loss, metrics = policy_loss("ppo_clip", logprobs, old, advantages, mask, loss_aggregation=mode)
-    mean = aggregate(advantages, mask, mode, Denominators.of(mask))
+    options = {"loss_aggregation": mode, **BUDGET}
+    loss, metrics = policy_loss("ppo_clip", logprobs, old, advantages, mask, **options)
+    mean = aggregate(advantages, mask, mode, replace(Denominators.of(mask), **BUDGET))
     assert float(loss) == pytest.approx(-float(mean), abs=1e-6)
     assert float(metrics["policy/clip_fraction"]) == 0.0
     assert float(metrics["policy/approx_kl"]) == 0.0
@@ -167,7 +174,8 @@ def test_on_policy_loss_is_minus_the_mean_advantage(mode):
 def test_a_positive_advantage_raises_the_log_prob(mode):
     logprobs, old, _, _, mask = random_case(spread=0.01)
     advantages = torch.where(torch.arange(5)[:, None] % 2 == 0, 1.0, -1.0).expand(5, 7)
-    loss, _ = policy_loss("ppo_clip", logprobs, old, advantages, mask, loss_aggregation=mode)
+    options = {"loss_aggregation": mode, **BUDGET}
+    loss, _ = policy_loss("ppo_clip", logprobs, old, advantages, mask, **options)
     loss.backward()
     assert torch.equal((-logprobs.grad).sign(), advantages * mask)  # the direction of descent
 
@@ -203,7 +211,7 @@ def test_padding_and_masked_values_have_no_effect(mode, filler, filled):
 @pytest.mark.parametrize("cuts", [(1, 2, 3, 4), (2,), (4,)])
 def test_the_split_into_micro_batches_has_no_effect(mode, cuts):
     logprobs, old, ref, advantages, mask = random_case()
-    total = Denominators.of(mask)
+    total = replace(Denominators.of(mask), **BUDGET)
     options = {"loss_aggregation": mode, "init_kl_coef": 0.3, "denominators": total}
     whole, metrics = policy_loss(
         "ppo_clip", logprobs, old, advantages, mask, ref_logprobs=ref, **options
@@ -230,10 +238,10 @@ def test_a_sequence_without_tokens_counts_neither_above_nor_below(mode):
     logprobs, old, _, advantages, mask = random_case()
     kept = mask.any(-1)
     assert kept.sum() == 4
-    with_it, _ = policy_loss("ppo_clip", logprobs, old, advantages, mask, loss_aggregation=mode)
+    options = {"loss_aggregation": mode, **BUDGET}
+    with_it, _ = policy_loss("ppo_clip", logprobs, old, advantages, mask, **options)
     without, _ = policy_loss(
-        *("ppo_clip", logprobs[kept], old[kept], advantages[kept], mask[kept]),
-        loss_aggregation=mode,
+        *("ppo_clip", logprobs[kept], old[kept], advantages[kept], mask[kept]), **options
     )
     assert float(with_it) == pytest.approx(float(without), abs=1e-7)
 
@@ -245,6 +253,7 @@ def test_nothing_unmasked_gives_zero_and_no_gradient(mode):
         *("ppo_clip", logprobs, old, advantages, torch.zeros_like(mask)),
         ref_logprobs=ref,
         loss_aggregation=mode,
+        **BUDGET,
     )
     loss.backward()
     assert {float(loss), *map(float, metrics.values())} == {0.0}
@@ -266,9 +275,41 @@ def test_huge_ratios_stay_finite():
 def test_masked_sum_and_denominators():
     values = tensor([[1.0, 2.0, math.nan], [4.0, math.inf, -math.inf]])
     assert float(masked_sum(values, MASK)) == 7.0
-    assert Denominators.of(MASK) == Denominators(3.0, 2.0, 2.0)
-    assert Denominators.of(MASK & False) == Denominators(0.0, 0.0, 1.0)
-    assert Denominators.of(MASK[:0]) == Denominators(0.0, 0.0, 1.0)
+    assert Denominators.of(MASK) == Denominators(3.0, 2.0, None)
+    assert Denominators.of(MASK & False) == Denominators(0.0, 0.0, None)
+    assert Denominators.of(MASK[:0]) == Denominators(0.0, 0.0, None)
+
+
+@pytest.mark.parametrize("budget", [None, 0.0, -1.0, math.nan])
+def test_the_sum_norm_demands_its_constant(budget):
+    """The longest response of a batch is no constant: the same sample would weigh more or less."""
+    given = Denominators(tokens=3.0, sequences=2.0, max_response_length=budget)
+    for options in ({"max_response_length": budget}, {"denominators": given}):
+        with pytest.raises(ValueError, match=r"sum_norm.* pass max_response_length > 0 \(it is"):
+            hand_case(loss_aggregation="seq_mean_token_sum_norm", **options)
+        with pytest.raises(ValueError, match="max_response_length"):
+            value_loss(
+                *(RATIOS, RATIOS, RATIOS, MASK),
+                loss_aggregation="seq_mean_token_sum_norm",
+                **options,
+            )
+        hand_case(loss_aggregation="token_mean", **options)  # the others have no use for it
+
+
+def test_the_constant_of_the_sum_norm():
+    options = {"loss_aggregation": "seq_mean_token_sum_norm"}
+    for length in (2.0, 100.0):
+        expected = ((-1.3 - 0.5) / length + 1.6 / length) / 2
+        assert hand_case(**options, max_response_length=length)[0] == pytest.approx(expected)
+        given = Denominators(tokens=3.0, sequences=2.0)
+        both = hand_case(**options, denominators=given, max_response_length=length)
+        assert both[0] == pytest.approx(expected)
+    # (1 - 0)^2 + (2 - 0)^2 and (3 - 0)^2, over 5 tokens and 2 sequences, halved
+    values = tensor([[1.0, 2.0, 7.0], [3.0, 7.0, 7.0]])
+    loss, _ = value_loss(
+        values, values, torch.zeros(2, 3), MASK, **options, max_response_length=5.0
+    )
+    assert float(loss) == pytest.approx((5 / 5 + 9 / 5) / 2 / 2)
 
 
 def test_what_is_refused():

@@ -288,7 +288,10 @@ def check_loss(name, mode, seed, correction="none", dual=None, entropy_coef=0.0,
             )
             d = lp[i, t] - d_ref[i, t]
             kl[i][t] = (-d).exp() - 1 + d
-    expected = loop_aggregate(terms, keep, mode, budget)
+    for i in range(B):
+        for t in tokens(mask & ~keep, i):
+            terms[i][t] = 0.0  # dropped above; the denominators count all tokens
+    expected = loop_aggregate(terms, mask, mode, budget)
     expected = expected + beta * loop_aggregate(kl, mask, mode, budget)
     expected = expected - entropy_coef * loop_aggregate(
         entropy.double().tolist(), mask, mode, budget
@@ -299,7 +302,7 @@ def check_loss(name, mode, seed, correction="none", dual=None, entropy_coef=0.0,
     options |= {"cpgd_drift_coef": drift} if name == "cpgd" else {}
     options |= {"dual_clip": dual} if dual is not None else {}
     lengths = mask.sum(-1)
-    counts = [Denominators(float(m.sum()), float(m.any(-1).sum()), budget) for m in (mask, keep)]
+    total = Denominators(float(mask.sum()), float(mask.any(-1).sum()), budget)
     assert int((lengths == 0).sum()) == 1
     logprobs = lp32.clone().requires_grad_()
     loss, metrics = policy_loss(
@@ -317,8 +320,7 @@ def check_loss(name, mode, seed, correction="none", dual=None, entropy_coef=0.0,
         rollout_logprobs=rollout,
         rollout_correction=correction,
         rollout_correction_cap=cap,
-        denominators=counts[0],
-        keep_denominators=counts[1],
+        denominators=total,
         **options,
     )
     loss.backward()

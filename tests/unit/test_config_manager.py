@@ -1,5 +1,6 @@
 """TOML and flags become one config; the config becomes TOML again."""
 
+import inspect
 import subprocess
 import sys
 import tomllib
@@ -11,6 +12,8 @@ import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from torchrft.algorithms.losses import LOSSES
+from torchrft.algorithms.presets import resolve
 from torchrft.config.fields import FIELDS, SECTIONS
 from torchrft.config.job_config import JobConfig, RewardFunction
 from torchrft.config.manager import (
@@ -217,6 +220,70 @@ def test_resolved_toml_loads_to_an_equal_config(tmp_path):
         assert to_toml(again.config) == to_toml(loaded.config)
 
 
+CLIPS = {
+    # The guide's, unless the paper means others; they follow the policy loss in use.
+    **dict.fromkeys(("group_norm", "cpgd", "rloo", "gae", "reinforce_plus_plus"), (0.2, 0.3)),
+    "gspo": (3e-4, 4e-4),
+    "gmpo": (0.4, 0.4),
+    "cispo": (1.0, 0.3),
+    "dapo": (0.2, 0.28),
+    "group_norm --policy_loss gspo": (3e-4, 4e-4),
+    "gspo --policy_loss ppo_clip": (0.2, 0.3),
+    "dapo --policy_loss cispo": (1.0, 0.3),
+    "dapo --policy_loss ppo_clip": (0.2, 0.28),
+    "gspo --clip_range 1e-3": (1e-3, 4e-4),
+    "gmpo --clip_range_higher 0.2": (0.4, 0.2),
+    "cispo --clip_range 0.2 --clip_range_higher 4": (0.2, 4.0),
+    "dapo --clip_range_higher 0.3": (0.2, 0.3),
+}
+
+
+@pytest.mark.parametrize("flags", CLIPS)
+def test_the_resolved_config_shows_the_clip_ranges_in_use(flags, tmp_path):
+    command = [*BASE, "--advantage_estimator", *flags.split()]
+    loaded = load(command)
+    text = dry_run_text(loaded)
+    shown = tomllib.loads(text)["algorithm"]
+    assert (shown["clip_range"], shown["clip_range_higher"]) == CLIPS[flags]
+    again = load(["--dry_run", "--config_file", write(tmp_path / "r.toml", text)])
+    assert again.config == loaded.config
+    assert again.warnings == loaded.warnings
+    # The library's call has the same ones, where a loss has clip ranges of its own.
+    algorithm = loaded.config.algorithm
+    if algorithm.model_fields_set <= {"advantage_estimator", "policy_loss"} and "dapo" not in flags:
+        parameters = inspect.signature(LOSSES.get(algorithm.loss)).parameters
+        defaults = [parameters[name].default for name in ("clip_range", "clip_range_higher")]
+        assert tuple(defaults) == CLIPS[flags]
+
+
+@pytest.mark.parametrize(
+    ("flags", "estimator"),
+    [
+        ("--advantage_estimator reinforce_plus_plus", "k1"),
+        ("--kl_placement reward", "k1"),
+        ("--advantage_estimator gae --kl_placement reward --kl_estimator k2", "k2"),
+        ("--advantage_estimator reinforce_plus_plus --kl_placement loss", "k3"),
+        ("--advantage_estimator reinforce_baseline", "k3"),
+        ("--kl_estimator k1", "k1"),
+    ],
+)
+def test_the_resolved_config_shows_the_kl_estimator_in_use(flags, estimator, tmp_path):
+    loaded = load([*BASE, *flags.split()])
+    assert tomllib.loads(to_toml(loaded.config))["algorithm"]["kl_estimator"] == estimator
+    again = load(["--dry_run", "--config_file", write(tmp_path / "r.toml", dry_run_text(loaded))])
+    assert again.config == loaded.config
+    assert again.warnings == loaded.warnings
+    # A preset's own placement is that of the presets' table.
+    algorithm = loaded.config.algorithm
+    assert algorithm.kl_in_reward == (resolve(algorithm).kl_placement == "reward")
+    assert algorithm.loss == resolve(algorithm).policy_loss
+
+
+def test_a_loss_that_does_not_clip_shows_no_clip_ranges():
+    shown = tomllib.loads(to_toml(config_of("--policy_loss", "reinforce")))["algorithm"]
+    assert not {"clip_range", "clip_range_higher"} & set(shown)
+
+
 CHANGES = st.fixed_dictionaries(
     {},
     optional={
@@ -227,7 +294,10 @@ CHANGES = st.fixed_dictionaries(
         "fused_linear_logprob": st.booleans(),
         "init_kl_coef": st.sampled_from([0.0, 0.001, 1.0]),
         "advantage_estimator": st.sampled_from(["group_norm", "gae", "cpgd", "gspo", "reinforce"]),
-        "policy_loss": st.sampled_from(["reinforce", "cispo"]),
+        "policy_loss": st.sampled_from(["reinforce", "cispo", "gspo", "gmpo"]),
+        "clip_range": st.sampled_from([3e-4, 0.2, 1.0]),
+        "kl_placement": st.sampled_from(["loss", "reward"]),
+        "kl_estimator": st.sampled_from(["k1", "k2", "k3"]),
         "lr_decay": st.sampled_from(["cosine", "constant"]),
         "adam_betas": st.tuples(st.floats(0, 0.99), st.floats(0, 0.99)),
         "l2": st.floats(0, 1e300),

@@ -209,9 +209,23 @@ WARNINGS = [
     ({"temperature": 1.3}, "[rollout] temperature = 1.3 is outside the usual range 0.6 to 1.2"),
     ({"top_p": 0.7}, "[rollout] top_p = 0.7 is outside the usual range 0.8 to 1.0"),
     ({"clip_range": 0.4}, "[algorithm] clip_range = 0.4 is outside the usual range 0.1 to 0.3"),
+    (
+        {"clip_range": 0.2, "advantage_estimator": "gspo"},
+        "[algorithm] clip_range = 0.2 is outside the usual range 0.0001 to 0.01",
+    ),
+    (
+        {"clip_range": 3e-4, "policy_loss": "gmpo"},
+        "[algorithm] clip_range = 0.0003 is outside the usual range 0.1 to 1.0",
+    ),
     ({"lr_warmup_ratio": 0.2}, "[optimizer] lr_warmup_ratio = 0.2 is outside the usual range 0.0"),
     ({"init_kl_coef": 0.1}, "[algorithm] init_kl_coef = 0.1 is outside the usual range 0.0001"),
     ({"engine_mem_util": 0.95}, "[rollout] engine_mem_util = 0.95 is outside the usual range 0.3"),
+    (
+        {"kl_estimator": "k3", "advantage_estimator": "reinforce_plus_plus"},
+        '[algorithm] kl_estimator = "k3" in the reward hardly pulls to the reference, where only '
+        'k1 has the right gradient; use "k1", or kl_placement = "loss"',
+    ),
+    ({"kl_estimator": "k2", "kl_placement": "reward"}, '[algorithm] kl_estimator = "k2" in the'),
     (
         {"max_new_tokens": 4096},
         "[rollout] max_new_tokens = 4096 has no effect: max_len = 4096 leaves at most 4095 tokens",
@@ -251,6 +265,16 @@ def test_warnings(fields, message):
         ({"advantage_estimator": "gae", "critic_learning_rate": 1e-5, "value_clip": 0.1}, 1),
         ({"advantage_estimator": "gmpo", "clip_range": 0.4}, 1),
         ({"advantage_estimator": "gspo", "clip_range": 3e-4}, 1),
+        ({"advantage_estimator": "reinforce_plus_plus"}, 1),  # its KL estimator is k1
+        ({"kl_placement": "reward"}, 1),
+        ({"kl_estimator": "k1"}, 1),
+        (
+            {"advantage_estimator": "reinforce_plus_plus", "kl_placement": "loss"}
+            | {"kl_estimator": "k3"},
+            1,
+        ),
+        ({"advantage_estimator": "cispo", "clip_range": 1.0}, 1),  # as the resolved config says
+        ({"advantage_estimator": "cispo", "clip_range": 10.0}, 1),
         ({"advantage_estimator": "reinforce", "n_samples_per_prompt": 1, "gamma": 0.9}, 16),
         ({"reward_running_norm_minus_mean": False, "freezing_actor_steps": 0}, 1),  # "off" aloud
         ({"kl_target": 0.005, "advantage_estimator": "cpgd", "cpgd_weight": "none"}, 1),

@@ -9,6 +9,7 @@ import torchrft.optimizer_step as module
 from torchrft.algorithms.aggregation import Denominators
 from torchrft.algorithms.kl import kl_divergence
 from torchrft.algorithms.losses import policy_loss
+from torchrft.algorithms.selection import high_entropy_mask
 from torchrft.data.packing import build
 
 SAMPLES = 16
@@ -292,6 +293,25 @@ def test_options_reach_the_loss(batch, options):
     other = expected_loss(update, shifted, **defaults)
     assert abs(expected - other) > 1e-4
     assert update.run(shifted)["policy/loss"] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 16])
+def test_the_loss_of_high_entropy_tokens_is_divided_by_all_tokens(batch, size):
+    update = make_update(high_entropy_token_ratio=0.2, micro_train_batch_size=size)
+    ready = update.with_logprobs(batch)
+    keep = high_entropy_mask(ready.entropy, ready.mask, 0.2)
+    tokens = int(ready.mask.sum())
+    assert 0.2 * tokens <= int(keep.sum()) < 0.3 * tokens  # equal ones are kept with the last
+    advantages = [
+        float(ready.advantages[i, t])
+        for i in range(SAMPLES)
+        for t in range(keep.shape[1])
+        if keep[i, t]
+    ]
+    # On-policy, a token's loss is minus its advantage.
+    expected = -sum(advantages) / tokens
+    assert abs(expected) > 1e-3
+    assert update.run(ready)["policy/loss"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_max_norm_clips_the_step(batch):

@@ -170,7 +170,7 @@ def test_kl_in_the_reward_or_in_the_loss(tmp_path):
     """A reference of other weights, so that the KL is not 0 in the first step."""
     other = load_model(MODEL, "random", seed=7)
     other.save_pretrained(tmp_path / "ref")
-    options = {"ref_pretrain": tmp_path / "ref", "init_kl_coef": 0.5}
+    options = {"ref_pretrain": tmp_path / "ref", "init_kl_coef": 0.5, "kl_estimator": "k3"}
     inside = step_of(tmp_path / "a", **options, kl_placement="loss")
     outside = step_of(tmp_path / "b", **options, kl_placement="reward")
     assert inside["policy/kl"] == pytest.approx(outside["policy/kl"], rel=1e-5)
@@ -182,6 +182,12 @@ def test_kl_in_the_reward_or_in_the_loss(tmp_path):
         tmp_path / "d", **options, advantage_estimator="reinforce_plus_plus", kl_placement="loss"
     )
     assert moved["policy/loss"] - preset["policy/loss"] > 0.4 * preset["policy/kl"]
+    # Left out, the estimator in the reward is k1, whose mean here differs from k3's.
+    del options["kl_estimator"]
+    unset = step_of(tmp_path / "e", **options, kl_placement="reward")
+    k1 = step_of(tmp_path / "f", **options, kl_placement="reward", kl_estimator="k1")
+    assert unset["policy/kl"] == k1["policy/kl"] != outside["policy/kl"]
+    assert unset["grad_norm"] == k1["grad_norm"] != outside["grad_norm"]
 
 
 def test_the_adaptive_coefficient_follows_its_target_and_is_saved(tmp_path):

@@ -62,7 +62,7 @@ def compute(
     *,
     old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
-    kl_estimator: str = "k3",
+    kl_estimator: str = "k1",
     init_kl_coef: float = 0.001,
     advantages_norm: bool = False,
     advantage_clip: float = 0.0,
@@ -73,7 +73,9 @@ def compute(
 
     Args: rewards float [B]; group int [B], equal for the samples of one prompt; mask bool [B, T] of
         response tokens, a prefix of each row. With ref_logprobs and old_logprobs [B, T] the KL
-        penalty goes into the reward: r_t = -init_kl_coef * KL_t + 1[t is the last token] * R.
+        penalty goes into the reward: r_t = -init_kl_coef * KL_t + 1[t is the last token] * R. There
+        only k1 has the policy gradient of the divergence; that of k2 and k3 is next to none near
+        the reference, and may push away from it.
         advantages_norm whitens over all response tokens (always, for reinforce_plus_plus and
         reinforce_baseline); advantage_clip > 0 clamps to +-advantage_clip. `reduce` sums a tensor
         over ranks, for statistics that span them. Further options are the estimator's keywords.

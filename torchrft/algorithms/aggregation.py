@@ -17,19 +17,18 @@ MODES = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm")
 class Denominators:
     """Response tokens and non-empty sequences of an optimizer step, over all ranks.
 
-    `max_response_length` is the response budget that `seq_mean_token_sum_norm` divides by.
+    `max_response_length` is the response budget that `seq_mean_token_sum_norm` divides by. No batch
+    tells it, and the longest response of a batch is no constant, so it has no default.
     """
 
     tokens: float
     sequences: float
-    max_response_length: float
+    max_response_length: float | None = None
 
     @classmethod
     def of(cls, mask: Tensor) -> Self:
-        """Those of the mask [B, T] alone; its longest response stands in for the budget."""
-        lengths = mask.sum(-1)
-        longest = float(lengths.max()) if lengths.numel() else 0.0
-        return cls(float(lengths.sum()), float((lengths > 0).sum()), max(longest, 1.0))
+        """Those of the mask [B, T] alone."""
+        return cls(float(mask.sum()), float(mask.any(-1).sum()))
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
@@ -48,7 +47,7 @@ def aggregate(values: Tensor, mask: Tensor, mode: str, denominators: Denominator
     A sequence with an empty mask counts neither above nor below.
 
     Args: values float [B, T], mask bool [B, T].
-    Raises: ValueError for an unknown mode.
+    Raises: ValueError for an unknown mode, or if max_response_length is missing where it is needed.
     """
     if mode == "token_mean":
         return masked_sum(values, mask) / max(denominators.tokens, 1.0)
@@ -56,7 +55,13 @@ def aggregate(values: Tensor, mask: Tensor, mode: str, denominators: Denominator
     if mode == "seq_mean_token_mean":
         sums = sums / mask.sum(-1).clamp(min=1)
     elif mode == "seq_mean_token_sum_norm":
-        sums = sums / denominators.max_response_length
+        budget = denominators.max_response_length or 0.0
+        if not budget > 0:
+            raise ValueError(
+                f'loss_aggregation "{mode}" divides by a constant, the most tokens a response may '
+                f"have: pass max_response_length > 0 (it is {denominators.max_response_length})"
+            )
+        sums = sums / budget
     else:
         raise ValueError(f'loss_aggregation "{mode}" is unknown; choose from {", ".join(MODES)}')
     return sums.sum() / max(denominators.sequences, 1.0)

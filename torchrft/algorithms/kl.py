@@ -10,13 +10,21 @@ def kl_divergence(logprobs: Tensor, ref_logprobs: Tensor, estimator: str = "k3")
 
     With d = logprobs - ref_logprobs: k1 = d; k2 = d^2 / 2; k3 = exp(-d) - 1 + d, where d is clamped
     to +-20. All shapes are equal, [B, T] say; float32.
+
+    As a term of the loss, over the policy's samples, the gradients' means are those of
+    KL(policy || reference) for k1 and k2, and of KL(reference || policy) for k3. The gradient of k1
+    is k2's, d grad(logprobs): the derivative of d is grad(logprobs), whose mean is 0 for every
+    reference. (verl calls this k1+.) A token beyond +-20 keeps the gradient of +-20.
     Raises: ValueError for an unknown estimator.
     """
-    d = (logprobs - ref_logprobs).clamp(-20.0, 20.0)
+    gap = (logprobs - ref_logprobs).clamp(-1e4, 1e4)  # finite, so that gap - gap is 0
+    # The clamp without its zero gradient: the farthest tokens must be pulled back too.
+    d = gap.clamp(-20.0, 20.0).detach() + (gap - gap.detach())
+    k2 = d.square() / 2
     if estimator == "k1":
-        return d
+        return d.detach() + (k2 - k2.detach())
     if estimator == "k2":
-        return d.square() / 2
+        return k2
     if estimator == "k3":
         return (-d).exp() - 1 + d
     raise ValueError(f'kl_estimator "{estimator}" is unknown; choose from {", ".join(ESTIMATORS)}')

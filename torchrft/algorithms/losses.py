@@ -1,6 +1,7 @@
 """Policy losses: log-probs and advantages of tokens in, one differentiable number out."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def policy_loss(
     rollout_correction: str = "none",
     rollout_correction_cap: float = 2.0,
     denominators: Denominators | None = None,
-    keep_denominators: Denominators | None = None,
+    max_response_length: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, Metrics]:
     """agg(w * token losses of `name`) + init_kl_coef * agg(KL) - entropy_coef * agg(entropy).
@@ -44,20 +45,25 @@ def policy_loss(
     Args: logprobs, old_logprobs, advantages, ref_logprobs, rollout_logprobs, entropy float32
         [B, T]; mask bool [B, T] of response tokens. Left out, loss_aggregation is that of the
         loss's paper, denominators are the batch's own, and there is no KL term without a reference.
-        `keep` bool [B, T] is the part of the mask whose policy loss counts (see
-        `high_entropy_mask`), with `keep_denominators`. rollout_correction weights or drops terms by
-        the engine's rollout_logprobs (see `corrections`). Options are the loss's own keywords.
+        `seq_mean_token_sum_norm` needs max_response_length, here or in `denominators`.
+        `keep` bool [B, T] is the part of the mask that keeps its policy loss (see
+        `high_entropy_mask`); the denominators count the others too. rollout_correction weights or
+        drops terms by the engine's rollout_logprobs (see `corrections`). Options are the loss's own
+        keywords; its clip ranges are by default those of its paper.
     Returns: the scalar loss, and metrics that add up over micro-batches and ranks when
         `denominators` are global: policy/loss, policy/kl, policy/approx_kl (k3 of policy and old
         policy) and the loss's own.
-    Raises: ValueError for an unknown loss, option or aggregation, or unequal shapes.
+    Raises: ValueError for an unknown loss, option or aggregation, unequal shapes, a missing
+        max_response_length, or tokens chosen or weighed in gmpo, whose loss is of sequences.
     """
     optional = (ref_logprobs, rollout_logprobs, entropy, keep)
     _check_shapes(logprobs, old_logprobs, advantages, mask, *optional)
     function = LOSSES.get(name)
     check_options(function, options, f'policy loss "{name}"')
+    if name == "gmpo" and (keep is not None or rollout_correction.startswith("token_")):
+        raise ValueError("tokens cannot be chosen or weighed in gmpo, whose loss is of sequences")
     how = loss_aggregation or ("token_mean" if name in _TOKEN_MEAN else "seq_mean_token_mean")
-    denominators = denominators or Denominators.of(mask)
+    denominators = _denominators(denominators, mask, max_response_length)
     # Masked before use, not only after: a gradient of 0 times a masked NaN would still be NaN.
     logprobs, old_logprobs = logprobs.where(mask, 0.0), old_logprobs.where(mask, 0.0)
     losses, extra = function(logprobs, old_logprobs, advantages.where(mask, 0.0), mask, **options)
@@ -65,8 +71,8 @@ def policy_loss(
         what = f'rollout_correction "{rollout_correction}" needs rollout_logprobs'
         engine, cap = _given(rollout_logprobs, what), rollout_correction_cap
         losses = losses * correction_weights(rollout_correction, old_logprobs, engine, mask, cap)
-    counted, below = (mask, denominators) if keep is None else (keep & mask, keep_denominators)
-    loss = aggregate(losses, counted, how, below or Denominators.of(counted))
+    losses = losses if keep is None else losses.where(keep, 0.0)
+    loss = aggregate(losses, mask, how, denominators)
     extra["policy/approx_kl"] = kl_divergence(old_logprobs, logprobs.detach(), "k3")
     extra["policy/kl"] = torch.zeros_like(logprobs)
     if ref_logprobs is not None:
@@ -86,6 +92,11 @@ def _check_shapes(logprobs: Tensor, *others: Tensor | None) -> None:
             raise ValueError(f"shape {tuple(other.shape)} differs from {tuple(logprobs.shape)}")
 
 
+def _denominators(given: Denominators | None, mask: Tensor, budget: float | None) -> Denominators:
+    chosen = given or Denominators.of(mask)
+    return chosen if budget is None else replace(chosen, max_response_length=budget)
+
+
 def _given(tensor: Tensor | None, missing: str) -> Tensor:
     if tensor is None:
         raise ValueError(missing)
@@ -101,6 +112,7 @@ def value_loss(
     value_clip: float = 0.2,
     loss_aggregation: str = "seq_mean_token_mean",
     denominators: Denominators | None = None,
+    max_response_length: float | None = None,
 ) -> tuple[Tensor, Metrics]:
     """PPO's critic loss: agg(max((V_clip - ret)^2, (V - ret)^2)) / 2.
 
@@ -108,7 +120,7 @@ def value_loss(
     [B, T]; mask bool [B, T]; aggregation and denominators as in `policy_loss`.
     Returns: the scalar loss, and metrics that add up like those of `policy_loss`.
     """
-    denominators = denominators or Denominators.of(mask)
+    denominators = _denominators(denominators, mask, max_response_length)
     values, old_values, returns = (x.where(mask, 0.0) for x in (values, old_values, returns))
     bounded = old_values + (values - old_values).clamp(-value_clip, value_clip)
     plain, clipped = (values - returns).square(), (bounded - returns).square()
@@ -167,13 +179,13 @@ def gspo(
     old_logprobs: Tensor,
     advantages: Tensor,
     mask: Tensor,
-    clip_range: float = 0.2,
-    clip_range_higher: float = 0.3,
+    clip_range: float = 3e-4,
+    clip_range_higher: float = 4e-4,
 ) -> tuple[Tensor, Metrics]:
     """GSPO-token (arXiv:2507.18071): ppo_clip on the sequence's ratio, the gradient per token.
 
-    s_i = exp(mean_t l_t), s_it = sg[s_i] exp(logprob_t - sg[logprob_t]). Its clip ranges are of
-    order 3e-4.
+    s_i = exp(mean_t l_t), s_it = sg[s_i] exp(logprob_t - sg[logprob_t]). The clip ranges of the
+    paper's experiments are 3e-4 and 4e-4: a mean of logarithms moves little.
     """
     sequence = _sequence_mean(log_ratio(logprobs, old_logprobs), mask).exp().detach()
     ratio = sequence * (logprobs - logprobs.detach()).exp()
@@ -186,14 +198,14 @@ def gmpo(
     old_logprobs: Tensor,
     advantages: Tensor,
     mask: Tensor,
-    clip_range: float = 0.2,
-    clip_range_higher: float = 0.3,
+    clip_range: float = 0.4,
+    clip_range_higher: float = 0.4,
 ) -> tuple[Tensor, Metrics]:
     """GMPO (arXiv:2507.20673): the geometric mean of the token ratios, clipped token by token.
 
     l'_t = sgn(A) min(sgn(A) l_t, sgn(A) clamp(l_t, -clip_range, clip_range_higher)), and the loss
-    of sequence i is -A_i exp(mean_t l'_t), the same on all its tokens. The clip is in log space, of
-    order 0.4.
+    of sequence i is -A_i exp(mean_t l'_t), the same on all its tokens. The clip is in log space:
+    the paper's range of ratios is e^-0.4 to e^0.4.
     """
     log_r = log_ratio(logprobs, old_logprobs)
     bounded = log_r.clamp(-clip_range, clip_range_higher)
@@ -236,12 +248,13 @@ def cispo(
     old_logprobs: Tensor,
     advantages: Tensor,
     mask: Tensor,
-    clip_range: float = 0.2,
+    clip_range: float = 1.0,
     clip_range_higher: float = 0.3,
 ) -> tuple[Tensor, Metrics]:
     """CISPO (arXiv:2506.13585): -sg[clamp(r, 1 - clip_range, 1 + clip_range_higher)] A logprob.
 
-    No token loses its gradient: the ratio is only a weight.
+    No token loses its gradient: the ratio is only a weight. The paper sets no lower bound, which is
+    clip_range = 1, and gives no number for the upper one, which is the guide's.
     """
     ratio = log_ratio(logprobs, old_logprobs).exp().detach()
     weight = ratio.clamp(1 - clip_range, 1 + clip_range_higher)

@@ -5,9 +5,9 @@ mean the same. The text under a field is its documentation: `--help`, the JSON s
 docs/configuration.md are made from it. Rules that join several fields are in validation.py.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from torchrft.config.field_types import (
     AdvantageEstimator,
@@ -197,6 +197,15 @@ class Rollout(Section):
     """Rounds of generation after which a step runs on what dynamic sampling found."""
 
 
+# Clip ranges of papers by policy loss, and of DAPO; for all others the guide's are the defaults.
+CLIP_RANGES = {
+    "gspo": {"clip_range": 3e-4, "clip_range_higher": 4e-4},
+    "gmpo": {"clip_range": 0.4, "clip_range_higher": 0.4},
+    "cispo": {"clip_range": 1.0},  # a ratio is never below 0: no lower bound
+    "dapo": {"clip_range_higher": 0.28},
+}
+
+
 class Algorithm(Section):
     """Advantage, loss and KL; formulas and papers are in docs/algorithms.md."""
 
@@ -217,7 +226,8 @@ class Algorithm(Section):
     init_kl_coef: NonNegativeFloat = 0.001
     """KL coefficient (initial, if it adapts); 0 means that no reference model is loaded."""
     kl_placement: Literal["loss", "reward"] | None = None
-    """Where the KL term goes, in place of the preset's way (reinforce_plus_plus: the reward)."""
+    """Where the KL term goes, in place of the preset's way (reinforce_plus_plus: the reward).
+    In the reward, an unset `kl_estimator` is k1."""
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
     """Whether the KL coefficient follows `kl_target`."""
     kl_target: PositiveFloat = 0.01
@@ -225,9 +235,9 @@ class Algorithm(Section):
     kl_horizon: PositiveInt = 10000
     """Samples over which the adaptive coefficient reacts."""
     clip_range: PositiveFloat = 0.2
-    """Lower clip: the probability ratio is kept above 1 - clip_range."""
+    """Lower clip: the ratio stays above 1 - clip_range. For gspo 3e-4, gmpo 0.4, cispo 1 (none)."""
     clip_range_higher: PositiveFloat = 0.3
-    """Upper clip: the probability ratio is kept below 1 + clip_range_higher."""
+    """Upper clip: the ratio stays below 1 + this value. For gspo 4e-4, gmpo 0.4, dapo 0.28."""
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     """Bound of the loss on negative advantages (dual-clip PPO), as a multiple of the advantage."""
     value_clip: PositiveFloat = 0.2
@@ -254,6 +264,28 @@ class Algorithm(Section):
     """Correction of the mismatch between the engine's log-probs and the trainer's."""
     rollout_correction_cap: Annotated[float, Field(ge=1)] = 2.0
     """Cap of the importance weight of `rollout_correction`."""
+
+    @property
+    def loss(self) -> str:
+        """The policy loss in use: the field, or the preset's."""
+        named = self.advantage_estimator in ("cpgd", "gspo", "gmpo", "cispo")  # like their loss
+        return self.policy_loss or (self.advantage_estimator if named else "ppo_clip")
+
+    @property
+    def kl_in_reward(self) -> bool:
+        """Whether the KL term goes into the reward: by the field, or the preset."""
+        named = self.advantage_estimator == "reinforce_plus_plus"
+        return self.kl_placement == "reward" or (named and self.kl_placement is None)
+
+    @model_validator(mode="after")
+    def _take_the_papers_values(self) -> Self:
+        """Fields that are not set get the values of the paper, where the guide's do not fit it."""
+        dapo = self.advantage_estimator == "dapo" and self.loss == "ppo_clip"
+        values: dict[str, Any] = CLIP_RANGES.get("dapo" if dapo else self.loss, {})
+        values = values | ({"kl_estimator": "k1"} if self.kl_in_reward else {})
+        unset = {name: v for name, v in values.items() if name not in self.model_fields_set}
+        self.__dict__.update(unset)  # past the freeze, and without counting as set
+        return self
 
 
 class Parallel(Section):

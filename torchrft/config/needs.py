@@ -18,10 +18,7 @@ class Need(NamedTuple):
 
 def policy_loss(config: JobConfig) -> str:
     """The policy loss in use: the field, or the preset's."""
-    algorithm = config.algorithm
-    own = ("cpgd", "gspo", "gmpo", "cispo")  # presets named like their loss; the others clip
-    estimator = algorithm.advantage_estimator
-    return algorithm.policy_loss or (estimator if estimator in own else "ppo_clip")
+    return config.algorithm.loss
 
 
 def is_chosen(config: JobConfig, name: str) -> bool:

@@ -214,6 +214,9 @@ def _algorithm(config: JobConfig, world_size: int) -> Iterator[Finding]:
     if algorithm.clip_range >= 1 and loss == "cpgd":
         fault = "must be below 1 for the cpgd policy loss, which clips at log(1 - clip_range)"
         yield Finding(f"clip_range {fault}; use e.g. 0.2")
+    if algorithm.init_kl_coef and algorithm.kl_in_reward and algorithm.kl_estimator != "k1":
+        fault = "in the reward hardly pulls to the reference, where only k1 has the right gradient"
+        yield Finding(f'kl_estimator {fault}; use "k1", or kl_placement = "loss"', False)
     per_token = algorithm.rollout_correction in ("token_tis", "token_mask")
     if (per_token or algorithm.high_entropy_token_ratio < 1) and loss == "gmpo":
         yield Finding(
@@ -243,7 +246,8 @@ def _single_samples(config: JobConfig, world_size: int) -> Iterator[Finding]:
 
 
 def _ranges(config: JobConfig, world_size: int) -> Iterator[Finding]:
-    for name, (low, high) in RANGES.items():
+    clips = CLIP_USUAL.get(policy_loss(config), RANGES["clip_range"])
+    for name, (low, high) in {**RANGES, "clip_range": clips}.items():
         if not low <= value_of(config, name) <= high and _range_applies(config, name):
             text = f"{name} is outside the usual range {low} to {high}; make sure that it is meant"
             yield Finding(text, False)
@@ -252,8 +256,6 @@ def _ranges(config: JobConfig, world_size: int) -> Iterator[Finding]:
 def _range_applies(config: JobConfig, name: str) -> bool:
     if name == "init_kl_coef" and config.algorithm.init_kl_coef == 0:
         return False  # no KL term at all, which is common practice
-    if name == "clip_range" and policy_loss(config) in ("gspo", "gmpo"):
-        return False  # these clip sequence ratios (order 3e-4) and log ratios (order 0.4)
     return is_set(config, name) or (name == "kl_target" and kl_adapts(config))
 
 
@@ -293,6 +295,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "top_p": (0.8, 1.0),
     "engine_mem_util": (0.3, 0.9),
 }
+
+# gspo clips the ratios of sequences, gmpo log-ratios; cispo's paper has no lower bound.
+CLIP_USUAL = {"gspo": (1e-4, 0.01), "gmpo": (0.1, 1.0), "cispo": (0.1, math.inf)}
 
 RULES: tuple[Callable[[JobConfig, int], Iterator[Finding]], ...] = (
     *(_layout, _on_policy, _batches, _lengths, _rewards, _urls),
