@@ -3,8 +3,9 @@
     python benchmarks/grpo_step.py [--engine native] [--gpus 1] [--engine_tp_size 1]
 
 Random weights in the shape of Qwen2.5, bf16, 128 prompts x 8 samples x 512 tokens, prompts of 128
-tokens, one optimizer step a rollout; further flags go to torchrft.train as they are. The first step
-compiles; the table has the others' median. `--model tiny` runs on a CPU.
+tokens, one optimizer step a rollout; further flags go to torchrft.train as they are, and replace
+those of the same name here. The first step compiles; the table has the others' median.
+`--model tiny` runs on a CPU.
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ def command(options: argparse.Namespace, folder: str, model: str) -> list[str]:
     }
     if options.engine_tp_size > 1:
         flags["engine_tp_size"] = options.engine_tp_size
+    flags = {key: value for key, value in flags.items() if f"--{key}" not in options.more}
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     run = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(options.gpus)]
     return [sys.executable, *run, "-m", "torchrft.train", *words, *options.more]

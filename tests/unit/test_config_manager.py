@@ -418,6 +418,96 @@ def test_help_groups_all_fields_and_fits(capsys):
     assert "(integer > 0; required)" in flat
 
 
+OPTIONAL = [name for name, entry in FIELDS.items() if entry.info.default in (None, [], {})]
+HOLDS = """
+[model]
+pretrain = "m"
+[training]
+train_batch_size = 64
+max_steps = 3
+packing_samples = true
+max_tokens_per_microbatch = 8192
+[rollout]
+rollout_batch_size = 16
+stop = ["a"]
+[rollout.vllm]
+enforce_eager = true
+[algorithm]
+policy_loss = "cispo"
+[reward]
+functions = ["numeric"]
+reward_timeout = 5.0
+gate = ["numeric"]
+gate_reward = -1.0
+[evaluation]
+eval_data = "held_out.jsonl"
+eval_steps = 20
+[logging]
+use_wandb = "project"
+wandb_run_name = "none"
+"""
+
+
+def test_none_unsets_what_the_toml_sets(tmp_path):
+    path = write(tmp_path / "a.toml", HOLDS)
+    words = ["--config_file", path, "--dry_run"]
+    assert load(words).config.logging.wandb_run_name == "none"  # a TOML's text is text
+    names = ("eval_data", "functions", "gate", "use_wandb", "stop", "vllm", "max_steps")
+    flags = [word for name in names for word in (f"--{name}", "none")]
+    loaded = load([*words, *flags, "--policy_loss=None", "--packing_samples", "false"])
+    config = loaded.config
+    assert (config.evaluation.eval_data, config.training.max_steps) == (None, None)
+    assert (config.rollout.stop, config.rollout.vllm, config.reward.functions) == ([], {}, [])
+    assert config.algorithm.policy_loss is None
+    # What had an effect with those only goes along, silently.
+    assert (config.evaluation.eval_steps, config.logging.wandb_run_name) == (None, None)
+    assert config.reward.gate_reward == 0.0
+    assert config.training.max_tokens_per_microbatch is None
+    assert loaded.warnings == ()
+    assert JobConfig.model_validate(tomllib.loads(dry_run_text(loaded))) == config
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_every_optional_field_takes_none(name):
+    loaded = load([*BASE, f"--{name}", "none"])
+    assert loaded.config == load(BASE).config
+    assert name not in loaded.config.model_dump(exclude_unset=True)[FIELDS[name].section]
+
+
+def test_none_is_text_or_a_choice_where_there_is_a_default():
+    config = config_of("--save_path", "none", "--rollout_correction", "none", "--label_key=none")
+    assert (config.checkpoint.save_path, config.data.label_key) == ("none", "none")
+    assert config.algorithm.rollout_correction == "none"
+    assert "rollout_correction" in config.algorithm.model_fields_set
+    config = config_of(
+        "--eval_data", "./none", "--stop", '["none"]', "--metadata_keys", "none", "b"
+    )
+    assert (config.evaluation.eval_data, config.rollout.stop) == ("./none", ["none"])
+    assert config.data.metadata_keys == ["none", "b"]
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (["--top_p", "none"], "--top_p none: expected number > 0 and <= 1"),
+        (["--train_batch_size", "none"], "--train_batch_size none: expected integer > 0"),
+        (["--disable_engine_sleep", "none"], "--disable_engine_sleep none: expected true or false"),
+        (["--eval_data", "none", "none"], '--eval_data none none: takes one value; "none"'),
+        (["--eval_data", "none", "--eval_data", "a"], "--eval_data a: given twice"),
+        # What a flag sets itself stays an error; so does what another option than the flag's needs.
+        (["--eval_data", "none", "--eval_steps", "3"], "[evaluation] eval_steps = 3 has no effect"),
+        (["--server_urls", "none"], '[rollout] sglang = {"a": 1} has no effect'),
+    ],
+)
+def test_none_where_it_means_nothing(words, fault, tmp_path):
+    toml = "[model]\npretrain = 'm'\n[rollout]\nrollout_batch_size = 16\nsglang = { a = 1 }\n"
+    base = ["--config_file", write(tmp_path / "a.toml", toml)]
+    base += [] if words[0] == "--train_batch_size" else ["--train_batch_size", "64"]
+    with pytest.raises(ConfigError) as stop:
+        load([*base, *words, "--dry_run"])
+    assert any(line.startswith(fault) for line in stop.value.faults), stop.value.faults
+
+
 def run(*words: str) -> subprocess.CompletedProcess:
     code = "import sys; from torchrft.config.manager import read; read(sys.argv[1:])"
     return subprocess.run(
@@ -463,6 +553,7 @@ def test_the_jobs_that_come_with_torchrft_are_valid(name):
         "debug_vlm": ["exact_match"],
         "gsm8k": ["gsm8k", "format"],
         "judge": ["grader"],
+        "one_gpu": [],  # yours: docs/first_run.md
         "qwen2_5_vl_geo3k": ["train_configs/tagged_answer.py:tagged_answer"],
         "reward_model": ["skywork"],
     }

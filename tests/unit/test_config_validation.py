@@ -36,6 +36,11 @@ def test_the_smallest_config_has_no_findings():
     assert found() == Findings([], [])
 
 
+def test_random_weights_may_learn_fast():
+    assert found(actor_learning_rate=7e-4, init="random") == Findings([], [])
+    assert found(actor_learning_rate=1e-4) == Findings([], [])
+
+
 ERRORS = [
     # the guide's rule 1, in both directions
     (
@@ -197,6 +202,11 @@ WARNINGS = [
     (
         {"advantage_estimator": "gae", "actor_learning_rate": 1e-5},
         "[optimizer] actor_learning_rate = 1e-05 is above critic_learning_rate = 9e-06",
+    ),
+    (
+        {"actor_learning_rate": 7e-4},
+        "[optimizer] actor_learning_rate = 0.0007 is far above the 1e-6 to 1e-5 that pretrained "
+        "models take, and may ruin this one; make sure that it is meant",
     ),
     (
         {"kl_target": 0.1, "kl_controller": "adaptive"},

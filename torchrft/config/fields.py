@@ -75,10 +75,15 @@ def describe(schema: Schema) -> str:
     return words.get(part["type"]) or f"{part['type']} {bounds}".rstrip()
 
 
+def is_optional(name: str) -> bool:
+    """Whether a field may be unset: it has no default value, or an empty list or table."""
+    return FIELDS[name].info.default in (None, [], {})
+
+
 def default_text(name: str) -> str:
-    """A field's default as `--help` shows it."""
+    """A field's default as `--help` shows it; the flag's word `none` means the same."""
     info = FIELDS[name].info
-    default = "none" if info.default in (None, []) else show(info.default)
+    default = "none" if is_optional(name) else show(info.default)
     return "required" if info.is_required() else f"default: {default}"
 
 

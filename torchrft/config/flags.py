@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from torchrft.config.fields import FIELDS, branches, did_you_mean, expected, show
+from torchrft.config.fields import FIELDS, branches, did_you_mean, expected, is_optional, show
 
 _OWN = {"config_file": "string", "dry_run": "boolean"}
 _NEGATED = {"disable_engine_sleep": "enable_engine_sleep"}
@@ -109,11 +109,13 @@ def _resolve(key: str, typed: str, draft: Draft) -> str | None:
 
 
 def _value(name: str, key: str, words: list[str], typed: str) -> Any:
-    """The value of one flag. Raises ValueError for words that cannot be one."""
+    """The value of one flag, None to unset it. Raises ValueError for words that cannot be one."""
     kind = _OWN.get(name) or kind_of(name)
     if not words and kind != "boolean":
         want = "a .toml file" if name == "config_file" else expected(name)
         raise ValueError(f"--{key}: its value is missing; expected {want}")
+    if [word.lower() for word in words] == ["none"] and name in FIELDS and is_optional(name):
+        return None
     if kind == "array":
         return _list(name, words)
     if len(words) > 1:

@@ -5,7 +5,8 @@
   --help, -h               print this and exit
 
 Switches may stand alone (--bf16) or take true or false (--bf16 false). Lists take several words,
-comma-separated values, or TOML: --stop '["a,b"]'.
+comma-separated values, or TOML: --stop '["a,b"]'. The word none unsets an option whose default is
+none: --eval_data none.
 """
 
 import textwrap

@@ -22,7 +22,7 @@ from torchrft.config.fields import FIELDS, SECTIONS, did_you_mean, expected, one
 from torchrft.config.flags import Draft, parse, wants_help
 from torchrft.config.help import help_text
 from torchrft.config.job_config import JobConfig
-from torchrft.config.needs import silent_fields
+from torchrft.config.needs import idle_fields, silent_fields
 from torchrft.config.validation import batch_arithmetic, check, data_parallel, smallest_world_size
 
 __all__ = ["ConfigError", "LoadedConfig", "help_text", "load", "read", "to_toml"]
@@ -111,12 +111,16 @@ def load(argv: list[str], world_size: int | None = None) -> LoadedConfig:
     Raises ConfigError with all faults of the TOML, the flags and the rules together.
     """
     draft = parse(argv)
+    flags = dict(draft.values)
     if draft.config_file is not None:
         _merge_toml(draft.config_file, draft)
     given = None if world_size is None else (world_size, "given")
     known = given or _known_world_size(draft.dry_run, draft.faults)
     judged = _merge_deepspeed(draft, known)
     config = _build(draft)
+    if idle := idle_fields(config, flags) & draft.values.keys():
+        draft.values = {key: draft.values[key] for key in draft.values.keys() - idle}
+        config = _build(draft)
     unknown = smallest_world_size(config), "the smallest that fits; set NGPU for another"
     world_size, source = known or unknown
     if judged is not None:
@@ -227,7 +231,8 @@ def _build(draft: Draft) -> JobConfig:
 def _made(values: dict[str, Any]) -> JobConfig:
     tables: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     for name, value in values.items():
-        tables[FIELDS[name].section][name] = value
+        if value is not None:  # which a flag's `none` is: the field stays as if nobody had set it
+            tables[FIELDS[name].section][name] = value
     return JobConfig.model_validate(tables)
 
 

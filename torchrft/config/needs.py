@@ -1,5 +1,6 @@
 """Which fields have an effect only while another one is set: a table."""
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -41,6 +42,17 @@ def silent_fields(config: JobConfig) -> set[str]:
     if config.data.prompt_max_len >= config.data.max_len:
         silent.add("prompt_max_len")
     return {name for name in silent if not is_set(config, name)}
+
+
+def idle_fields(config: JobConfig, flags: dict[str, Any]) -> set[str]:
+    """Fields of a TOML that go with what a flag switches off, as `eval_steps` with `eval_data`.
+
+    `flags` are the values that flags gave; what is off is None, false or 0.
+    """
+    off = {name for name, value in flags.items() if value in (None, False, 0)}
+    switches = re.compile(r'(?<!no )(?<!")\b\w+')
+    unmet = [need for need in NEEDS if not need.met(config)]
+    return {n.field for n in unmet if off & {*switches.findall(n.needs)}} - flags.keys()
 
 
 def kl_adapts(config: JobConfig) -> bool:

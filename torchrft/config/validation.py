@@ -225,6 +225,9 @@ def _algorithm(config: JobConfig, world_size: int) -> Iterator[Finding]:
             "seq_tis or seq_mask"
         )
     actor, critic = config.optimizer.actor_learning_rate, config.optimizer.critic_learning_rate
+    if actor > 1e-4 and config.model.init == "pretrained":
+        fault = "is far above the 1e-6 to 1e-5 that pretrained models take, and may ruin this one"
+        yield Finding(f"actor_learning_rate {fault}; make sure that it is meant", False)
     if algorithm.advantage_estimator == "gae" and actor > critic:
         fault = f"is above critic_learning_rate = {critic}; the critic usually learns faster"
         yield Finding(f"actor_learning_rate {fault}: lower the first or raise the second", False)

@@ -1,5 +1,6 @@
 """Models and tokenizers from a Hugging Face folder or hub id."""
 
+import copy
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
