@@ -18,6 +18,7 @@ from torchrft.models.sharded import ShardedWeights
 from torchrft.models.vision import Vision, freeze_vision
 from torchrft.parallel import ParallelDims, parallelize
 from torchrft.rollout import RolloutEngine, build_engine
+from torchrft.rollout.native.engine import NativeEngine
 from torchrft.tools.distributed import World
 
 M = TypeVar("M", bound=nn.Module)
@@ -53,6 +54,7 @@ class ModelBuilder:
             temperature=config.rollout.temperature,
             fused=config.training.fused_linear_logprob,
             chunk_size=config.training.chunk_size,
+            fp32_head=config.model.fp32_head,
         )
         return self._model(wrap, source, init, dtype)
 
@@ -104,6 +106,30 @@ def _sees(config: Any) -> tuple[Any, ...]:
     names = ("image_size", "patch_size", "spatial_merge_size", "temporal_patch_size")
     sizes = (getattr(config.vision_config, name, None) for name in names)
     return config.model_type, getattr(config, "image_token_id", None), *sizes
+
+
+def policy_engine(
+    config: JobConfig, dtype: torch.dtype, device: torch.device, vision: Vision | None
+) -> RolloutEngine:
+    """The engine that samples from the policy, without weights. Raises ValueError as
+    `build_engine`."""
+    rollout, fp32 = config.rollout, config.model.fp32_head
+    if fp32 and rollout.engine_type == "vllm":
+        table = {**rollout.vllm, "hf_overrides": {"head_dtype": "float32"}}
+        rollout = rollout.model_copy(update={"vllm": table})
+    engine = build_engine(
+        rollout,
+        config.model.pretrain,
+        dtype,
+        device,
+        load_weights=False,
+        max_len=config.data.max_len,
+        compile=config.training.compile,
+        vision=vision,
+    )
+    if isinstance(engine, NativeEngine):
+        engine.fp32_head = fp32
+    return engine
 
 
 def judge_engine(

@@ -47,12 +47,17 @@ def check_prompts(
     sees_images: bool = False,
     vocabulary: int | None = None,
     longest: int | None = None,
+    replays: bool = False,
 ) -> None:
-    """Raises ValueError for an engine without weights (`version` None), and for a prompt that is
-    empty, leaves no room for a response, has images that the engine does not see, a token id that
-    is not below `vocabulary`, or with its response more than the engine's `longest` tokens."""
+    """Raises ValueError for an engine without weights (`version` None), for sampling with `replay`
+    where the engine does not say which tokens its draws were among (`replays` False), and for a
+    prompt that is empty, leaves no room for a response, has images that the engine does not see, a
+    token id that is not below `vocabulary`, or with its response more than the engine's `longest`
+    tokens."""
     if version is None:
         raise ValueError("the engine has no weights: call update_weights before generate")
+    if sampling.replay and not replays:
+        raise ValueError("truncation_replay: only the native engine says what it sampled among")
     if sampling.seeds is not None and [len(row) for row in sampling.seeds] != [sampling.n] * len(
         prompts
     ):

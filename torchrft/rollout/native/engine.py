@@ -1,6 +1,7 @@
 """torchrft's own rollout engine: continuous batching in plain PyTorch, on any device."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -62,6 +63,7 @@ class NativeEngine:
         storages = [parameter.untyped_storage() for parameter in self.model.parameters()]
         self.storages = [(storage, storage.nbytes()) for storage in storages]
         self.version: int | None = None  # None: no weights yet
+        self.fp32_head = False  # whether 16-bit hidden states and weights make float32 logits
         self.asleep = False
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -91,11 +93,13 @@ class NativeEngine:
     @torch._dynamo.config.patch(recompile_limit=64)  # shapes of caches differ
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
-        check_prompts(prompts, sampling, self.version, self.vision is not None, vocabulary)
+        sees = self.vision is not None
+        check_prompts(prompts, sampling, self.version, sees, vocabulary, replays=True)
         if not prompts:
             return []
         kind: Callable[..., Generation] = Generation
-        if supports(self.model, bool(sampling.stop)):
+        # What draws were among has no fixed size, which a captured step needs.
+        if supports(self.model, bool(sampling.stop) or sampling.replay):
             kind = partial(GraphGeneration, compiled=self.compiled, warm=self.warm)
         generation = kind(
             self.model,
@@ -106,8 +110,12 @@ class NativeEngine:
             decode=self._decode_tail,
             vision=self.vision,
         )
+        generation.fp32_head = self.fp32_head
         tokens, logprobs, stopped = generation.run()
-        return self._completions(sampling, tokens, logprobs, stopped)
+        made = self._completions(sampling, tokens, logprobs, stopped)
+        if (kept := generation.kept_tokens()) is not None:
+            made = [replace(one, kept=sets) for one, sets in zip(made, kept, strict=True)]
+        return made
 
     def _decode_tail(self, token_ids: list[int]) -> str:
         text = self.tokenizer.decode(token_ids, skip_special_tokens=True)

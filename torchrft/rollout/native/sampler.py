@@ -71,16 +71,47 @@ def sample(
         allowed = logits if forbidden is None else logits.masked_fill(forbidden, -torch.inf)
         tokens = allowed.argmax(-1)
     else:
-        drawn = probs
-        if draw_temperature is not None or forbidden is not None:
-            allowed = scaled if draw_temperature is None else logits.float() / draw_temperature
-            if forbidden is not None:  # before the softmax: the others may be tiny beside it
-                allowed = allowed.masked_fill(forbidden, -torch.inf)
-            drawn = allowed.softmax(-1, dtype=torch.float32)
+        drawn = _drawn(logits, scaled, forbidden, draw_temperature, probs)
         tokens = draw(keep_likely(drawn, top_p, top_k), uniforms(seeds, positions))
     # Against the likeliest token, since a probability of its own may be too small for float32.
     behind = scaled.gather(-1, tokens[:, None]).float() - scaled.amax(-1, keepdim=True).float()
     return tokens, (behind + probs.amax(-1, keepdim=True).log()).squeeze(1)
+
+
+def _drawn(
+    logits: Tensor,
+    scaled: Tensor,
+    forbidden: Tensor | None,
+    draw_temperature: float | None,
+    probs: Tensor | None = None,
+) -> Tensor:
+    """The probabilities of the draw, before top-k and top-p; `probs` are those of `scaled`."""
+    if draw_temperature is not None:
+        scaled, probs = logits.float() / draw_temperature, None
+    if forbidden is not None:  # before the softmax: the others may be tiny beside it
+        scaled, probs = scaled.masked_fill(forbidden, -torch.inf), None
+    return scaled.softmax(-1, dtype=torch.float32) if probs is None else probs
+
+
+def replay(
+    logits: Tensor,
+    tokens: Tensor,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    forbidden: Tensor | None = None,
+    draw_temperature: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Which tokens the draws of `sample` were among, and the log-probs of `tokens` among those.
+
+    Arguments as of `sample`, temperature > 0. Returns: kept bool [B, V]; logprobs float32 [B] at
+    `temperature`.
+    """
+    scaled = logits if temperature == 1 else logits.float() / temperature
+    kept = keep_likely(_drawn(logits, scaled, forbidden, draw_temperature), top_p, top_k) > 0
+    kept.scatter_(1, tokens[:, None], True)
+    log_p = scaled.float().masked_fill(~kept, -torch.inf).log_softmax(-1)
+    return kept, log_p.gather(-1, tokens[:, None]).squeeze(1)
 
 
 def draw(probs: Tensor, points: Tensor) -> Tensor:
