@@ -117,16 +117,10 @@ def policy_engine(
     if fp32 and rollout.engine_type == "vllm":
         table = {**rollout.vllm, "hf_overrides": {"head_dtype": "float32"}}
         rollout = rollout.model_copy(update={"vllm": table})
-    engine = build_engine(
-        rollout,
-        config.model.pretrain,
-        dtype,
-        device,
-        load_weights=False,
-        max_len=config.data.max_len,
-        compile=config.training.compile,
-        vision=vision,
-    )
+    compile, max_len = config.training.compile, config.data.max_len
+    options: dict[str, Any] = {"max_len": max_len, "compile": compile, "vision": vision}
+    options["load_weights"] = False  # they come with the first hand-over
+    engine = build_engine(rollout, config.model.pretrain, dtype, device, **options)
     if isinstance(engine, NativeEngine):
         engine.fp32_head = fp32
     return engine

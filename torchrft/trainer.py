@@ -93,8 +93,7 @@ class Trainer:
         self.scorer.check(self.eval_prompts, "eval_data")
         self.schedule_steps = self.prompts.total_steps(config.training.num_episodes)
         self.last_step = min(self.schedule_steps, config.training.max_steps or self.schedule_steps)
-        notes = start_notes(config, len(prompts), self.lacks_bf16)
-        for note in notes if world.is_main else ():
+        for note in start_notes(config, len(prompts), self.lacks_bf16) if world.is_main else ():
             logger.warning(note)
 
     def _load_prompts(self, name: str, source: str, data: Data) -> PromptDataset:

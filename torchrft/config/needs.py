@@ -134,11 +134,7 @@ _BESIDE = "models or reward_pretrain beside the judges"
 _REMOTE = "weight normalize protocol timeout deadline retries batch_size concurrency token_env"
 
 _embedded = _engine("vllm", "sglang", served=False)
-
-
-def _fp32_heads(config: JobConfig) -> bool:
-    engine = _engine("native")(config) or _engine("vllm", served=False)(config)
-    return config.training.bf16 and engine
+_heads = _engine("native", "vllm", served=False)
 
 
 NEEDS: tuple[Need, ...] = (
@@ -177,7 +173,7 @@ NEEDS: tuple[Need, ...] = (
     *_need(_SERVED, _engine("vllm", served=True), "request_retries", "weight_folder"),
     *_need(_ALIKE, _engine("native"), "first_token_temperature"),
     *_need(_TELLS, lambda c: _engine("native")(c) and truncates(c), "truncation_replay"),
-    *_need(_HEADS, _fp32_heads, "fp32_head"),
+    *_need(_HEADS, lambda c: c.training.bf16 and _heads(c), "fp32_head"),
     *_on("bf16", "use_mp_opt"),
     *_on("eval_data", "eval_steps"),
     *_on("load_checkpoint", "ckpt_path"),

@@ -5,13 +5,12 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from torchrft.config.fields import is_set, label, value_of
+from torchrft.config.fields import is_set, label
 from torchrft.config.job_config import JobConfig, Optimizer
 from torchrft.config.needs import is_chosen, truncates
 
 # What Linux calls the instructions, on x86 and on ARM.
 _BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
-_NEED_BF16 = ("use_mp_opt", "fp32_head")
 
 
 @cache
@@ -28,7 +27,7 @@ def lacks_bf16() -> bool:
 def with_precision(config: JobConfig, lacks: Callable[[], bool]) -> JobConfig:
     """The config with `bf16`, if unset, as it is here: false where the CPU `lacks` instructions for
     it, unless an option needs it."""
-    needed = any(is_chosen(config, name) for name in ("bf16", *_NEED_BF16))
+    needed = any(is_chosen(config, name) for name in ("bf16", "use_mp_opt", "fp32_head"))
     if needed or not config.training.bf16 or not lacks():
         return config
     training = config.training.model_copy(update={"bf16": False})
@@ -61,53 +60,41 @@ def optimizer_steps(config: JobConfig, rollouts: int) -> int:
 def start_notes(config: JobConfig, prompts: int | None, lacks: bool) -> list[str]:
     """What a user should know before the first step; `prompts` is their number, if known, and
     `lacks` whether a machine of the job lacks bfloat16 instructions."""
-    notes = []
-    if config.training.bf16 and lacks:
-        notes.append(
-            "[training] bf16 = true is slow here, where the CPU has no bfloat16 instructions: a "
-            "step may take ten times as long as with bf16 = false"
-        )
-    elif not config.training.bf16 and not is_set(config, "bf16"):
-        notes.append(
-            "[training] bf16 = false: left unset, and the CPU has no bfloat16 instructions"
-        )
+    notes, why, bf16 = [], "the CPU has no bfloat16 instructions", config.training.bf16
+    if bf16 and lacks:
+        notes.append(f"[training] bf16 = true is slow here, about tenfold: {why}; try bf16 = false")
+    elif not bf16 and not is_set(config, "bf16"):
+        notes.append(f"[training] bf16 = false: left unset, and {why}")
     if truncates(config) and not config.rollout.truncation_replay:
-        which = "top_p" if config.rollout.top_p < 1 else "top_k"
         notes.append(
-            f"{label(config, which)} truncates what is sampled, but training takes log-probs over "
-            "all tokens, which biases the gradient and ratios to the engine: set "
-            'truncation_replay = true (engine_type = "native"), or top_p = 1 and top_k = 0'
+            f"{label(config, 'top_p' if config.rollout.top_p < 1 else 'top_k')} truncates what is "
+            "sampled, but training takes log-probs over all tokens, which biases gradient and "
+            'ratios: set truncation_replay = true (engine_type = "native"), or top_p = 1, top_k = 0'
         )
-    stop = config.training.max_steps
-    if prompts is None and not (stop and config.optimizer.lr_total_steps):
-        return notes
-    planned = stop or 1
-    if prompts is not None:
-        rollout = config.rollout.rollout_batch_size
-        planned = -(-config.training.num_episodes * prompts // rollout)
-    return notes + _schedule_notes(config, planned, min(stop or planned, planned))
+    return notes if prompts is None else notes + _schedule_notes(config, prompts)
 
 
-def _schedule_notes(config: JobConfig, planned: int, rollouts: int) -> list[str]:
-    """Says so where the run's `rollouts`, of those `planned`, leave most of the schedule unused."""
-    options = config.optimizer
+def _schedule_notes(config: JobConfig, prompts: int) -> list[str]:
+    """Says so where the run ends within the warm-up, or before half of the decay."""
+    options, training = config.optimizer, config.training
+    planned = -(-training.num_episodes * prompts // config.rollout.rollout_batch_size)
     span = options.lr_total_steps or optimizer_steps(config, planned)
-    trained = max(rollouts - config.training.freezing_actor_steps, 0)
-    steps = optimizer_steps(config, trained) if trained else 0
+    rollouts = min(training.max_steps or planned, planned) - training.freezing_actor_steps
+    steps = optimizer_steps(config, max(rollouts, 0))
     warmup = math.ceil(options.lr_warmup_ratio * span)
-    last = lr_factor(steps - 1, span, options) if steps else 0.0
-    of = f"{steps} of the {span} optimizer steps of the learning rate's schedule"
-    remedy = f"set lr_total_steps = {max(steps, 1)} to fit it to this run"
-    if steps < min(warmup, span):
-        text = f"so it stays in its warm-up of {warmup} steps and reaches {last:.0%} of its peak"
-    elif steps >= span or options.lr_decay == "constant" or is_set(config, "lr_total_steps"):
+    last = lr_factor(steps - 1, span, options)
+    early = steps < min(warmup, span)
+    chosen = options.lr_total_steps or options.lr_decay == "constant" or steps >= span
+    if not early and (chosen or last <= (1 + options.lr_min_ratio) / 2):
         return []
-    elif last > (1 + options.lr_min_ratio) / 2:
-        text = f"so it ends at {last:.0%} of its peak, not at lr_min_ratio = {options.lr_min_ratio}"
-    else:
-        return []
-    name = "max_steps" if config.training.max_steps else "num_episodes"
-    return [f"[training] {name} = {value_of(config, name)} makes {of}, {text}; {remedy}"]
+    where = (
+        f"in its warm-up of {warmup}" if early else f"above lr_min_ratio = {options.lr_min_ratio}"
+    )
+    name = "max_steps" if training.max_steps else "num_episodes"
+    return [
+        f"{label(config, name)} makes {steps} of the {span} optimizer steps of the learning rate's "
+        f"schedule, which ends at {last:.0%} of its peak, {where}; lr_total_steps = {steps} fits it"
+    ]
 
 
 def jsonl_rows(config: JobConfig) -> int | None:
@@ -115,5 +102,4 @@ def jsonl_rows(config: JobConfig) -> int | None:
     path = Path(config.data.prompt_data or "")
     if path.suffix != ".jsonl" or not path.is_file():
         return None
-    with path.open("rb") as file:
-        return sum(1 for line in file if line.strip())
+    return sum(1 for line in path.read_bytes().splitlines() if line.strip())

@@ -213,11 +213,7 @@ class _SplitLogprob(torch.autograd.Function):
 class _FusedLinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        head: Head,
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, head: Head
     ) -> tuple[Tensor, Tensor]:
         rows, chunk, vocabulary = hidden.shape[0], head.chunk_size, head.vocabulary
         logprobs, entropy, lse = (hidden.new_empty(rows, dtype=torch.float32) for _ in range(3))

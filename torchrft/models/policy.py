@@ -92,8 +92,8 @@ class PolicyModel(nn.Module):
         refuse_unsupported(model)
         self.model = model
         self.mesh: ModelMesh | None = None  # set by torchrft.parallel.parallelize
-        self.temperature, self.fused, self.chunk_size = temperature, fused, chunk_size
-        self.fp32_head = fp32_head
+        self.temperature, self.fp32_head = temperature, fp32_head
+        self.fused, self.chunk_size = fused, chunk_size
         head: Any = model.get_output_embeddings()
         head.logprobs = MethodType(_logprobs, head)  # which parallelize makes one of FSDP2's
 

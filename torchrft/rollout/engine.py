@@ -47,17 +47,12 @@ def check_prompts(
     sees_images: bool = False,
     vocabulary: int | None = None,
     longest: int | None = None,
-    replays: bool = False,
 ) -> None:
-    """Raises ValueError for an engine without weights (`version` None), for sampling with `replay`
-    where the engine does not say which tokens its draws were among (`replays` False), and for a
-    prompt that is empty, leaves no room for a response, has images that the engine does not see, a
-    token id that is not below `vocabulary`, or with its response more than the engine's `longest`
-    tokens."""
+    """Raises ValueError for an engine without weights (`version` None), and for a prompt that is
+    empty, leaves no room for a response, has images that the engine does not see, a token id that
+    is not below `vocabulary`, or with its response more than the engine's `longest` tokens."""
     if version is None:
         raise ValueError("the engine has no weights: call update_weights before generate")
-    if sampling.replay and not replays:
-        raise ValueError("truncation_replay: only the native engine says what it sampled among")
     if sampling.seeds is not None and [len(row) for row in sampling.seeds] != [sampling.n] * len(
         prompts
     ):
@@ -112,8 +107,11 @@ def completion(
 ) -> Completion:
     """Sample number `sample` of a prompt, of (token id, log-prob) `rows`.
 
-    Raises ConnectionError if the engine did not end it, but broke off for another `reason`.
+    Raises ConnectionError if the engine did not end it, but broke off for another `reason`, and
+    ValueError for sampling with `replay`, which needs to know what was sampled among.
     """
+    if sampling.replay:
+        raise ValueError("replay: only the native engine tells what it samples among; use that")
     if reason not in ("stop", "length"):
         raise ConnectionError(f"the rollout engine ended a request with {reason!r}")
     assert version is not None

@@ -1,7 +1,6 @@
 """torchrft's own rollout engine: continuous batching in plain PyTorch, on any device."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,7 @@ from torchrft.rollout.native.generation import Generation
 from torchrft.rollout.native.graphs import GraphGeneration, supports
 from torchrft.rollout.native.joined import join_projections
 from torchrft.rollout.weight_sync import copy_weights
-from torchrft.types import Completion, FinishReason, Prompt, SamplingParams
+from torchrft.types import Completion, FinishReason, Kept, Prompt, SamplingParams
 
 
 class NativeEngine:
@@ -93,8 +92,7 @@ class NativeEngine:
     @torch._dynamo.config.patch(recompile_limit=64)  # shapes of caches differ
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
-        sees = self.vision is not None
-        check_prompts(prompts, sampling, self.version, sees, vocabulary, replays=True)
+        check_prompts(prompts, sampling, self.version, self.vision is not None, vocabulary)
         if not prompts:
             return []
         kind: Callable[..., Generation] = Generation
@@ -112,10 +110,7 @@ class NativeEngine:
         )
         generation.fp32_head = self.fp32_head
         tokens, logprobs, stopped = generation.run()
-        made = self._completions(sampling, tokens, logprobs, stopped)
-        if (kept := generation.kept_tokens()) is not None:
-            made = [replace(one, kept=sets) for one, sets in zip(made, kept, strict=True)]
-        return made
+        return self._completions(sampling, tokens, logprobs, stopped, generation.kept_tokens())
 
     def _decode_tail(self, token_ids: list[int]) -> str:
         text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
@@ -128,6 +123,7 @@ class NativeEngine:
         tokens: list[list[int]],
         logprobs: list[list[float]],
         stopped: list[bool],
+        kept: Sequence[Kept | None],
     ) -> list[Completion]:
         completions = []
         for request, text in enumerate(texts(self.tokenizer, tokens, sampling.stop)):
@@ -142,6 +138,7 @@ class NativeEngine:
                     text=text,
                     finish_reason=reason,
                     policy_version=self.version,
+                    kept=kept[request],
                 )
             )
         return completions

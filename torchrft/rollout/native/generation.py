@@ -21,7 +21,7 @@ from torchrft.models.logprobs import product
 from torchrft.models.vision import Vision, hidden_states
 from torchrft.rollout.native.kv_cache import Decode, Prefill, SlotCache
 from torchrft.rollout.native.lean import is_plain, lean_step
-from torchrft.rollout.native.sampler import replay, sample
+from torchrft.rollout.native.sampler import sample_among
 from torchrft.types import Kept, Prompt, SamplingParams
 
 _PREFILL_TOKENS = 16384  # of one prefill pass, its keys padded, which bounds its memory
@@ -121,21 +121,19 @@ class Generation:
             self.stopped.tolist(),
         )
 
-    def kept_tokens(self) -> list[Kept] | None:
+    def kept_tokens(self) -> Sequence[Kept | None]:
         """By request, after `run`, the tokens that its draws were among; None without `replay`."""
         if not self.kept:
-            return None
+            return [None] * len(self.stopped)
         request = torch.cat([step[0] for step in self.log]).cpu()
-        every = Kept.join(self.kept)
-        order = request.argsort(stable=True)
-        starts, counts = (every.counts.cumsum(0) - every.counts)[order], every.counts[order]
-        shift = (starts - (counts.cumsum(0) - counts)).repeat_interleave(counts)
-        ids = every.ids[shift + torch.arange(len(shift))]
+        order, counts = request.argsort(stable=True), torch.cat([k.counts for k in self.kept])
         sizes = request.bincount(minlength=self.stopped.numel()).tolist()
-        rows = counts.split(sizes)
-        totals = [int(row.sum()) for row in rows]
+        sets = torch.cat([kept.ids for kept in self.kept]).split(counts.tolist())
         # Copies: a view would keep all requests' tokens in memory, and in every checkpoint.
-        return [Kept(i.clone(), c.clone()) for i, c in zip(ids.split(totals), rows, strict=True)]
+        return [
+            Kept(torch.cat([sets[place] for place in places]), counts[places])
+            for places in order.split(sizes)
+        ]
 
     def admit(self) -> bool:
         """Fills free slots with waiting samples; false when there is nothing to admit."""
@@ -229,10 +227,20 @@ class Generation:
             early = active.generated < sampling.min_new_tokens
             forbidden = torch.zeros_like(logits, dtype=torch.bool)
             forbidden[:, self.stop_ids] = early[:, None]
-        how = (sampling.temperature, sampling.top_p, sampling.top_k, forbidden, draw_temperature)
-        token, logprob = sample(logits, active.seed, active.generated, *how)
+        token, logprob, drawn = sample_among(
+            logits,
+            active.seed,
+            active.generated,
+            sampling.temperature,
+            sampling.top_p,
+            sampling.top_k,
+            forbidden,
+            draw_temperature=draw_temperature,
+        )
         if sampling.replay:
-            kept, logprob = replay(logits, token, *how)
+            kept = (drawn > 0).scatter_(1, token[:, None], True)
+            scaled = (logits.float() / sampling.temperature).masked_fill(~kept, -torch.inf)
+            logprob = scaled.log_softmax(-1).gather(1, token[:, None]).squeeze(1)
             self.kept.append(Kept(kept.nonzero()[:, 1].int().cpu(), kept.sum(1).cpu()))
         self.log.append((active.request, token, logprob))
         active.token, active.generated = token, active.generated + 1
