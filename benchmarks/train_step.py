@@ -7,7 +7,7 @@ Random weights in the shape of Qwen2.5, packed sequences, bf16 with float32 mast
 is forward, loss, backward, clipping and AdamW. The matmul rate is that of 8192^3 in bf16, measured
 in the same process; TFLOP/s counts what the mathematics asks for (recomputation not): 6 per
 parameter of a matrix and token (head included), and causal attention. Then the head alone, at the
-same V: log-probs and entropy with backward, plain and fused. `--model tiny` runs on a CPU.
+same V: log-probs and entropy with backward, plain, fused and with `fp32_head`. `--model tiny` runs on a CPU.
 
 Under torchrun, the same by layout: data parallel ranks have `--tokens` each, tensor and sequence
 parallel ones share them. Tokens and TFLOP/s are a GPU's.
@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from torchrft.config.job_config import Optimizer, Parallel
 from torchrft.data.packing import build
 from torchrft.models import attention
-from torchrft.models.logprobs import fused_linear_logprob, linear_logprob
+from torchrft.models.logprobs import Head, fused_linear_logprob, head_logprob, linear_logprob
 from torchrft.models.policy import PolicyModel
 from torchrft.optim.optimizer import build_optimizer, clip_gradients
 from torchrft.parallel import ParallelDims, parallelize
@@ -182,14 +182,22 @@ def head_rows(options: argparse.Namespace) -> list[list[str]]:
     labels = torch.randint(vocabulary, (rows,), device=device)
 
     def run(function: Callable[..., Any], *more: Any) -> None:
-        logprobs, entropy = function(hidden, weight, labels, 1.0, *more)
+        logprobs, entropy = function(hidden, weight, labels, *more)
         (logprobs.sum() + entropy.sum()).backward()
         hidden.grad = weight.grad = None
 
     found = []
     for name, function, more in (
         ("plain", linear_logprob, ()),
-        *((f"fused, {chunk}", fused_linear_logprob, (chunk,)) for chunk in (512, 1024, 2048, 4096)),
+        *(
+            (f"fused, {chunk}", fused_linear_logprob, (1.0, chunk))
+            for chunk in (512, 1024, 2048, 4096)
+        ),
+        *(
+            (f"fp32_head, fused, {chunk}", head_logprob, (Head(1.0, chunk, fp32=True),))
+            for chunk in (512, 1024, 2048, 4096)
+        ),
+        ("fp32_head", head_logprob, (Head(1.0, rows, fp32=True),)),
     ):
         if device.type == "cuda":
             torch.cuda.empty_cache()

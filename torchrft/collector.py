@@ -117,7 +117,12 @@ class Collector:
         """Mean reward of greedy completions of all ranks' `prompts`."""
         with self.timer.phase("eval"):
             greedy = dataclasses.replace(
-                self.sampling([]), n=1, temperature=0.0, first_token_temperature=None, seeds=None
+                self.sampling([]),
+                n=1,
+                temperature=0.0,
+                first_token_temperature=None,
+                seeds=None,
+                replay=False,
             )
             completions = self.engine.generate(prompts, greedy)
             parts = distributed.on_all(lambda: self.scorer.score(prompts, completions), "reward")
@@ -183,6 +188,7 @@ class Collector:
             min_new_tokens=rollout.min_new_tokens,
             stop_token_ids=tuple(rollout.stop_token_ids),
             stop=tuple(rollout.stop),
+            replay=rollout.truncation_replay,
             seeds=tuple(tuple(derive_seed(self.seed, p, j) for j in range(n)) for p in places),
         )
 

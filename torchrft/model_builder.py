@@ -19,6 +19,7 @@ from torchrft.models.support import refuse_unsupported, sees_images
 from torchrft.models.vision import Vision, freeze_vision
 from torchrft.parallel import ParallelDims, parallelize
 from torchrft.rollout import RolloutEngine, build_engine
+from torchrft.rollout.native.engine import NativeEngine
 from torchrft.tools.distributed import World
 
 M = TypeVar("M", bound=nn.Module)
@@ -64,6 +65,7 @@ class ModelBuilder:
             temperature=config.rollout.temperature,
             fused=config.training.fused_linear_logprob,
             chunk_size=config.training.chunk_size,
+            fp32_head=config.model.fp32_head,
         )
         return self._model(wrap, source, init, dtype, "policy")
 
@@ -121,6 +123,24 @@ def _sees(config: Any) -> tuple[Any, ...]:
     names = ("image_size", "patch_size", "spatial_merge_size", "temporal_patch_size")
     sizes = (getattr(config.vision_config, name, None) for name in names)
     return config.model_type, getattr(config, "image_token_id", None), *sizes
+
+
+def policy_engine(
+    config: JobConfig, dtype: torch.dtype, device: torch.device, vision: Vision | None
+) -> RolloutEngine:
+    """The engine that samples from the policy, without weights. Raises ValueError as
+    `build_engine`."""
+    rollout, fp32 = config.rollout, config.model.fp32_head
+    if fp32 and rollout.engine_type == "vllm":
+        table = {**rollout.vllm, "hf_overrides": {"head_dtype": "float32"}}
+        rollout = rollout.model_copy(update={"vllm": table})
+    compile, max_len = config.training.compile, config.data.max_len
+    options: dict[str, Any] = {"max_len": max_len, "compile": compile, "vision": vision}
+    options["load_weights"] = False  # they come with the first hand-over
+    engine = build_engine(rollout, config.model.pretrain, dtype, device, **options)
+    if isinstance(engine, NativeEngine):
+        engine.fp32_head = fp32
+    return engine
 
 
 def judge_engine(

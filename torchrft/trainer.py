@@ -14,6 +14,7 @@ from torchrft.checkpoint.set_aside import set_aside
 from torchrft.collector import Collector
 from torchrft.config.job_config import Data, JobConfig
 from torchrft.config.manager import to_toml
+from torchrft.config.start import lacks_bf16, optimizer_steps, start_notes, with_precision
 from torchrft.critic_update import CriticUpdate
 from torchrft.data.batch import make_batch
 from torchrft.data.loader import PromptLoader
@@ -26,7 +27,7 @@ from torchrft.metrics.rollout_dump import dump
 from torchrft.metrics.rollout_stats import dump_rows, rollout_metrics, warn_of_mismatch
 from torchrft.metrics.stuck import StuckAlarm
 from torchrft.metrics.timing import PhaseTimer, peak_memory_gib
-from torchrft.model_builder import ModelBuilder, check_models, load_vision
+from torchrft.model_builder import ModelBuilder, check_models, load_vision, policy_engine
 from torchrft.models.loader import load_tokenizer
 from torchrft.optim.lr_scheduler import build_scheduler
 from torchrft.optim.optimizer import build_optimizer
@@ -36,7 +37,6 @@ from torchrft.parallel.zero import sharding
 from torchrft.policy_update import PolicyUpdate
 from torchrft.reward_builder import build_rewards, with_source_key
 from torchrft.rewards.shaping import RewardShaper
-from torchrft.rollout import build_engine
 from torchrft.rollout.weight_sync import named_full_tensors
 from torchrft.tools import distributed
 from torchrft.tools.distributed import World, on_all, on_main
@@ -54,12 +54,17 @@ class Trainer:
     """
 
     def __init__(self, config: JobConfig, world: World) -> None:
-        self.config, self.world = config, world
+        self.world = world
+        # As the slowest host of the job computes.
+        self.lacks_bf16 = distributed.any_rank(lacks_bf16())
+        self.config = config = with_precision(config, lambda: self.lacks_bf16)
+        self.dtype = torch.bfloat16 if config.training.bf16 else torch.float32
         seed_everything(config.training.seed)
-        torch.use_deterministic_algorithms(config.training.deterministic)
+        # On a CPU it costs nothing: there several threads add up in any order otherwise.
+        on_cpu = world.device.type == "cpu"
+        torch.use_deterministic_algorithms(on_cpu or config.training.deterministic)
         self.dims = ParallelDims.of(config.parallel, world.world_size)
         self.ranks = self.dims.data_ranks(world.device.type)
-        self.dtype = torch.bfloat16 if config.training.bf16 else torch.float32
         self.step = self.pending_rollouts = self.step_began = 0  # where in the stream it began
         self.stop_requested: int | None = None
         self.pending: list[Sample] = []  # samples that wait for a full train_batch_size
@@ -90,6 +95,8 @@ class Trainer:
         self.scorer.check(self.eval_prompts, "eval_data")
         self.schedule_steps = self.prompts.total_steps(config.training.num_episodes)
         self.last_step = min(self.schedule_steps, config.training.max_steps or self.schedule_steps)
+        for note in start_notes(config, len(prompts), self.lacks_bf16) if world.is_main else ():
+            logger.warning(note)
 
     def _load_prompts(self, name: str, source: str, data: Data) -> PromptDataset:
         prompts = load_prompts(source, data, self.tokenizer, name, self.vision)
@@ -128,8 +135,7 @@ class Trainer:
     def _stepper(self, model: nn.Module, learning_rate: float) -> OptimizerStep:
         """Optimizer and schedule of a model, over the whole run."""
         config, training = self.config, self.config.training
-        samples = self.schedule_steps * self.samples_per_rollout * training.max_epochs
-        total = max(1, -(-samples // training.train_batch_size))
+        total = config.optimizer.lr_total_steps or optimizer_steps(config, self.schedule_steps)
         masters = config.optimizer.use_mp_opt
         optimizer = build_optimizer(model, config.optimizer, learning_rate, masters)
         scheduler = build_scheduler(optimizer, config.optimizer, total)
@@ -152,16 +158,8 @@ class Trainer:
         config = self.config
         phases = ("rollout", "reward", "logprob", "update", "weight_sync", "step")
         self.timer = PhaseTimer(self.world.device, phases)
-        self.engine = build_engine(
-            config.rollout,
-            config.model.pretrain,
-            self.dtype,
-            self.world.device,
-            load_weights=False,
-            max_len=config.data.max_len,
-            compile=config.training.compile,
-            vision=self.vision,
-        )  # servers that generate while the trainer computes cannot sleep then:
+        self.engine = policy_engine(config, self.dtype, self.world.device, self.vision)
+        # Servers that generate while the trainer computes cannot sleep then.
         self.sleeps = config.rollout.enable_engine_sleep and not config.rollout.async_level
         if self.sleeps:
             self.engine.sleep()

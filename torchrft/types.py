@@ -6,10 +6,11 @@ data --Prompt--> rollout --Completion--> reward --Sample--> trainer --RolloutBat
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from torchrft.tools.images import Image
@@ -46,6 +47,8 @@ class SamplingParams:
     `first_token_temperature` draws a response's first token (FIRE, arXiv:2410.21236); its log-prob
     is at `temperature` all the same.
 
+    With `replay`, completions say which tokens their draws were among (`Completion.kept`).
+
     `seeds[i][j]` seeds sample j of prompt i: equal seeds and weights give equal tokens, whatever
     else is in the batch. `max_total_tokens` bounds prompt + response, `max_new_tokens` the response
     alone.
@@ -65,6 +68,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
     seeds: tuple[tuple[int, ...], ...] | None = None
+    replay: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError for values out of range."""
@@ -74,6 +78,7 @@ class SamplingParams:
             "top_p": 0 < self.top_p <= 1,
             "top_k": self.top_k >= 0,
             "stop": "" not in self.stop,
+            "replay": not (self.replay and self.temperature == 0),
         }
         for name in (name for name, is_good in good.items() if not is_good):
             raise ValueError(f"SamplingParams: {name} = {getattr(self, name)!r} is out of range")
@@ -85,11 +90,47 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """The tokens that truncated sampling could draw, for each of T response tokens.
+
+    `counts` int64 [T] are their numbers, `ids` int32 [sum of counts] the tokens, one response token
+    after the other.
+    `Kept(ids=[2, 4, 0], counts=[2, 1])`: tokens 2 and 4 for the first one, 0 for the second.
+    """
+
+    ids: Tensor
+    counts: Tensor
+
+    @classmethod
+    def join(cls, parts: Sequence[Kept]) -> Kept:
+        """The response tokens of all `parts`, in their order."""
+        return cls(torch.cat([p.ids for p in parts]), torch.cat([p.counts for p in parts]))
+
+    def part(self, rows: slice) -> Kept:
+        """That of the response tokens `rows`, neighbors."""
+        first, ends = int(self.counts[: rows.start or 0].sum()), self.counts[rows]
+        return Kept(self.ids[first : first + int(ends.sum())], ends)
+
+    def mask(self, size: int, start: int = 0) -> Tensor:
+        """bool [T, size]: whether the tokens from `start` on are kept."""
+        rows = torch.arange(len(self.counts), device=self.ids.device)
+        rows, columns = rows.repeat_interleave(self.counts), self.ids.long() - start
+        here = (columns >= 0) & (columns < size)
+        mask = torch.zeros(len(self.counts), size, dtype=torch.bool, device=self.ids.device)
+        mask[rows[here], columns[here]] = True
+        return mask
+
+    def to(self, device: torch.device | str) -> Kept:
+        return Kept(self.ids.to(device), self.counts.to(device))
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """One sampled response.
 
     `token_ids` includes the stop token if one ended it; `logprobs` are the engine's, one per token,
-    at the sampling temperature and before top-p / top-k. `policy_version` counts the weight updates
+    at the sampling temperature and before top-p / top-k, unless `kept` holds the tokens that these
+    left: then the log-probs are over those alone. `policy_version` counts the weight updates
     the engine had received. `prompt_index` is the position in the list given to `generate`.
 
     >>> Completion(0, 0, (7, 1), (-0.1, -0.2), "7", "stop", policy_version=3).policy_version
@@ -103,6 +144,7 @@ class Completion:
     text: str
     finish_reason: FinishReason
     policy_version: int = 0
+    kept: Kept | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +197,7 @@ class RolloutBatch:
     keep: Tensor | None = None  # bool [B, T]: whose policy loss counts; None means all
     filler: Tensor | None = None  # bool [B]: of samples that do not count; None means of none
     prompts: tuple[Prompt, ...] | None = None  # of the samples; None if none of them has images
+    kept: tuple[Kept, ...] | None = None  # of the samples, where log-probs are over those tokens
 
     def __len__(self) -> int:
         return len(self.sequences)

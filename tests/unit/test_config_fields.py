@@ -32,6 +32,7 @@ FIELD_PROOF: dict[str, str] = {
     "init": UNIT + "models_loader.py::test_random_weights_depend_on_the_seed_only",
     "ref_pretrain": UNIT + "trainer.py::test_reference_model_from_ref_pretrain",
     "critic_pretrain": UNIT + "trainer_algorithms.py::test_critic_options",
+    "fp32_head": UNIT + "models_policy.py::test_fp32_head",
     "freeze_vision": UNIT + "parallel_vision.py::test_freeze_vision_trains_the_language_model_only",
     # data
     "prompt_data": UNIT + "data_prompts.py::test_jsonl_values",
@@ -70,6 +71,7 @@ FIELD_PROOF: dict[str, str] = {
     "actor_learning_rate": UNIT + "optim.py::test_actor_learning_rate",
     "critic_learning_rate": UNIT + "trainer_algorithms.py::test_critic_options",
     "lr_warmup_ratio": UNIT + "optim.py::test_warmup",
+    "lr_total_steps": UNIT + "trainer_numerics.py::test_lr_total_steps",
     "lr_decay": UNIT + "optim.py::test_decay",
     "lr_min_ratio": UNIT + "optim.py::test_decay",
     "max_norm": UNIT + "optim.py::test_clip_by_max_norm",
@@ -85,6 +87,7 @@ FIELD_PROOF: dict[str, str] = {
     "temperature": UNIT + "native_engine.py::test_temperature",
     "top_p": UNIT + "native_engine.py::test_top_p",
     "top_k": UNIT + "native_engine.py::test_top_k",
+    "truncation_replay": UNIT + "trainer_numerics.py::test_truncation_replay",
     "first_token_temperature": UNIT
     + "trainer_algorithms.py::test_fire_draws_only_the_first_token_at_its_temperature",
     "max_new_tokens": UNIT + "native_engine.py::test_length_limits",

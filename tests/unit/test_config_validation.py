@@ -9,6 +9,7 @@ from torchrft.config.fields import FIELDS, is_set
 from torchrft.config.job_config import JobConfig
 from torchrft.config.manager import ConfigError, load
 from torchrft.config.needs import NEEDS
+from torchrft.config.start import start_notes
 from torchrft.config.validation import (
     RANGES,
     Findings,
@@ -348,6 +349,12 @@ NEED_CASES = {
         {"rollout_correction": "token_tis"},
     ),
     "weight_folder": ("w", {"engine_type": "vllm", "server_urls": ["http://a:1"]}, {}),
+    "truncation_replay": (
+        True,
+        {"engine_type": "native", "top_k": 20},
+        {"engine_type": "vllm", "top_p": 1.0},
+    ),
+    "fp32_head": (True, {"bf16": True, "engine_type": "native"}, {"bf16": False}),
     "use_mp_opt": (True, {"bf16": True}, {"bf16": False}),
     "reward_timeout": (5.0, FUNCTION, {}),
     "reward_workers": (5, FUNCTION, {}),
@@ -568,3 +575,69 @@ def test_warnings_do_not_stop_a_real_run(monkeypatch):
     assert loaded.world_size == 1
     with pytest.raises(ConfigError, match="strict_batch_rule = true demands at least 64"):
         load([*argv, "--strict_batch_rule"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"engine_type": "native", "top_p": 1.0, "truncation_replay": True}, "has no effect"),
+        ({"engine_type": "sglang", "top_p": 0.9, "truncation_replay": True}, "has no effect"),
+        ({"engine_type": "vllm", "top_k": 5, "truncation_replay": True}, "has no effect"),
+        ({"engine_type": "sglang", "fp32_head": True}, "has no effect"),
+        ({"engine_type": "vllm", "server_urls": ["http://a:1"], "fp32_head": True}, "has no eff"),
+        ({"engine_type": "vllm", "fp32_head": True, "bf16": False}, "has no effect"),
+        ({"engine_type": "vllm", "fp32_head": True}, ""),
+        ({"engine_type": "native", "top_p": 0.9, "truncation_replay": True}, ""),
+    ],
+)
+def test_which_engines_replay_truncation_and_have_an_fp32_head(options, message):
+    errors = found(**options).errors
+    assert len(errors) == bool(message)
+    assert not message or message in errors[0]
+
+
+SCHEDULES = [  # options, prompts, part of the note
+    ({"max_steps": 20}, 6400, "max_steps = 20 makes 20 of the 400 optimizer steps"),
+    ({"max_steps": 20}, 6400, "ends at 100% of its peak, above lr_min_ratio = 0.1; lr_total"),
+    ({"max_steps": 150}, 6400, "which ends at 74% of its peak, above lr_min_ratio = 0.1; lr_tot"),
+    ({"max_steps": 10}, 6400, "which ends at 83% of its peak, in its warm-up of 12; lr_total"),
+    ({"max_steps": 10}, 6400, "; lr_total_steps = 10 fits it"),
+    ({"max_steps": 10, "train_batch_size": 128}, 6400, "makes 5 of the 200 optimizer steps"),
+    ({"max_steps": 10, "max_epochs": 2}, 6400, "makes 20 of the 800 optimizer steps"),
+    ({"max_steps": 380}, 6400, None),
+    ({"max_steps": 500}, 6400, None),
+    ({}, 6400, None),
+    ({"max_steps": 20, "lr_decay": "constant"}, 6400, None),
+    ({"max_steps": 20, "lr_total_steps": 20}, 6400, None),
+    ({"max_steps": 20, "lr_total_steps": 30}, 6400, None),
+    ({"max_steps": 20, "lr_total_steps": 1000}, 6400, "makes 20 of the 1000 optimizer steps"),
+    ({"max_steps": 20, "lr_total_steps": 1000}, None, None),
+    ({"max_steps": 20}, None, None),
+    ({"max_steps": 9, "freezing_actor_steps": 5}, 6400, "max_steps = 9 makes 4 of the 400"),
+    ({"lr_total_steps": 20000}, 6400, "num_episodes = 1 makes 400 of the 20000 optimizer steps"),
+    ({"max_steps": 1, "lr_warmup_ratio": 1.0, "lr_total_steps": 1}, 6400, None),
+]
+
+
+@pytest.mark.parametrize(("options", "prompts", "part"), SCHEDULES)
+def test_a_run_that_leaves_its_schedule_unused_is_told(options, prompts, part):
+    """16 prompts x 4 samples a rollout, one optimizer step each."""
+    config = make(top_p=1.0, **options)
+    notes = start_notes(config, prompts, False)
+    assert len(notes) == (part is not None)
+    assert part is None or part in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({}, "[rollout] top_p = 0.9 truncates what is sampled, but training takes log-probs over"),
+        ({"top_p": 1.0, "top_k": 5}, "[rollout] top_k = 5 truncates what is sampled"),
+        ({"top_p": 1.0}, None),
+        ({"top_p": 0.9, "engine_type": "native", "truncation_replay": True}, None),
+    ],
+)
+def test_truncated_sampling_is_told(options, part):
+    notes = start_notes(make(**options), None, False)
+    assert len(notes) == (part is not None)
+    assert part is None or (part in notes[0] and "truncation_replay = true" in notes[0])

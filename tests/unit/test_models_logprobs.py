@@ -6,10 +6,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from torchrft.models.logprobs import (
+    Head,
     fused_linear_logprob,
+    head_logprob,
     linear_logprob,
     logprob_and_entropy,
 )
+from torchrft.types import Kept
 
 N, D, V = 10, 6, 17
 
@@ -230,3 +233,96 @@ def test_errors(change, match):
     }
     with pytest.raises(ValueError, match=match):
         fused_linear_logprob(**{**arguments, **change})
+
+
+def kept_tokens(labels, seed=1):
+    """Random sets of 1 to V tokens, each with its label."""
+    generator = torch.Generator().manual_seed(seed)
+    sets = []
+    for row, label in enumerate(labels.tolist()):
+        size = (1, 2, V)[row] if row < 3 else int(torch.randint(1, V, (), generator=generator))
+        drawn = torch.randperm(V, generator=generator)[: size - 1].tolist()
+        sets.append(sorted({label, *drawn}))
+    ids = torch.tensor([token for row in sets for token in row], dtype=torch.int32)
+    return Kept(ids, torch.tensor([len(row) for row in sets])), sets
+
+
+def truncated_reference(hidden, weight, labels, sets, temperature):
+    """Row by row, over the kept tokens alone."""
+    logprobs, entropies = [], []
+    for row, tokens in enumerate(sets):
+        z = hidden[row] @ weight[tokens].t() / temperature
+        p = z.exp() / z.exp().sum()
+        logprobs.append(p[tokens.index(int(labels[row]))].log())
+        entropies.append(-(p * p.log()).sum())
+    return torch.stack(logprobs), torch.stack(entropies)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 2.5])
+@pytest.mark.parametrize("chunk", [1, 3, N, N + 7])
+def test_over_the_kept_tokens(chunk, temperature):
+    hidden, weight, labels, scales = make()
+    kept, sets = kept_tokens(labels)
+    assert len({len(tokens) for tokens in sets}) > 3
+    wanted = run(
+        lambda h, w: truncated_reference(h, w, labels, sets, temperature),
+        *(x.double() for x in (hidden, weight, scales)),
+    )
+    head = Head(temperature, chunk, kept=kept)
+    got = run(lambda h, w: head_logprob(h, w, labels, head), hidden, weight, scales)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+def test_all_tokens_kept_is_the_whole_vocabulary():
+    hidden, weight, labels, scales = make()
+    kept = Kept(torch.arange(V, dtype=torch.int32).repeat(N), torch.full((N,), V))
+    functions = (
+        lambda h, w: head_logprob(h, w, labels, Head(0.8, 3, kept=kept)),
+        lambda h, w: fused_linear_logprob(h, w, labels, 0.8, 3),
+    )
+    for a, b in zip(*(run(f, hidden, weight, scales) for f in functions), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_gradient_of_the_truncated_policy_is_unbiased():
+    """REINFORCE over a nucleus: the mean of reward x d log p over draws is the gradient of the
+    expected reward of the policy that draws. With whole log-probs it is not."""
+    hidden, weight, _, _ = make(rows=1, seed=3)
+    tokens = [2, 5, 11]
+    rewards = torch.linspace(-1, 2, V, dtype=torch.float64)
+    exact = hidden.double().requires_grad_()
+    p = (exact[0] @ weight[tokens].double().t()).softmax(-1)
+    (p * rewards[tokens]).sum().backward()
+    kept = Kept(torch.tensor(tokens, dtype=torch.int32), torch.tensor([3]))
+    gradients = []
+    for sets in (kept, None):
+        ours = hidden.clone().requires_grad_()
+        total = 0
+        for token, chance in zip(tokens, p.detach().float(), strict=True):
+            logprob, _ = head_logprob(ours, weight, torch.tensor([token]), Head(kept=sets))
+            total = total + chance * float(rewards[token]) * logprob.sum()
+        total.backward()
+        gradients.append(ours.grad.double())
+    torch.testing.assert_close(gradients[0], exact.grad, rtol=1e-5, atol=1e-6)
+    assert (gradients[1] - exact.grad).norm() > 0.1 * exact.grad.norm()
+
+
+@pytest.mark.parametrize("chunk", [3, N])
+@pytest.mark.parametrize("scale", [1.0, 20.0])
+def test_fp32_logits_of_bfloat16_factors(chunk, scale):
+    """Exact to float32; rounded to bfloat16 they are wrong in the third digit."""
+    hidden, weight, labels, scales = make(dtype=torch.bfloat16)
+    hidden = hidden * scale
+    exact = [x.double() for x in (hidden, weight, scales)]
+    wanted = run(lambda h, w: reference(h, w, labels, 0.7), *exact)
+    head = Head(0.7, chunk, fp32=True)
+    got = run(lambda h, w: head_logprob(h, w, labels, head), hidden, weight, scales)
+    assert [x.dtype for x in got] == [torch.float32] * 2 + [torch.bfloat16] * 2
+    torch.testing.assert_close(got[0].double(), wanted[0], rtol=1e-6, atol=1e-6 * scale)
+    # A difference of two large numbers, where the logits are large.
+    torch.testing.assert_close(got[1].double(), wanted[1], rtol=1e-6, atol=3e-5 * scale)
+    for a, b in zip(got[2:], wanted[2:], strict=True):
+        assert (a.double() - b).norm() < 0.01 * b.norm()
+    rounded, _ = fused_linear_logprob(hidden, weight, labels, 0.7, chunk)
+    assert (rounded.double() - wanted[0]).abs().max() > 1e-3 * scale

@@ -1,5 +1,7 @@
 """The policy's log-probs and gradients against transformers' own logits, sequence by sequence."""
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -7,6 +9,7 @@ from torch import nn
 
 from torchrft.data.packing import build
 from torchrft.models.policy import PolicyModel
+from torchrft.types import Kept
 
 GROUPS = [(3, [4, 1, 7]), (6, [2]), (1, [1, 5])]
 FAMILIES = {
@@ -165,3 +168,51 @@ def test_layers_that_would_leak_across_sequences_are_refused(family, match):
     options = {"num_local_experts": 2} if family == "minimax" else {}
     with pytest.raises(ValueError, match=match):
         PolicyModel(tiny.model(family, **options))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_kept_tokens_stay_with_their_samples(packed, fused):
+    """Samples in another order than the batch's: each is over its own kept tokens."""
+    ours, theirs = models("qwen2", {})
+    batch = tiny.batch(GROUPS)
+    generator, kept = torch.Generator().manual_seed(0), []
+    for row, sequence in enumerate(batch.sequences):
+        sets = [
+            sorted({int(label), *torch.randint(56, (9,), generator=generator).tolist()})
+            for label in sequence[int(batch.prompt_lens[row]) :]
+        ]
+        ids = torch.tensor([token for tokens in sets for token in tokens], dtype=torch.int32)
+        kept.append(Kept(ids, torch.tensor([len(tokens) for tokens in sets])))
+    batch, rows = replace(batch, kept=tuple(kept)), [4, 0, 5, 2]
+    micro = inputs(batch, packed, rows)
+    with torch.no_grad():
+        got = PolicyModel(ours, temperature=0.7, fused=fused, chunk_size=4)(micro)
+        wanted = []
+        for row in rows:
+            prompt = int(batch.prompt_lens[row])
+            logits = theirs(batch.sequences[row][None]).logits[0, prompt - 1 : -1] / 0.7
+            left_out = ~kept[row].mask(56)
+            log_p = logits.masked_fill(left_out, -torch.inf).double().log_softmax(-1)
+            wanted.append(log_p.gather(1, batch.sequences[row][prompt:, None])[:, 0])
+    torch.testing.assert_close(got[0].double(), torch.cat(wanted), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_fp32_head(tied):
+    """The trainer's log-probs and the engine's are float32 products of the same bfloat16 states."""
+    made = tiny.model("qwen2", tie_word_embeddings=tied).bfloat16()
+    policy = PolicyModel(made, temperature=0.7, fp32_head=True)
+    batch = tiny.batch(GROUPS)
+    seen = {}
+    made.model.register_forward_hook(lambda m, args, out: seen.update(hidden=out[0]))
+    micro = inputs(batch, False)
+    with torch.no_grad():
+        got, entropy = policy(micro)
+    hidden = seen["hidden"].flatten(0, 1)[micro.targets].double()
+    log_p = (hidden @ made.lm_head.weight.double().t() / 0.7).log_softmax(-1)
+    wanted = log_p.gather(1, micro.labels[:, None])[:, 0]
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-6, atol=2e-6)
+    torch.testing.assert_close(
+        entropy.double(), -(log_p.exp() * log_p).sum(-1), rtol=1e-6, atol=2e-6
+    )

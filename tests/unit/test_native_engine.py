@@ -740,3 +740,60 @@ def test_short_beside_long_sequences(monkeypatch):
     assert [c.token_ids for c in got] == [c.token_ids for c in alone]
     assert len({len(c.token_ids) for c in got}) > 5
     check_log_probs(model, RAGGED, [c for c in got if c.sample_index == 0], 1.0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.7, "top_p": 0.8},
+        {"temperature": 1.3, "top_k": 5},
+        {"top_p": 0.9, "top_k": 9, "min_new_tokens": 10},
+        {"top_p": 0.5, "first_token_temperature": 3.0},
+        {"top_p": 0.9, "stop": ("a",)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("family", ["qwen2", "mistral"])
+def test_replay_tells_what_was_sampled_among(family, options):
+    """The kept tokens and the log-probs over them, computed anew in float64; draws stay equal."""
+    engine, model = make(family, initializer_range=0.1, max_num_seqs=5)
+    sampling = SamplingParams(n=3, max_new_tokens=12, seeds=seeds(4, 3), **options)
+    got = engine.generate(prompts(RAGGED), dataclasses.replace(sampling, replay=True))
+    assert tokens_of(got) == tokens_of(engine.generate(prompts(RAGGED), sampling))
+    model, sizes = model.double(), set()
+    for completion in got:
+        first = len(RAGGED[completion.prompt_index])
+        ids = [*RAGGED[completion.prompt_index], *completion.token_ids]
+        logits = model(torch.tensor([ids])).logits[0, first - 1 : -1].detach()
+        kept = completion.kept.mask(logits.shape[1])
+        for place, token in enumerate(completion.token_ids):
+            first_temperature = sampling.first_token_temperature if place == 0 else None
+            drawn = logits[place] / (first_temperature or sampling.temperature)
+            if place < sampling.min_new_tokens:
+                drawn[list(engine.stop_token_ids)] = -torch.inf
+            probs, order = drawn.softmax(-1).sort(descending=True)
+            probs = probs[: sampling.top_k or None] / probs[: sampling.top_k or None].sum()
+            nucleus = int((probs.cumsum(0) - probs < sampling.top_p).sum())
+            assert kept[place].nonzero()[:, 0].tolist() == sorted(order[:nucleus].tolist())
+            over = (logits[place] / sampling.temperature).masked_fill(~kept[place], -torch.inf)
+            wanted = over.log_softmax(-1)[token].item()
+            assert completion.logprobs[place] == pytest.approx(wanted, abs=1e-5)
+            sizes.add(nucleus)
+    assert len(sizes) > 1 or "top_k" in options
+
+
+def test_an_fp32_head_of_the_engine():
+    """bfloat16 states and weights make log-probs that are not rounded."""
+    model, errors = tiny.model("qwen2").bfloat16(), {}
+    weight = model.lm_head.weight.double()
+    for fp32 in (True, False):
+        engine = NativeEngine(model.config, TOKENIZER, (EOS,), dtype=torch.bfloat16)
+        engine.update_weights(named_full_tensors(model), version=0)
+        engine.fp32_head, states = fp32, []
+        engine.model.model.norm.register_forward_hook(lambda *call, s=states: s.append(call[-1]))
+        sampling = SamplingParams(n=8, max_new_tokens=1, seeds=seeds(1, 8))
+        got = engine.generate(prompts(RAGGED[:1]), sampling)
+        log_p = (states[0][0, -1].double() @ weight.t()).log_softmax(-1)
+        errors[fp32] = max(abs(log_p[c.token_ids[0]].item() - c.logprobs[0]) for c in got)
+    assert errors[True] < 3e-6
+    assert errors[False] > 1e-3

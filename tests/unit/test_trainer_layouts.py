@@ -54,6 +54,16 @@ def test_a_checkpoint_of_one_layout_resumes_under_another(tmp_path):
         assert responses[0] == responses[1]
 
 
+def test_truncated_sampling_under_tensor_and_sequence_parallelism(tmp_path):
+    """What was kept is cut by rows over sp ranks, by vocabulary over tp ranks."""
+    options = {"top_k": 7, "truncation_replay": True, "max_steps": 2, "fused_linear_logprob": True}
+    run_ranks(train, 4, str(tmp_path / "a"), 4, options | {"tp_size": 2, "sp_size": 2})
+    run_ranks(train, 1, str(tmp_path / "b"), 1, options)
+    assert_same_lines(records(tmp_path / "a"), records(tmp_path / "b"))
+    for line in records(tmp_path / "a"):
+        assert line["mismatch/logprob_abs_max"] < 1e-5
+
+
 def test_a_critic_under_tensor_and_sequence_parallelism(tmp_path):
     options = {"advantage_estimator": "gae", "critic_learning_rate": 1e-3, "max_steps": 3}
     layout = {"tp_size": 2, "sp_size": 2, "packing_samples": True}

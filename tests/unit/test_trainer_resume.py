@@ -433,3 +433,22 @@ def test_the_real_command_stopped_from_outside(never_stopped, tmp_path, signum):
         assert code in (-signum, 0)
     assert job.resume() == 0, job.log.read_text()
     assert_same_end_but_for_rotation(job, never_stopped("plain"))
+
+
+def test_resumed_run_is_bit_identical_with_two_threads(tmp_path):
+    reference, job = (Job("full", tmp_path / name, threads=2) for name in ("a", "b"))
+    assert reference.start() == 0, reference.log.read_text()
+    assert job.start(interruption=(LOGGED, 5, signal.SIGKILL, "after")) == -signal.SIGKILL
+    assert job.resume() == 0, job.log.read_text()
+    assert_same_end(job, reference)
+
+
+def test_lr_total_steps_on_resume_are_those_of_the_job_that_resumes(tmp_path):
+    """A step is at the same place, of another schedule."""
+    common = {"lr_warmup_ratio": 0.0, "lr_decay": "linear", "lr_min_ratio": 0.0}
+    words = [argv(save_path=tmp_path / "run", max_steps=n, **common) for n in (2, 4)]
+    assert run_process([*words[0], "--lr_total_steps", "4"], tmp_path / "log") == 0
+    again = [*words[1], "--load_checkpoint", "--lr_total_steps", "8"]
+    assert run_process(again, tmp_path / "log") == 0, (tmp_path / "log").read_text()
+    rates = [line["lr"] for line in records(tmp_path / "run")]
+    assert rates == pytest.approx([1e-3, 7.5e-4, 7.5e-4, 6.25e-4], rel=1e-12)

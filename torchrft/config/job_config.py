@@ -39,6 +39,8 @@ class Model(Section):
     """Folder or hub id of the KL term's reference; by default the policy's initial weights."""
     critic_pretrain: Text | None = None
     """Folder or hub id the critic starts from; by default `pretrain`."""
+    fp32_head: bool = False
+    """Logits of policy, reference and engine in float32, from the bfloat16 states and weights."""
     freeze_vision: bool = False
     """Train the language model only: the image tower and its projector stay as they are."""
 
@@ -100,9 +102,10 @@ class Training(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seeds weights, prompt order and sampling."""
     deterministic: bool = False
-    """Use deterministic kernels only (torch.use_deterministic_algorithms)."""
+    """Use deterministic kernels only, on a GPU too (torch.use_deterministic_algorithms)."""
     bf16: bool = True
-    """Compute in bfloat16 with float32 master weights and reductions; false computes in float32."""
+    """Compute in bfloat16 with float32 master weights and reductions, false in float32; unset, it
+    is false on CPUs that lack bfloat16 instructions."""
     compile: bool = False
     """torch.compile every decoder layer."""
     gradient_checkpointing: bool = False
@@ -123,7 +126,9 @@ class Optimizer(Section):
     critic_learning_rate: PositiveFloat = 9e-6
     """Peak learning rate of the critic."""
     lr_warmup_ratio: Fraction = 0.03
-    """Share of all optimizer steps over which the learning rate rises linearly from 0."""
+    """Share of the schedule's steps over which the learning rate rises linearly from 0."""
+    lr_total_steps: PositiveInt | None = None
+    """Optimizer steps that warm-up and decay span; by default those of `num_episodes`."""
     lr_decay: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the learning rate after warm-up."""
     lr_min_ratio: Fraction = 0.1
@@ -157,6 +162,8 @@ class Rollout(Section):
     """Nucleus sampling: keep the most likely tokens that hold this probability; 1 is off."""
     top_k: NonNegativeInt = 0
     """Sample among the k most likely tokens; 0 is off."""
+    truncation_replay: bool = False
+    """Training log-probs are over the tokens that `top_p` and `top_k` left at each position."""
     first_token_temperature: PositiveFloat | None = None
     """Temperature of a response's first token (FIRE sampling); by default `temperature`."""
     max_new_tokens: PositiveInt | None = None

@@ -23,6 +23,7 @@ from torchrft.config.flags import Draft, parse, wants_help
 from torchrft.config.help import help_text
 from torchrft.config.job_config import JobConfig
 from torchrft.config.needs import idle_fields, silent_fields
+from torchrft.config.start import jsonl_rows, lacks_bf16, start_notes, with_precision
 from torchrft.config.validation import batch_arithmetic, check, data_parallel, smallest_world_size
 
 __all__ = ["ConfigError", "LoadedConfig", "help_text", "load", "read", "to_toml"]
@@ -135,6 +136,7 @@ def load(argv: list[str], world_size: int | None = None) -> LoadedConfig:
         draft.faults += clear
     if draft.faults:
         raise ConfigError(draft.faults)
+    config = with_precision(config, lacks_bf16)
     warnings = (*findings.warnings, *(judged.notes if judged else ()))
     return LoadedConfig(config, world_size, source, draft.dry_run, warnings, tuple(notes))
 
@@ -266,8 +268,10 @@ def to_toml(config: JobConfig) -> str:
 
 def dry_run_text(loaded: LoadedConfig) -> str:
     """The resolved TOML, then what follows from it in comments, so that the whole stays TOML."""
+    config = loaded.config
+    warnings = start_notes(config, jsonl_rows(config), config.training.bf16 and lacks_bf16())
     said = [f"world size = {loaded.world_size} ({loaded.world_size_source})"]
-    said += batch_arithmetic(loaded.config, loaded.world_size)
-    said += [f"warning: {text}" for text in loaded.warnings]
+    said += batch_arithmetic(config, loaded.world_size)
+    said += [f"warning: {text}" for text in (*loaded.warnings, *warnings)]
     said += [f"note: would stop a real run: {text}" for text in loaded.notes]
-    return to_toml(loaded.config) + "\n" + "\n".join(f"# {one_line(line)}" for line in said)
+    return to_toml(config) + "\n" + "\n".join(f"# {one_line(line)}" for line in said)

@@ -60,6 +60,10 @@ def kl_adapts(config: JobConfig) -> bool:
     return algorithm.kl_controller == "adaptive" or policy_loss(config) == "cpgd"
 
 
+def truncates(config: JobConfig) -> bool:
+    return config.rollout.top_p < 1 or config.rollout.top_k > 0
+
+
 def sees_images(config: JobConfig) -> bool:
     return config.data.images_key is not None or config.data.mixed_mm_data
 
@@ -129,6 +133,8 @@ _EITHER = 'engine_type = "vllm" or "sglang"'
 _EMBEDDED = f"{_EITHER} and no server_urls"
 _WHOLE = f"{_EMBEDDED}; the native engine runs whole on every rank, servers have their own"
 _ALIKE = 'engine_type = "native"; the others sample all tokens alike'
+_TELLS = 'engine_type = "native", which alone tells what it samples among, and top_p < 1 or top_k'
+_HEADS = 'bf16 = true, and engine_type = "native", or "vllm" without server_urls'
 _SERVED = 'server_urls and engine_type = "vllm"'
 _CLIPS = "a policy_loss that clips"
 _DECAYS = "an lr_decay that decays"
@@ -137,6 +143,8 @@ _BESIDE = "models or reward_pretrain beside the judges"
 _REMOTE = "weight normalize protocol timeout deadline retries batch_size concurrency token_env"
 
 _embedded = _engine("vllm", "sglang", served=False)
+_heads = _engine("native", "vllm", served=False)
+
 
 NEEDS: tuple[Need, ...] = (
     *_on("init_kl_coef", "ref_pretrain", "kl_estimator", "kl_placement"),
@@ -173,6 +181,8 @@ NEEDS: tuple[Need, ...] = (
     *_on("server_urls", "async_level", "request_timeout"),
     *_need(_SERVED, _engine("vllm", served=True), "request_retries", "weight_folder"),
     *_need(_ALIKE, _engine("native"), "first_token_temperature"),
+    *_need(_TELLS, lambda c: _engine("native")(c) and truncates(c), "truncation_replay"),
+    *_need(_HEADS, lambda c: c.training.bf16 and _heads(c), "fp32_head"),
     *_on("bf16", "use_mp_opt"),
     *_on("eval_data", "eval_steps"),
     *_on("load_checkpoint", "ckpt_path"),

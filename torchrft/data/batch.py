@@ -21,7 +21,8 @@ def make_batch(
     take part in their group's statistics, but not in the loss.
 
     Sequences and prompt lengths stay on the host, where micro-batches are built; [B, T] tensors go
-    to `device`. Raises ValueError for a sample without tokens or whose log-probs do not match them.
+    to `device`. Raises ValueError for a sample without tokens or whose log-probs do not match them,
+    and where some samples say which tokens truncated sampling kept, and others do not.
     """
     prompts = tuple(sample.prompt for sample in samples)
     completions = [sample.completion for sample in samples]
@@ -30,6 +31,8 @@ def make_batch(
         if not tokens or tokens != values:
             counts = f"{tokens} tokens and {values} log-probs"
             raise ValueError(f"the completion of prompt row {prompt.row} has {counts}")
+        if (completion.kept is None) != (completions[0].kept is None):
+            raise ValueError(f"prompt row {prompt.row}: truncation_replay changed between samples")
     lengths = torch.tensor([len(completion.token_ids) for completion in completions])
     logprobs = pad_sequence([torch.tensor(c.logprobs) for c in completions], batch_first=True)
     filler = torch.tensor([sample.filler for sample in samples])
@@ -38,6 +41,7 @@ def make_batch(
         uncounted = filler | torch.tensor([c.finish_reason == "length" for c in completions])
     mask = (torch.arange(logprobs.shape[1]) < lengths[:, None]) & ~uncounted[:, None]
     ids = [p.token_ids + c.token_ids for p, c in zip(prompts, completions, strict=True)]
+    kept = tuple(c.kept for c in completions if c.kept is not None)
     return RolloutBatch(
         sequences=tuple(torch.tensor(row) for row in ids),
         prompt_lens=torch.tensor([len(prompt.token_ids) for prompt in prompts]),
@@ -47,6 +51,7 @@ def make_batch(
         rollout_logprobs=logprobs.to(device),
         filler=filler.to(device),
         prompts=prompts if any(prompt.images for prompt in prompts) else None,
+        kept=kept or None,
     )
 
 

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from torchrft.models.attention import Layout, Packed
 from torchrft.models.vision import ImageBatch, Vision
-from torchrft.types import RolloutBatch
+from torchrft.types import Kept, RolloutBatch
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class MicroBatch:
     labels: Tensor  # int64 [M], those next tokens
     cells: Tensor  # int64 [M]
     images: ImageBatch | None = None
+    kept: Kept | None = None  # of the M tokens: log-probs are over these alone
 
     def scatter(self, values: Tensor, width: int) -> Tensor:
         """Values [M] as [len(rows), width], zero where there is no response token."""
@@ -109,7 +110,8 @@ def build(
         known = batch.prompts
         spans = [] if known is None else [(known[row], a, b) for row, a, b in bounds]
         positions, images = vision.see(positions, spans)
-    made = (ids, positions, layout, targets, torch.cat(responses), cells, images)
+    kept = None if batch.kept is None else Kept.join([batch.kept[row] for row in rows])
+    made = (ids, positions, layout, targets, torch.cat(responses), cells, images, kept)
     device = batch.mask.device
     parts: list[Any] = [None if part is None else part.to(device) for part in made]
     return MicroBatch(rows, *parts)

@@ -18,6 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from torchrft.types import Kept
+
+_OUT = -1e30  # a logit that is left out: far below all others, yet 0 times it is 0
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -25,6 +29,39 @@ class Vocabulary:
 
     group: dist.ProcessGroup
     start: int
+
+
+@dataclass(frozen=True)
+class Head:
+    """How `head_logprob` makes log-probs of hidden states.
+
+    At most `chunk_size` rows of logits exist at a time. `vocabulary` is a rank's part of it. With
+    `kept`, one set of tokens for each row, the softmax is over those alone. With `fp32`, logits
+    are float32 products of factors of a lower precision, which are never rounded to it.
+    """
+
+    temperature: float = 1.0
+    chunk_size: int = 4096
+    vocabulary: Vocabulary | None = None
+    kept: Kept | None = None
+    fp32: bool = False
+
+    def logits(self, hidden: Tensor, weight: Tensor, rows: slice) -> Tensor:
+        """Unscaled logits [n, V] of the `rows`; what is not kept is so low that it adds nothing."""
+        logits = product(hidden[rows], weight) if self.fp32 else hidden[rows] @ weight.t()
+        if self.kept is None:
+            return logits
+        start = 0 if self.vocabulary is None else self.vocabulary.start
+        kept = self.kept.part(rows).mask(logits.shape[1], start)
+        return logits.masked_fill_(~kept, _OUT * min(self.temperature, 1.0))
+
+
+def product(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden [N, D] @ weight [V, D]^T in float32: neither products nor sums are rounded to the
+    factors' dtype."""
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    return hidden.float() @ weight.float().t()
 
 
 def linear_logprob(
@@ -80,7 +117,14 @@ def fused_linear_logprob(
         raise ValueError(f"labels {tuple(labels.shape)} must be [{hidden.shape[0]}]")
     if temperature <= 0 or chunk_size <= 0:
         raise ValueError(f"temperature {temperature} and chunk_size {chunk_size} must be positive")
-    return _FusedLinearLogprob.apply(hidden, weight, labels, temperature, chunk_size, vocabulary)
+    return head_logprob(hidden, weight, labels, Head(temperature, chunk_size, vocabulary))
+
+
+def head_logprob(
+    hidden: Tensor, weight: Tensor, labels: Tensor, head: Head
+) -> tuple[Tensor, Tensor]:
+    """As `fused_linear_logprob`, with all that `head` says; entropies are those of its softmax."""
+    return _FusedLinearLogprob.apply(hidden, weight, labels, head)
 
 
 def _statistics(
@@ -169,36 +213,31 @@ class _SplitLogprob(torch.autograd.Function):
 class _FusedLinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        labels: Tensor,
-        temperature: float,
-        chunk: int,
-        vocabulary: Vocabulary | None,
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, head: Head
     ) -> tuple[Tensor, Tensor]:
-        rows = hidden.shape[0]
+        rows, chunk, vocabulary = hidden.shape[0], head.chunk_size, head.vocabulary
         logprobs, entropy, lse = (hidden.new_empty(rows, dtype=torch.float32) for _ in range(3))
         statistics = _one_kernel(_statistics) if hidden.is_cuda else _statistics
         for start in range(0, rows, chunk):
             part = slice(start, start + chunk)
-            logits = hidden[part] @ weight.t()
+            logits = head.logits(hidden, weight, part)
             if vocabulary is None:
-                found = statistics(logits, labels[part], temperature)
+                found = statistics(logits, labels[part], head.temperature)
             else:
-                found = _split_statistics(logits, labels[part], temperature, vocabulary)
+                found = _split_statistics(logits, labels[part], head.temperature, vocabulary)
             logprobs[part], lse[part], entropy[part] = found
         place, here = labels, torch.ones_like(labels, dtype=torch.bool)
         if vocabulary is not None:
             place, here = _place(labels, vocabulary, weight.shape[0])
         ctx.save_for_backward(hidden, weight, place, here, lse, entropy)
-        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.head = head
         return logprobs, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, place, here, lse, entropy = ctx.saved_tensors
+        head: Head = ctx.head
         grad_label = grads[0].where(here, 0.0)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         # Summed in float32: with bf16 weights the chunks' sums would lose digits otherwise.
@@ -206,11 +245,11 @@ class _FusedLinearLogprob(torch.autograd.Function):
             torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         )
         gradient = _one_kernel(_logit_gradient) if hidden.is_cuda else _logit_gradient
-        for start in range(0, hidden.shape[0], ctx.chunk):
-            part = slice(start, start + ctx.chunk)
-            logits = hidden[part] @ weight.t()
+        for start in range(0, hidden.shape[0], head.chunk_size):
+            part = slice(start, start + head.chunk_size)
+            logits = head.logits(hidden, weight, part)
             chunk = [x[part] for x in (lse, entropy, place, grad_label, *grads)]
-            grad = gradient(logits, ctx.temperature, *chunk)
+            grad = gradient(logits, head.temperature, *chunk).to(weight.dtype)
             del logits
             if grad_hidden is not None:
                 grad_hidden[part] = grad @ weight
@@ -218,7 +257,7 @@ class _FusedLinearLogprob(torch.autograd.Function):
                 _add_product(grad_weight, grad.t(), hidden[part])
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -1,5 +1,6 @@
 """The policy: a transformers causal LM whose forward returns token log-probs instead of logits."""
 
+from dataclasses import replace
 from types import MethodType
 from typing import Any, Protocol
 
@@ -8,11 +9,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from torchrft.models.attention import Layout
-from torchrft.models.logprobs import fused_linear_logprob, linear_logprob
+from torchrft.models.logprobs import Head, fused_linear_logprob, head_logprob, linear_logprob
 from torchrft.models.split import joined, local_vocabulary, part_of, shared
 from torchrft.models.support import check_length, refuse_unsupported
 from torchrft.models.vision import ImageBatch, hidden_states
 from torchrft.parallel.mesh import ModelMesh
+from torchrft.types import Kept
 
 
 class Inputs(Protocol):
@@ -24,6 +26,7 @@ class Inputs(Protocol):
     targets: Tensor  # int64 [M]: flat positions whose next token is a response token
     labels: Tensor  # int64 [M]: those next tokens
     images: ImageBatch | None
+    kept: Kept | None  # of the M targets: log-probs are over these tokens alone
 
 
 def target_states(
@@ -58,6 +61,7 @@ class PolicyModel(nn.Module):
         temperature: float = 1.0,
         fused: bool = False,
         chunk_size: int = 4096,
+        fp32_head: bool = False,
     ) -> None:
         super().__init__()
         self.limit = refuse_unsupported(model.config)
@@ -66,7 +70,8 @@ class PolicyModel(nn.Module):
             raise ValueError(f"{type(model).__name__} needs a language-model head without bias")
         self.model = model
         self.mesh: ModelMesh | None = None  # set by torchrft.parallel.parallelize
-        self.temperature, self.fused, self.chunk_size = temperature, fused, chunk_size
+        self.temperature, self.fp32_head = temperature, fp32_head
+        self.fused, self.chunk_size = fused, chunk_size
         head.logprobs = MethodType(_logprobs, head)  # which parallelize makes one of FSDP2's
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -75,17 +80,23 @@ class PolicyModel(nn.Module):
         sp, ranks = (None, None) if self.mesh is None else (self.mesh.sp, self.mesh.all)
         hidden, rows = target_states(self.model, inputs, ranks, sp, self.limit)
         head: Any = self.model.get_output_embeddings()
-        chunk_size = self.chunk_size if self.fused else None
-        values = head.logprobs(hidden, inputs.labels[rows], self.temperature, chunk_size)
+        # Unfused, all rows are one chunk.
+        chunk_size = self.chunk_size if self.fused else max(len(hidden), 1)
+        kept = None if inputs.kept is None else inputs.kept.part(rows)
+        how = Head(self.temperature, chunk_size, None, kept, self.fp32_head)
+        values = head.logprobs(hidden, inputs.labels[rows], how, self.fused)
         logprobs, entropy = (joined(v, rows, inputs.targets.numel(), sp) for v in values)
         return logprobs, entropy
 
 
 def _logprobs(
-    head: nn.Linear, hidden: Tensor, labels: Tensor, temperature: float, chunk_size: int | None
+    head: nn.Linear, hidden: Tensor, labels: Tensor, how: Head, fused: bool
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs of `labels` and entropies, in chunks if `chunk_size` is given."""
+    """Log-probs of `labels` and entropies."""
     weight, vocabulary = local_vocabulary(head.weight)
-    if chunk_size is None:
-        return linear_logprob(hidden, weight, labels, temperature, vocabulary)
-    return fused_linear_logprob(hidden, weight, labels, temperature, chunk_size, vocabulary)
+    if how.fp32 or how.kept is not None:
+        return head_logprob(hidden, weight, labels, replace(how, vocabulary=vocabulary))
+    if fused:
+        options = (how.temperature, how.chunk_size, vocabulary)
+        return fused_linear_logprob(hidden, weight, labels, *options)
+    return linear_logprob(hidden, weight, labels, how.temperature, vocabulary)

@@ -110,8 +110,11 @@ def completion(
     """Sample number `sample` of a prompt, of (token id, log-prob) `rows`; the engine ends at
     `stop_ids` and those of `sampling`.
 
-    Raises ConnectionError if the engine did not end it, but broke off for another `reason`.
+    Raises ConnectionError if the engine did not end it, but broke off for another `reason`, and
+    ValueError for sampling with `replay`, which needs to know what was sampled among.
     """
+    if sampling.replay:
+        raise ValueError("replay: only the native engine tells what it samples among; use that")
     if reason not in ("stop", "length"):
         raise ConnectionError(f"the rollout engine ended a request with {reason!r}")
     assert version is not None

@@ -20,7 +20,7 @@ from torchrft.models.loader import expected_model
 from torchrft.models.vision import Vision
 from torchrft.rollout.engine import check_prompts, completion, neighbors
 from torchrft.rollout.fused_weights import Places
-from torchrft.rollout.vllm_model import load, scale_logits
+from torchrft.rollout.vllm_model import head_dtypes, load, scale_logits
 from torchrft.tools.distributed import DataRanks
 from torchrft.tools.logging import logger
 from torchrft.tools.progress import Counted
@@ -101,6 +101,12 @@ class VllmEngine:
             arguments["enable_sleep_mode"] = self.sleeps
         self.llm = start(rollout, pretrain, max_len, dtype, self.on_cpu, arguments, self.ranks)
         self.llm.apply_model(lambda model: scale_logits(model, self._temperature))
+        wants_fp32 = "hf_overrides" in rollout.vllm
+        if wants_fp32 and self.llm.apply_model(head_dtypes) != [{torch.float32}]:
+            raise ValueError(
+                "fp32_head: this vLLM has no float32 head; use a newer one (0.32 has it), or "
+                'engine_type = "native"'
+            )
 
     # ---------------------------------------------------------------- weights
 

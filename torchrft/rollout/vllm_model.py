@@ -35,6 +35,11 @@ def load(
     places.prove()
 
 
+def head_dtypes(model: nn.Module) -> set[Any]:
+    """What vLLM's model computes its logits in."""
+    return {module.head_dtype for module in model.modules() if hasattr(module, "head_dtype")}
+
+
 def _published_names(expected: Any) -> Callable[[str], str]:
     """The name of a tensor in published files, which vLLM knows, where an image tower inside of
     another model has lost a prefix on its way into transformers' modules."""

@@ -18,7 +18,7 @@ from torchrft.rollout.native.generation import Generation
 from torchrft.rollout.native.graphs import GraphGeneration, supports
 from torchrft.rollout.native.joined import join_projections
 from torchrft.rollout.weight_sync import copy_weights
-from torchrft.types import Completion, FinishReason, Prompt, SamplingParams
+from torchrft.types import Completion, FinishReason, Kept, Prompt, SamplingParams
 
 
 class NativeEngine:
@@ -63,6 +63,7 @@ class NativeEngine:
         storages = [parameter.untyped_storage() for parameter in self.model.parameters()]
         self.storages = [(storage, storage.nbytes()) for storage in storages]
         self.version: int | None = None  # None: no weights yet
+        self.fp32_head = False  # whether 16-bit hidden states and weights make float32 logits
         self.asleep = False
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -98,7 +99,8 @@ class NativeEngine:
         longest = max(len(p.token_ids) + sampling.budget(len(p.token_ids)) for p in prompts)
         check_length(longest, self.limit, type(self.model).__name__)
         kind: Callable[..., Generation] = Generation
-        if supports(self.model, bool(sampling.stop)):
+        # What draws were among has no fixed size, which a captured step needs.
+        if supports(self.model, bool(sampling.stop) or sampling.replay):
             kind = partial(GraphGeneration, compiled=self.compiled, warm=self.warm)
         generation = kind(
             self.model,
@@ -109,8 +111,9 @@ class NativeEngine:
             decode=partial(decode, self.tokenizer),
             vision=self.vision,
         )
+        generation.fp32_head = self.fp32_head
         tokens, logprobs, stopped = generation.run()
-        return self._completions(sampling, tokens, logprobs, stopped)
+        return self._completions(sampling, tokens, logprobs, stopped, generation.kept_tokens())
 
     def _completions(
         self,
@@ -118,6 +121,7 @@ class NativeEngine:
         tokens: list[list[int]],
         logprobs: list[list[float]],
         stopped: list[bool],
+        kept: Sequence[Kept | None],
     ) -> list[Completion]:
         completions = []
         stop_ids = self.stop_token_ids + sampling.stop_token_ids
@@ -133,6 +137,7 @@ class NativeEngine:
                     text=text,
                     finish_reason=reason,
                     policy_version=self.version,
+                    kept=kept[request],
                 )
             )
         return completions

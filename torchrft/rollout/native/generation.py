@@ -17,12 +17,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from torchrft.models.attention import Layout
+from torchrft.models.logprobs import product
 from torchrft.models.vision import Vision, hidden_states
 from torchrft.rollout.native.kv_cache import Decode, Prefill, SlotCache
 from torchrft.rollout.native.lean import is_plain, lean_step
-from torchrft.rollout.native.sampler import sample
+from torchrft.rollout.native.sampler import sample_among
 from torchrft.tools import progress
-from torchrft.types import Prompt, SamplingParams
+from torchrft.types import Kept, Prompt, SamplingParams
 
 _PREFILL_TOKENS = 16384  # of one prefill pass, its keys padded, which bounds its memory
 
@@ -61,7 +62,7 @@ class Generation:
     ) -> None:
         self.model, self.vision = model, vision
         self.base, self.head = model.get_decoder(), model.get_output_embeddings()
-        self.plain = is_plain(self.base)
+        self.plain, self.fp32_head = is_plain(self.base), False
         self.device = self.head.weight.device
         self.prompts, self.sampling, self.decode = prompts, sampling, decode
         stops = sorted({token for token in stop_ids if token < len(self.head.weight)})
@@ -79,6 +80,7 @@ class Generation:
         self.stopped = torch.zeros(count, dtype=torch.bool, device=self.device)
         self.seeds, self.budgets = self._seeds(count), self._budgets()
         self.log: list[tuple[Tensor, Tensor, Tensor]] = []  # (request, token, logprob) by step
+        self.kept: list[Kept] = []  # as the log, of sampling with `replay`
         self.tails: list[list[int]] = [[] for _ in range(count if sampling.stop else 0)]
         self.seen_stop = [False] * len(self.tails)  # a stop string may come before min_new_tokens
         self.shifts: Tensor | None = None  # by prompt, of the positions after it; None: no images
@@ -121,6 +123,20 @@ class Generation:
             [row.tolist() for row in logprobs],
             self.stopped.tolist(),
         )
+
+    def kept_tokens(self) -> Sequence[Kept | None]:
+        """By request, after `run`, the tokens that its draws were among; None without `replay`."""
+        if not self.kept:
+            return [None] * len(self.stopped)
+        request = torch.cat([step[0] for step in self.log]).cpu()
+        order, counts = request.argsort(stable=True), torch.cat([k.counts for k in self.kept])
+        sizes = request.bincount(minlength=self.stopped.numel()).tolist()
+        sets = torch.cat([kept.ids for kept in self.kept]).split(counts.tolist())
+        # Copies: a view would keep all requests' tokens in memory, and in every checkpoint.
+        return [
+            Kept(torch.cat([sets[place] for place in places]), counts[places])
+            for places in order.split(sizes)
+        ]
 
     def admit(self) -> bool:
         """Fills free slots with waiting samples; false when there is nothing to admit."""
@@ -175,7 +191,7 @@ class Generation:
             positions, images = positions.to(self.device), images.to(self.device)
         row = torch.tensor([ids], device=self.device)
         hidden = hidden_states(self.model, row, positions, self.prefill, images)
-        self.prefill_logits = self.head(hidden[0, torch.tensor(ends, device=self.device) - 1])
+        self.prefill_logits = self.logits(hidden[0, torch.tensor(ends, device=self.device) - 1])
         n = self.sampling.n
         self.waiting_samples.extend(
             (row, index * n + j) for row, index in enumerate(batch) for j in range(n)
@@ -191,12 +207,15 @@ class Generation:
             positions = positions + self.shifts[active.request // self.sampling.n]
         hidden = self._forward(active.token[:, None], positions[:, None], layout)
         active.length = active.length + 1
-        self.retire(self.take(self.head(hidden[:, 0])))
+        self.retire(self.take(self.logits(hidden[:, 0])))
 
     def _forward(self, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
         if self.plain:
             return lean_step(self.base, ids[:, 0], positions, layout)[:, None]
         return hidden_states(self.model, ids, positions, layout, None)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return product(hidden, self.head.weight) if self.fp32_head else self.head(hidden)
 
     def take(self, logits: Tensor, draw_temperature: float | None = None) -> Tensor:
         """Samples a token for every active sequence, records it, and says which have finished."""
@@ -206,7 +225,7 @@ class Generation:
             early = active.generated < sampling.min_new_tokens
             forbidden = torch.zeros_like(logits, dtype=torch.bool)
             forbidden[:, self.stop_ids] = early[:, None]
-        token, logprob = sample(
+        token, logprob, drawn = sample_among(
             logits,
             active.seed,
             active.generated,
@@ -216,6 +235,11 @@ class Generation:
             forbidden,
             draw_temperature=draw_temperature,
         )
+        if sampling.replay:
+            kept = (drawn > 0).scatter_(1, token[:, None], True)
+            scaled = (logits.float() / sampling.temperature).masked_fill(~kept, -torch.inf)
+            logprob = scaled.log_softmax(-1).gather(1, token[:, None]).squeeze(1)
+            self.kept.append(Kept(kept.nonzero()[:, 1].int().cpu(), kept.sum(1).cpu()))
         self.log.append((active.request, token, logprob))
         active.token, active.generated = token, active.generated + 1
         stopped = torch.isin(token, self.stop_ids)

@@ -254,7 +254,7 @@ class GraphGeneration(Generation):
         config._attn_implementation = attention.NAME
         # The token that was read is in the cache now; sequences that ended stay where they are.
         self.length[:batch] += self.live[:batch]
-        self.record(slots, self.head(hidden[:, 0]))
+        self.record(slots, self.logits(hidden[:, 0]))
 
     def capture(self, batch: int) -> Callable[[], None]:
         """A function that runs a step of the first `batch` slots; on a GPU, a graph's replay."""

@@ -5,6 +5,7 @@ tokens do not depend on what else is in the batch or on the order of generation.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,12 @@ def keep_likely(probs: Tensor, top_p: float, top_k: int) -> Tensor:
     return probs
 
 
-def sample(
+def sample(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """One token per row and its log-prob: what `sample_among` returns first, for its arguments."""
+    return sample_among(*arguments, **options)[:2]
+
+
+def sample_among(
     logits: Tensor,
     seeds: Tensor,
     positions: Tensor,
@@ -55,32 +61,34 @@ def sample(
     top_k: int,
     forbidden: Tensor | None = None,
     draw_temperature: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """One token per row and its log-prob.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One token per row, its log-prob, and what it was drawn among.
 
     Args: logits float [B, V]; seeds, positions int64 [B]; temperature, 0 for the most likely token;
         forbidden bool [B, V], tokens that may not be chosen; draw_temperature, if another than
         `temperature` decides the draw.
     Returns: tokens int64 [B]; logprobs float32 [B] at `temperature` (at 1 when greedy), over all
-        tokens: neither top-p, top-k nor `forbidden` changes them.
+        tokens: neither top-p, top-k nor `forbidden` changes them; probs float32 [B, V] of the draw,
+        up to a factor, 0 for tokens that were left out (over all tokens when greedy).
     """
     # At T = 1 the softmax reads 16-bit logits directly: a step is bound by passes over [B, V].
     scaled = logits if temperature in (0, 1) else logits.float() / temperature
     probs = scaled.softmax(-1, dtype=torch.float32)
+    drawn = probs
     if temperature == 0:
         allowed = logits if forbidden is None else logits.masked_fill(forbidden, -torch.inf)
         tokens = allowed.argmax(-1)
     else:
-        drawn = probs
         if draw_temperature is not None or forbidden is not None:
             allowed = scaled if draw_temperature is None else logits.float() / draw_temperature
             if forbidden is not None:  # before the softmax: the others may be tiny beside it
                 allowed = allowed.masked_fill(forbidden, -torch.inf)
             drawn = allowed.softmax(-1, dtype=torch.float32)
-        tokens = draw(keep_likely(drawn, top_p, top_k), uniforms(seeds, positions))
+        drawn = keep_likely(drawn, top_p, top_k)
+        tokens = draw(drawn, uniforms(seeds, positions))
     # Against the likeliest token, since a probability of its own may be too small for float32.
     behind = scaled.gather(-1, tokens[:, None]).float() - scaled.amax(-1, keepdim=True).float()
-    return tokens, (behind + probs.amax(-1, keepdim=True).log()).squeeze(1)
+    return tokens, (behind + probs.amax(-1, keepdim=True).log()).squeeze(1), drawn
 
 
 def draw(probs: Tensor, points: Tensor) -> Tensor:
