@@ -32,8 +32,8 @@ def _chosen(text: str, choices: str) -> str | None:
     """The letter that a text chooses; None for none or for several at once."""
     text = _WRAPPED.sub(r"\1", _WRAPPED.sub(r"\1", text))
     for place, pattern in enumerate(_CHOICES):
-        found = ["".join(match) for match in re.findall(rf"{pattern}|()", text)]
-        found = [letter for letter in found if letter and letter in choices]
+        letters = [match[match.lastindex or 0] for match in re.finditer(pattern, text)]
+        found = [letter for letter in letters if letter in choices]
         # Lines that start with letters are a list of choices, unless there is but one.
         if found and (place != 2 or len({*found}) == 1):
             return found[-1]

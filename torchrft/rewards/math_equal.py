@@ -43,6 +43,8 @@ _REWRITES = [
         (r"\\varnothing(?![A-Za-z])|\\\{ *\\\}", r"\\emptyset"),
         (r"\\sqrt *(\w)|\\?\bsqrt *\(([^()]*)\)", r"\\sqrt{\1\2}"),
         (r"(?<![\\A-Za-z])(sin|cos|tan|log|ln|pi|theta)(?![A-Za-z])", r"\\\1"),
+        (r"(?<![\\A-Za-z])infinity", r"\\infty"),
+        (r"\^ *(?:\\prime|\{ *\\prime *\})", "'"),
         (r"\\vec *(\w)", r"\\vec{\1}"),
         (r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
         (r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
@@ -63,6 +65,8 @@ _REWRITES = [
 @lru_cache(maxsize=4096)  # the samples of a prompt have one label
 def plain(latex: str) -> str:
     """Return LaTeX without what changes only its looks."""
+    if latex.isdecimal():
+        return latex
     latex = latex.translate(_SIGNS)
     for pattern, new in _REWRITES:
         latex = pattern.sub(new, latex)
@@ -200,12 +204,15 @@ def _unit(text: str) -> tuple[str, str | None]:
 # ------------------------------------------------------------------------------- forms
 
 _NAME = re.compile(
-    r"(?:\\?[A-Za-z]+(?:_\{\w+\})?(?:\([^()=]*\))?|\\text\{[^{}]*\}|[ '])+|[^A-Za-z=<>]+"
+    r"(?:\\?[A-Za-z]+(?:_\{\w+\})?(?:\([^()=]*\))?|\\text\{[^{}]*\}|[ '])+"
+    r"|\([a-z](?:[,;][a-z])+\)|[^A-Za-z=<>]+"
 )
 _BASE = re.compile(r"(?:\\text\{)?([0-9A-Z]+)\}?_\{(\d+)\}")
 _TIME = re.compile(r"\d{1,2}:[0-5]\d")
 _ENVIRONMENT = re.compile(r"\\(?:begin|end|operatorname|mathbb|vec|hat|bar)\{\w*\}")
-_LETTERS = re.compile(r"\\text|(?<![\\A-Za-z])(?:[a-z]{4}|[A-Za-z]*(?:[A-Z][a-z]{2}|[A-Z]{2}))")
+_LETTERS = re.compile(
+    r"\\text|(?<= )[a-z]{2,}(?= )|(?<![\\A-Za-z])(?:[a-z]{4}|[A-Za-z]*(?:[A-Z][a-z]{2}|[A-Z]{2}))"
+)
 
 
 def _split(text: str, marks: str) -> list[str]:
@@ -312,17 +319,15 @@ def _without_names(gold: str, given: str) -> tuple[str, str]:
     sides = []
     for text in (gold, given):
         parts = _split(text, "=")
-        if len(parts) > 1 and not re.search(r"[,;<>]|\\[gl]e(?![a-z])|\\equiv|\\ne", text):
+        other = re.search(r"\\[gl]e(?![a-z])|\\equiv|\\ne", text)
+        if len(parts) == len(_split(text, "=<>,;")) > 1 and not other:
             sides.append(("" if text[:1] == "=" else parts[0], parts[-1]))
         else:
             member = re.fullmatch(r"([A-Za-z])\\in(?![A-Za-z])(.+)", text)
             sides.append((member[1], member[2]) if member else ("", text))
-    (name, value), (other, another) = sides
-    if (
-        name == other
-        or (not other and _NAME.fullmatch(name))
-        or (not name and _NAME.fullmatch(other))
-    ):
+    (name, value), (second, another) = sides
+    names = [each.replace(";", ",") for each in (name, second)]
+    if names[0] == names[1] or ("" in names and _NAME.fullmatch("".join(names))):
         return value, another
     return gold, given
 

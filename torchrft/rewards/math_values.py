@@ -19,20 +19,16 @@ _READER = [
         normalization_config=NormalizationConfig(units=False, malformed_operators=True, nits=True)
     )
 ]
-_TEXTUAL = re.compile(r"'|\\prime|\\angle|mod(?![a-z])|\\frac\{d\w*\}\{d|\?")
+_TEXTUAL = re.compile(r"'|\\prime|\^\{T\}|\\angle|mod(?![a-z])|\\frac\{d\w*\}\{d|\?")
 
 
 def values_equal(gold: str, given: str) -> bool:
     """Return whether two LaTeX texts, which are different texts, have the same value."""
     if _TEXTUAL.search(gold) or _TEXTUAL.search(given):
         return False  # signs that the reader drops
-    letters = [set(re.sub(r"\\[A-Za-z]+", "", text)) for text in (gold, given)]
-    for one, two in (letters, letters[::-1]):  # the reader takes x and X for one
-        if any(
-            a.isalpha() and a.swapcase() in two and (a not in two or a.swapcase() in one)
-            for a in one
-        ):
-            return False
+    letters = {sign for sign in re.sub(r"\\[A-Za-z]+", "", gold + given) if sign.isalpha()}
+    if any(letter.swapcase() in letters for letter in letters):
+        return False  # the reader takes x and X for one
     read = [_read(gold), _read(given)]
     try:
         return None not in read and _same(*read)
