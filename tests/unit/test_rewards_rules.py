@@ -66,7 +66,7 @@ def test_hostile_answers_end(rule):
         ("numeric", None, "the row has no label"),
         ("numeric", "seven", "the label 'seven' is no number"),
         ("math", None, "the row has no label"),
-        ("math", "", "math-verify reads no answer in the label ''"),
+        ("math", "", "the label '' holds no answer"),
         ("multiple_choice", "F", "the label 'F' is none of the choices ABCDE"),
         ("multiple_choice", 5, "the label 5 is none of the choices"),
         ("code", [], r"the label \[\] is no test"),

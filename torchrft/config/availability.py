@@ -4,7 +4,7 @@ Both stop a real run; a dry run only notes them.
 """
 
 import re
-from importlib import metadata
+from importlib import metadata, util
 
 from torchrft.config.fields import is_set, label
 from torchrft.config.job_config import JobConfig
@@ -50,6 +50,12 @@ def unavailable(config: JobConfig) -> list[str]:
         field = f"{label(config, 'images_key')} (or mixed_mm_data)"
         use = 'use engine_type = "native", or "vllm" without server_urls'
         found.append(f"{field}: images are not read {where}; {use}")
+    if util.find_spec("math_verify") is None:
+        found += [
+            f"[reward] functions: {rule.name!r} needs math-verify: pip install 'torchrft[math]'"
+            for rule in config.reward.functions
+            if rule.name in ("math", "gsm8k")
+        ]
     return found
 
 

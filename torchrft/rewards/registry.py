@@ -35,6 +35,10 @@ class LabelError(ValueError):
     """A label that a rule cannot judge by: a fault of the data, not of the answer."""
 
 
+class MissingPackage(ValueError):
+    """An optional package that a rule needs is not installed here."""
+
+
 class RuleFault(Exception):
     """A bug in a function, on sample `index` of those it was given; or a fault `of_data`."""
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torchrft.config.reward_config import Reward, RewardFunction
-from torchrft.rewards.registry import LabelError, Rule, RuleFault, make_rule
+from torchrft.rewards.registry import LabelError, MissingPackage, Rule, RuleFault, make_rule
 from torchrft.rewards.rules import BUILT_IN, BuiltIn
 from torchrft.rewards.source import RewardError, RewardRequest, RewardResult, SampleError
 from torchrft.rewards.workers import GRACE, Task, WorkerPool
@@ -109,7 +109,8 @@ def checked_rule(entry: RewardFunction) -> Rule:
         try:
             built_in.check(**entry.options)
         except (ValueError, ImportError) as error:
-            raise ValueError(f"reward function {entry.name!r}: {error}") from error
+            kind = MissingPackage if isinstance(error, MissingPackage) else ValueError
+            raise kind(f"reward function {entry.name!r}: {error}") from error
     if not entry.isolate and ".py:" not in entry.name:
         raise ValueError(
             f"reward function {entry.name!r}: isolate = false is for functions of a file; leave it "

@@ -2,13 +2,18 @@
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 
-from torchrft.rewards.registry import LabelError, register
+from torchrft.rewards.answer import TAIL, answer_part, last_box
+from torchrft.rewards.choice import chosen_letter, label_letter
+from torchrft.rewards.labels import label_text
+from torchrft.rewards.math_equal import is_equal, is_readable, plain
+from torchrft.rewards.program import program_of
+from torchrft.rewards.registry import LabelError, MissingPackage, register
 from torchrft.rewards.sandbox import run_tests
 
 
@@ -33,33 +38,37 @@ def _built_in(name: str, **traits: Any) -> Callable[[Any], Any]:
     return register(name)
 
 
-def _text(label: Any, **options: Any) -> str:
-    if label is None:
-        raise LabelError("the row has no label")
-    return str(label).strip()
-
-
-@_built_in("exact_match", label=_text)
+@_built_in("exact_match", label=label_text)
 def exact_match(response: str, label: Any) -> float:
-    """1 if the response is the label, white space around either aside, else 0.
+    """1 if the response, or its answer part, is the label, white space around either aside.
 
-    A label that is no string is compared as Python prints it. Raises LabelError if there is none.
+    Raises LabelError for a label that is no text and no number.
 
-    >>> exact_match(" 42\\n", 42)
-    1.0
+    >>> exact_match(" 42\\n", 42), exact_match("<think>6 * 7</think>42", "42")
+    (1.0, 1.0)
     """
-    return float(response.strip() == _text(label))
+    return float(label_text(label) in (response.strip(), answer_part(response)))
 
 
 # Neither the 7 of x7 is a number, nor is the minus of 5-7 a sign.
 _NUMBER = re.compile(
-    r"(?<!\w)[-+]?(?:\d[\d,]*(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?(?:\s?/\s?\d+)?", re.ASCII
+    r"(?<!\w)[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d\d){1,9},\d{3}|\d+)(?![\d])(?:\.\d*)?|\.\d+)"
+    r"(?:[eE][-+]?\d+)?(?:\s?/\s?\d+)?",
+    re.ASCII,
 )
 _LONGEST = 400  # characters of a number that is looked at
+_LATEX_NUMBERS = [
+    (re.compile(r"(?<=\d)(?:\{,\}|,?\\[!,;: ])(?=\d{3}(?!\d))"), ","),
+    (re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}|\\[dt]?frac(\d)(\d)"), r"\1\3/\2\4"),
+    (re.compile(r"(?<=\d) ?(?:\\times|\\cdot|[x×*·]) ?10(?:\^|\*\*)\{?([-+]?\d{1,9})\}?"), r"e\1"),
+]
 
 
 def _numbers(text: str) -> list[str]:
-    return _NUMBER.findall(text.replace("−", "-"))
+    text = text.replace("−", "-")
+    for pattern, new in _LATEX_NUMBERS:
+        text = pattern.sub(new, text)
+    return _NUMBER.findall(text)
 
 
 def _value(number: str) -> Decimal | None:
@@ -78,7 +87,7 @@ def _tolerates(tolerance: float = 0.0) -> None:
 
 
 def _number(label: Any, **options: Any) -> Decimal:
-    wanted = _numbers(_text(label))
+    wanted = _numbers(label_text(label))
     gold = _value(wanted[-1]) if wanted else None
     if gold is None:
         raise LabelError(f"the label {label!r:.80} is no number")
@@ -87,14 +96,17 @@ def _number(label: Any, **options: Any) -> Decimal:
 
 @_built_in("numeric", check=_tolerates, label=_number)
 def numeric(response: str, label: Any, *, tolerance: float = 0.0) -> float:
-    """1 if the last number in the response is the label, up to `tolerance` times the label.
+    """1 if the last number of the answer is the label, up to `tolerance` times the label.
 
-    Numbers are written as 1234, 1,234.5, -1e3 or 1/2. Raises LabelError for a label without one.
+    Looked at is the last box of the answer part, else all of it. Numbers are written as 1234,
+    1,234.5, -1e3, 1/2 or in LaTeX. Raises LabelError for a label without one.
 
     >>> numeric("so it is 1,200.0 in all", 1200)
     1.0
     """
-    gold, found = _number(label), _numbers(response)
+    text = answer_part(response)
+    box = last_box(text)
+    gold, found = _number(label), _numbers(text if box is None else box)
     value = _value(found[-1]) if found else None
     if value is None:
         return 0.0
@@ -159,149 +171,87 @@ def length(token_ids: Sequence[int], *, target: int, limit: int) -> float:
     return min(max((limit - len(token_ids)) / (limit - target), 0.0), 1.0)
 
 
-# What counts as a choice, the surest sign first; of equal signs the last one in the response.
-_CHOICES = (
-    r"\\boxed\s?\{\s?(?:\\text\{)?\(?([A-Z])\b",
-    r"(?i:answer|choice|option)\s?(?i:is|:)?[\s:*({\[]{0,8}([A-Z])\b(?!')",
-    r"\(([A-Z])\)",
-    r"(?m:^[\s*]{0,8}([A-Z])[\s*.):]{0,8}$)",
-)
-
-
-def _letter(label: Any, choices: str = "ABCDE") -> str:
-    choices = choices.upper()
-    is_number = isinstance(label, int) and 0 <= label < len(choices)
-    gold = choices[label] if is_number else _text(label).strip("()").upper()
-    if gold not in tuple(choices):
-        raise LabelError(f"the label {label!r:.80} is none of the choices {choices}")
-    return gold
-
-
 def _are_letters(choices: str = "ABCDE") -> None:
     if not re.fullmatch("[A-Za-z]{2,}", choices) or len({*choices.upper()}) < len(choices):
         raise ValueError(f"option choices = {choices!r}: use two or more different letters")
 
 
-@_built_in("multiple_choice", check=_are_letters, label=_letter)
+@_built_in("multiple_choice", check=_are_letters, label=label_letter)
 def multiple_choice(response: str, label: Any, *, choices: str = "ABCDE") -> float:
     """1 if the response chooses the label, a letter of `choices` or its number from 0.
 
-    A choice is \\boxed{C}, "answer is C", "(C)" or a line of its own; the first of these kinds that
-    is there counts, and of several the last. Raises LabelError for another label.
+    A choice is \\boxed{C}, "answer is C", "(C)" or "C. Paris"; the first of these kinds that is
+    in the answer part counts, and of several the last. Raises LabelError for another label.
 
     >>> multiple_choice("Not (A), so the answer is (C).", 2)
     1.0
     """
-    gold, choices = _letter(label, choices), choices.upper()
-    for pattern in _CHOICES:
-        found = [letter for letter in re.findall(pattern, response) if letter in choices]
-        if found:
-            return float(found[-1] == gold)
-    return 0.0
-
-
-_TAIL = 4000  # characters at the end of a response in which its answer is looked for
+    gold = label_letter(label, choices)
+    return float(chosen_letter(response, choices.upper()) == gold)
 
 
 def _needs_math_verify(**options: Any) -> None:
     try:
         import math_verify
     except ImportError as error:
-        raise ValueError("it needs math-verify: pip install 'torchrft[math]'") from error
+        raise MissingPackage("it needs math-verify: pip install 'torchrft[math]'") from error
     logging.getLogger(math_verify.__name__).setLevel(logging.ERROR)  # it warns of missing timeouts
 
 
-@lru_cache(maxsize=4096)  # the samples of a prompt have one label
-def _gold(label: str) -> list[Any]:
+def _gold(label: Any, **options: Any) -> str:
+    text = label_text(label)
+    box = last_box(text)
+    text = text if box is None else box
+    if not is_readable(text):
+        raise LabelError(f"the label {label!r:.80} holds no answer that can be read")
+    return plain(text)
+
+
+def _gold_gsm8k(label: Any, **options: Any) -> str:
+    return _gold(label_text(label).rpartition("####")[2])
+
+
+_STATED = re.compile(
+    r"(?is)\b(?:answer|result)\b[^.\n]{0,40}?(?:\bis\b|:|=)(?!.*\b(?:answer|result)\b)(.+)"
+)
+_PROSE = re.compile(r"(?<![\\{A-Za-z])[A-Za-z]{2,}\s+[A-Za-z]{2,}|\n|[.?!]\s")
+
+
+@lru_cache(maxsize=4096)  # many answers to a prompt are the same
+def _answer(text: str) -> str:
+    """The answer in an answer part, as `plain` gives it: its last box, or what it states."""
     from math_verify import parse
 
-    marked = any(sign in label for sign in ("$", "\\boxed", "\\(", "\\["))
-    gold = parse(label if marked else f"${label}$", parsing_timeout=None)
-    if not gold:
-        raise LabelError(f"math-verify reads no answer in the label {label!r:.80}")
-    return gold
-
-
-_SPACING = re.compile(r"\\(?:left|right|,|;|!)|\$|(?<![A-Za-z0-9])\s+|\s+(?![A-Za-z0-9])")
-_INTEGER = re.compile(r"[-+]?(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)")
-
-
-def _plain(answer: str) -> str:
-    """LaTeX without what only changes its looks."""
-    return _SPACING.sub("", answer).replace("dfrac", "frac").replace("tfrac", "frac")
-
-
-def _parts(answer: str) -> tuple[str, list[str]] | None:
-    """Brackets and components of (a, b), [a, b) and the like; None for anything else."""
-    if answer[:1] not in tuple("([") or answer[-1:] not in tuple(")]"):
-        return None
-    parts, depth = [""], 0
-    for sign in answer[1:-1]:
-        depth += (sign in "([{") - (sign in ")]}")
-        if depth < 0:
-            return None
-        if sign == "," and not depth:
-            parts.append("")
-        else:
-            parts[-1] += sign
-    return answer[0] + answer[-1], parts
-
-
-@lru_cache(maxsize=4096)  # and many of their answers are the same
-def _is_equal(label: str, answer: str) -> float:
-    from math_verify import parse, verify
-
-    # Parsing LaTeX takes milliseconds, which most answers need not cost.
-    in_box = answer.startswith("\\boxed{") and answer.endswith("}")
-    gold, given = _plain(label), _plain(answer[7:-1] if in_box else answer)
-    if gold == given != "":
-        return 1.0
-    if _INTEGER.fullmatch(gold) and _INTEGER.fullmatch(given) and max(map(len, (gold, given))) < 99:
-        return float(int(gold.replace(",", "")) == int(given.replace(",", "")))
-    wanted, shown = _parts(gold), _parts(given)
-    if wanted and shown and wanted[0] == shown[0] and len(wanted[1]) == len(shown[1]) > 1:
-        pairs = zip(wanted[1], shown[1], strict=True)
-        return float(all(_is_equal(one, f"\\boxed{{{other}}}") for one, other in pairs))
+    box = last_box(text)
+    if box is not None:
+        return plain(box)
+    stated = _STATED.search(text[-300:])
+    for candidate in (stated[1] if stated else text, text):
+        candidate = candidate.lstrip(" \n*_:").rstrip(" \n*_.:")
+        if len(candidate) < 200 and not _PROSE.search(candidate.replace("$", "")):
+            return plain(candidate)
     # Their timeouts are off: a worker process has its own.
-    found = parse(answer, parsing_timeout=None)
-    return float(verify(_gold(label), found, timeout_seconds=None))
+    read = parse(text[-TAIL:], parsing_timeout=None)
+    return plain(next((each for each in reversed(read) if isinstance(each, str)), ""))
 
 
-def _answer(response: str) -> str:
-    """What follows the last <answer>, and there the last \\boxed{...}, else the end."""
-    response = response.rpartition("<answer>")[2].partition("</answer>")[0]
-    start = response.rfind("\\boxed{")
-    depth = 0
-    for place in range(start + 6, min(start + _TAIL, len(response)) if start >= 0 else 0):
-        depth += {"{": 1, "}": -1}.get(response[place], 0)
-        if depth == 0:
-            return response[start : place + 1]
-    return response[-_TAIL:]
-
-
-def _answered(label: Any, **options: Any) -> None:
-    if not re.sub(r"\s|\$|\\boxed\{\s*\}", "", _text(label).rpartition("####")[2]):
-        raise LabelError(f"the label {label!r:.80} holds no answer")
-
-
-@_built_in("math", bounded=False, check=_needs_math_verify, label=_answered)
+@_built_in("math", bounded=False, check=_needs_math_verify, label=_gold)
 def math(response: str, label: Any) -> float:
-    """1 if the response's answer equals the label as mathematics, by `math-verify`.
+    """1 if the response's answer equals the label as mathematics.
 
-    The answer is the last \\boxed{...}, else what math-verify finds in the last 4,000 characters.
-    Both may be LaTeX or plain. Raises LabelError for a label without an answer.
+    The answer is the last \\boxed{...} of the answer part, else what math-verify finds in its last
+    4,000 characters. Both may be LaTeX or plain. Raises LabelError for a label without an answer.
     """
-    return _is_equal(_text(label), _answer(response))
+    return float(is_equal(_gold(label), _answer(answer_part(response))))
 
 
-@_built_in("gsm8k", bounded=False, check=_needs_math_verify, label=_answered)
+@_built_in("gsm8k", bounded=False, check=_needs_math_verify, label=_gold_gsm8k)
 def gsm8k(response: str, label: Any) -> float:
     """`math` for GSM8K: of the label and of the response counts what follows the last "####".
 
     A response without that mark is looked at as a whole.
     """
-    gold = _text(label).rpartition("####")[2].strip().replace(",", "")
-    return _is_equal(gold, _answer(response.rpartition("####")[2]))
+    return float(is_equal(_gold_gsm8k(label), _answer(answer_part(response).rpartition("####")[2])))
 
 
 def _takes_time(seconds: float = 5.0, partial: bool = False) -> None:
@@ -310,6 +260,8 @@ def _takes_time(seconds: float = 5.0, partial: bool = False) -> None:
 
 
 def _tests(label: Any, **options: Any) -> list[str]:
+    if isinstance(label, Mapping) and "ground_truth" in label:
+        label = label["ground_truth"]
     tests = [label] if isinstance(label, str) else label
     if (
         not isinstance(tests, list)
@@ -322,12 +274,11 @@ def _tests(label: Any, **options: Any) -> list[str]:
 
 @_built_in("code", bounded=False, check=_takes_time, label=_tests)
 def code(response: str, label: Any, *, seconds: float = 5.0, partial: bool = False) -> float:
-    """1 if the response's last code block passes all tests of the label, run in a sandbox.
+    """1 if the last Python block of the answer part passes all tests of the label, in a sandbox.
 
     The label is Python source with assertions, or a list of such, each a test. With `partial` the
     reward is the share of tests passed. `seconds` bounds all of them together.
     """
     tests = _tests(label)
-    blocks = re.findall(r"```(?:python|py)?[ \t]*\n(.*?)```", response, re.DOTALL)
-    passed = run_tests(blocks[-1] if blocks else response, tests, seconds)
+    passed = run_tests(program_of(answer_part(response)), tests, seconds)
     return passed / len(tests) if partial else float(passed == len(tests))

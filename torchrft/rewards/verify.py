@@ -6,6 +6,7 @@ from functools import partial
 from torchrft.config.job_config import JobConfig
 from torchrft.config.reward_config import Judge
 from torchrft.rewards.judge_template import JudgeTemplate
+from torchrft.rewards.registry import MissingPackage
 from torchrft.rewards.rule_source import checked_rule
 from torchrft.rewards.text import text_or_file
 from torchrft.rewards.verdicts import parser_of
@@ -29,6 +30,8 @@ def reward_faults(config: JobConfig) -> list[str]:
     for check in checks:
         try:
             check()
+        except MissingPackage:
+            pass  # `unavailable` of the config says so: a dry run may lack it
         except ValueError as error:
             faults.append(f"[reward] {error}")
     return faults

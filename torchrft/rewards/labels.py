@@ -1,0 +1,50 @@
+"""Reads a row's label as a text, or says why it is none."""
+
+import contextlib
+import json
+import re
+from collections.abc import Mapping
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from torchrft.rewards.registry import LabelError
+
+
+def plain_label(label: Any) -> str | int | float | Decimal | Fraction:
+    """Return the label where a data set wraps it: {"ground_truth": "34"}, ["34"] or '["34"]'.
+
+    Raises LabelError for what is neither a text nor a finite number.
+    """
+    if isinstance(label, np.generic):
+        label = label.item()
+    if isinstance(label, str) and re.match(r'\s*[\[{]\s*"', label):
+        with contextlib.suppress(ValueError):
+            label = json.loads(label)
+    if isinstance(label, Mapping) and "ground_truth" in label:
+        return plain_label(label["ground_truth"])
+    if isinstance(label, list | tuple | np.ndarray) and len(label) == 1:
+        return plain_label(label[0])
+    if label is None:
+        raise LabelError("the row has no label")
+    is_finite = not isinstance(label, float | Decimal) or Decimal(label).is_finite()
+    if isinstance(label, bool) or not isinstance(label, str | int | float | Decimal | Fraction):
+        kind = type(label).__name__
+        raise LabelError(f"the label {label!r:.80} is a {kind}: give a text or a number")
+    if not is_finite:
+        raise LabelError(f"the label {label!r:.80} is no finite number")
+    return label
+
+
+def label_text(label: Any, **options: Any) -> str:
+    """Return the label's text, a number's without an exponent.
+
+    >>> label_text(1e16), label_text(0.00005), label_text({"ground_truth": " 34", "style": "rule"})
+    ('10000000000000000', '0.00005', '34')
+    """
+    label = plain_label(label)
+    if isinstance(label, float | Decimal):
+        label = format(Decimal(str(label)), "f")
+    return str(label).strip()
