@@ -266,8 +266,8 @@ def _checked_messages(prompt: list[Any], what: str, parts: bool) -> Messages:
         if content is None and fields.get("tool_calls"):
             content = ""  # a call of a tool needs no text
         elif isinstance(content, list) and not parts:
-            texts = [part.get("text") for part in parts_of(content, what)]  # None: an image
-            content = content if None in texts else "".join(texts)
+            texts: list[Any] = [part.get("text") for part in parts_of(content, what)]
+            content = content if None in texts else "".join(texts)  # None: an image
         if not isinstance(fields.get("role"), str) or not isinstance(content, kinds):
             needs = "; parts other than text need images_key or mixed_mm_data"
             hint = needs if isinstance(content, list) else ""
