@@ -398,7 +398,7 @@ def test_sixteen_bits_second_pictures_and_odd_texts(tmp_path):
 )
 def test_half_a_character_in_a_path_is_one_sentence(row, tokenizer, vision, tmp_path):
     (tmp_path / "p.jsonl").write_text(row)
-    with pytest.raises(ValueError, match=r"p\.jsonl, line 1: 'images' holds half of a character"):
+    with pytest.raises(ValueError, match=r"p\.jsonl, line 1: 'images' holds half a character"):
         load_prompts(str(tmp_path / "p.jsonl"), data(), tokenizer, vision=vision)
 
 

@@ -128,22 +128,22 @@ def test_no_second_bos(end):
     ("template", "message"),
     [
         ("{{ raise_exception('only users') }}", "row 3: the chat template refuses it: only users"),
-        ("{{ messages[0].content + 1 }}", "row 3: the chat template fails on it with TypeError: "),
+        ("{{ messages[0].content + 1 }}", "row 3: the chat template refuses it: TypeError: "),
         (
             "{{ messages[0].nothing.more }}",
             "row 3: the chat template refuses it: 'dict object' has",
         ),
-        ("{{ 1 / 0 }}", "row 3: the chat template fails on it with ZeroDivisionError: "),
-        ("{{ '%d' | format('x') }}", "row 3: the chat template fails on it with TypeError: "),
+        ("{{ 1 / 0 }}", "row 3: the chat template refuses it: ZeroDivisionError: "),
+        ("{{ '%d' | format('x') }}", "row 3: the chat template refuses it: TypeError: "),
         ("{{ messages.append(1) }}", "row 3: the chat template refuses it: "),
         ("{{ ''.__class__.mro() }}", "row 3: the chat template refuses it: "),
-        ("{{ strftime_now(3) }}", "row 3: the chat template fails on it with TypeError: "),
+        ("{{ strftime_now(3) }}", "row 3: the chat template refuses it: TypeError: "),
         (
             "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
-            "row 3: the chat template fails on it ",
+            "row 3: the chat template refuses it: Rec",
         ),
         ("{{ messages[0].content }", "row 3: the chat template refuses it: "),
-        ("{{ '\\ud800' }}", "row 3: the chat template fails on it with UnicodeEncodeError: "),
+        ("{{ '\\ud800' }}", "row 3: the chat template refuses it: UnicodeEncodeError: "),
     ],
 )
 def test_templates_that_raise_anything(template, message):

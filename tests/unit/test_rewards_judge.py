@@ -224,7 +224,7 @@ def test_the_native_engine_answers_as_transformers_does(tmp_path):
     for text in texts:
         ids = tokenizer(f"<|user|>{text}\n<|assistant|>", return_tensors="pt").input_ids
         out = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=1)
-        expected.append([tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)])
+        expected.append([tokenizer.decode(out[0, ids.shape[1] :]).removesuffix("<eos>")])
     assert made.answers(texts, [[1], [2]]) == expected
     assert expected[0] != expected[1]
     # Votes differ by their seeds alone.
@@ -241,7 +241,7 @@ def test_a_chat_template_that_raises_is_a_sentence(tmp_path):
     folder = judge_folder(tmp_path)
     made = build(entry(pretrain=folder, max_new_tokens=6))
     made.answers.tokenizer.chat_template = "{{ messages[0].content + 1 }}"
-    fails = "source 'judge': the judge's prompt: the chat template fails on it with TypeError: can"
+    fails = "source 'judge': the judge's prompt: the chat template refuses it: TypeError: can"
     with pytest.raises(RewardError, match=fails):
         made.score([request("1")])
 
@@ -252,7 +252,7 @@ def test_a_judges_text_gets_no_second_bos(tmp_path):
     tokenizer = made.answers.tokenizer
     tokenizer.chat_template = None
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|user|> $A", special_tokens=[("<|user|>", 4)]
+        single="<|user|> $A <eos>", special_tokens=[("<|user|>", 4), ("<eos>", 1)]
     )
     for text in ("<|user|>12", "12"):
         assert made.answers._prompt(0, text).token_ids == (4, 9, 10)

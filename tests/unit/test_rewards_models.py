@@ -244,7 +244,7 @@ def test_another_chat_template_is_written_anew(tmp_path):
     with pytest.raises(ValueError, match="row 3: the chat template refuses it: no system"):
         broken.check([request().prompt])
     broken = Reader(Entry(pretrain=folder, chat_template="{{ messages[0].content + 1 }}"), policy)
-    with pytest.raises(ValueError, match="row 3: the chat template fails on it with TypeError: "):
+    with pytest.raises(ValueError, match="row 3: the chat template refuses it: TypeError: "):
         broken.check([request().prompt])
     policy.chat_template, several = None, policy_tokenizer()
     several.chat_template = {"default": TURNS, "other": "x"}

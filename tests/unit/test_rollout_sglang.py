@@ -99,6 +99,8 @@ class Server:
         answers = []
         for ids, options in zip(body["input_ids"], body["sampling_params"], strict=True):
             assert "ignore_eos" not in options  # SGLang would ignore the stop ids as well
+            assert options.pop("skip_special_tokens") is False  # stop strings may be such
+            assert options.pop("spaces_between_special_tokens") is False
             options["top_k"] = max(options["top_k"], 0)
             options["min_new_tokens"] = options.pop("min_new_tokens")
             options["stop"] = tuple(options.pop("stop") or ())

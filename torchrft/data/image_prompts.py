@@ -44,7 +44,7 @@ class RowImages:
 
         Raises ValueError where pictures and their places do not match, and for other media.
         """
-        contents = [_parts(message["content"], where) for message in messages]
+        contents = [parts_of(message["content"], where) for message in messages]
         marked = sum(part["type"] == "image" for parts in contents for part in parts)
         tags = sum(p["text"].count(TAG) for parts in contents for p in parts if p["type"] == "text")
         if not marked and tags:
@@ -78,7 +78,7 @@ class RowImages:
             )
 
 
-def _parts(content: Any, where: str) -> list[dict[str, Any]]:
+def parts_of(content: Any, where: str) -> list[dict[str, Any]]:
     """A message's content as parts of type "text" or "image"; "image" may name its picture."""
     if isinstance(content, str):
         return [{"type": "text", "text": content}]

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -15,9 +15,9 @@ from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
 from torchrft.config.job_config import Data
-from torchrft.data.image_prompts import RowImages, images_column
+from torchrft.data.image_prompts import RowImages, images_column, parts_of
 from torchrft.data.sources import Columns, Row, RowSource, describe_columns, open_source
-from torchrft.models.tokenizer import encode, render_chat, template_variables
+from torchrft.models.tokenizer import affixes, encode, render_chat, template_variables
 from torchrft.models.vision import Vision
 from torchrft.tools.images import Image, ImageError
 from torchrft.tools.logging import logger
@@ -151,11 +151,10 @@ class _Reader:
             raise ValueError(f"apply_chat_template: {owner} has no chat template")
         if data.system_prompt is not None and not data.apply_chat_template:
             raise ValueError("system_prompt needs apply_chat_template = true")
-        if data.chat_template_kwargs:
-            names = template_variables(self._template)
-            for name in data.chat_template_kwargs.keys() - names:
-                takes = f"takes {', '.join(sorted(names)) or 'none'}"
-                raise ValueError(f"chat_template_kwargs: no {name!r} in the chat template; {takes}")
+        names = template_variables(self._template) if data.chat_template_kwargs else set()
+        if unknown := sorted(data.chat_template_kwargs.keys() - names):
+            takes = f"no {unknown[0]!r} in the chat template; takes {', '.join(sorted(names))}"
+            raise ValueError(f"chat_template_kwargs: {takes if names else takes + 'none'}")
         own = getattr(getattr(vision, "processor", None), "tokenizer", tokenizer)
         if own is not tokenizer and own.get_vocab() != tokenizer.get_vocab():
             raise ValueError(
@@ -163,8 +162,11 @@ class _Reader:
                 "model's own by `processor`"
             )
         self._plain = not data.apply_chat_template
-        # How many special tokens the tokenizer puts before and after a text.
-        self._affixes: tuple[int, int] | None = None if self._plain else (0, 0)
+        first, self._suffix = affixes(tokenizer) if self._plain else ([], 0)
+        self._specials = len(first) + self._suffix  # that the tokenizer adds
+        if self._suffix:
+            cut = "they are cut off, so that the response continues the prompt"
+            logger.warning("the tokenizer appends special tokens to a text; %s", cut)
         self.unusable: list[tuple[int, str]] = []  # number of the row, and why
         self.columns: set[str] = set()  # that a row had
         self.saw_images = False
@@ -181,11 +183,10 @@ class _Reader:
         if not found:
             return
         texts = [prompt.text for _, prompt in found]
-        prefix, suffix = self._affixes = self._affixes or self._find_affixes(texts[0])
         # verbose=False: over-long prompts are dropped and counted, no need to warn of each.
         encoded = encode(self._tokenizer, texts, self._plain)
         for (row, prompt), ids in zip(found, encoded, strict=True):
-            if len(ids) <= prefix + suffix and not encode(self._tokenizer, [prompt.text], False)[0]:
+            if len(ids) <= self._specials and not encode(self._tokenizer, [prompt.text], False)[0]:
                 raise ValueError(f"{row.where}: the prompt becomes no token at all")
             self.saw_images = self.saw_images or bool(prompt.images)
             if prompt.images and self._vision is not None:
@@ -194,7 +195,7 @@ class _Reader:
                 except ValueError as error:
                     self.unusable.append((row.number, f"{row.where}: {error}"))
                     continue
-            yield replace(prompt, token_ids=tuple(ids[: len(ids) - suffix]))
+            yield replace(prompt, token_ids=tuple(ids[: len(ids) - self._suffix]))
 
     def _untokenized(self, row: Row) -> Prompt:
         """Raises ImageError where the row's images are no images."""
@@ -252,23 +253,6 @@ class _Reader:
         options = {"add_generation_prompt": True, **self._data.chat_template_kwargs}
         return render_chat(self._template, messages, where, **options), messages
 
-    def _find_affixes(self, text: str) -> tuple[int, int]:
-        for probe in ("1", text):  # the prompt may hold special tokens itself
-            bare = self._tokenizer(probe, add_special_tokens=False, verbose=False)["input_ids"]
-            full = self._tokenizer(probe, add_special_tokens=True, verbose=False)["input_ids"]
-            if bare:
-                break
-        if not bare:  # the caller refuses such a text; nothing can be learned from it
-            return len(full), 0
-        added = len(full) - len(bare)
-        prefixes = [n for n in range(added + 1) if full[n : n + len(bare)] == bare]
-        if not prefixes:
-            raise ValueError("the tokenizer changes a text's own tokens when it adds special ones")
-        if prefixes[0] < added:
-            cut = "they are cut off, so that the response continues the prompt"
-            logger.warning("the tokenizer appends special tokens to a text; %s", cut)
-        return prefixes[0], added - prefixes[0]
-
 
 def _checked_messages(prompt: list[Any], what: str, parts: bool) -> Messages:
     """Messages with a text, or with a list of parts where prompts may have images."""
@@ -281,8 +265,9 @@ def _checked_messages(prompt: list[Any], what: str, parts: bool) -> Messages:
         content = fields.get("content")
         if content is None and fields.get("tool_calls"):
             content = ""  # a call of a tool needs no text
-        elif isinstance(content, list) and not parts and all(map(_is_text, content)):
-            content = "".join(part["text"] for part in content)
+        elif isinstance(content, list) and not parts:
+            texts: list[Any] = [part.get("text") for part in parts_of(content, what)]
+            content = content if None in texts else "".join(texts)  # None: an image
         if not isinstance(fields.get("role"), str) or not isinstance(content, kinds):
             needs = "; parts other than text need images_key or mixed_mm_data"
             hint = needs if isinstance(content, list) else ""
@@ -296,28 +281,21 @@ def _checked_messages(prompt: list[Any], what: str, parts: bool) -> Messages:
     return messages
 
 
-def _is_text(part: Any) -> bool:
-    text = part.get("text") if isinstance(part, Mapping) else None
-    return isinstance(text, str) and part.get("type") == "text"
-
-
 def _chat_or_text(prompt: Any, what: str) -> Any:
     """The prompt, or the list of messages that a text holds as JSON, as tables often store it."""
     if not isinstance(prompt, str) or not _STORED_CHAT.fullmatch(prompt):
         return prompt
     try:
-        messages = json.loads(prompt)
+        chat = json.loads(prompt)
     except ValueError as error:
         fault = "looks like a list of chat messages, but is no JSON"
         raise ValueError(f"{what} {fault} ({error}); write it with json.dumps") from error
-    is_chat = all(isinstance(message, dict) and "role" in message for message in messages)
-    return messages if is_chat else prompt
+    return chat if all(isinstance(turn, dict) and "role" in turn for turn in chat) else prompt
 
 
 def _refuse_surrogates(value: Any, what: str) -> None:
-    try:
-        json.dumps(value, ensure_ascii=False, skipkeys=True, default=lambda other: None).encode()
-    except UnicodeEncodeError as error:
-        half = error.object[error.start]
-        fault = f"holds half of a character (a lone surrogate, {half!r})"
-        raise ValueError(f"{what} {fault}: write the whole character") from error
+    text = json.dumps(value, ensure_ascii=False, skipkeys=True, default=lambda other: None)
+    if half := re.search("[\ud800-\udfff]", text):
+        raise ValueError(
+            f"{what} holds half a character (lone surrogate {half[0]!r}): write it whole"
+        )

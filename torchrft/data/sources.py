@@ -222,12 +222,9 @@ def _load_splits(location: str, path: Path) -> Mapping[str, Dataset]:
     from datasets import DatasetDict, load_dataset, load_from_disk
 
     if not path.is_dir():
-        unknown, name = "could not be loaded from the Hugging Face hub", "/".join(parts[:2])
-        try:
-            with _refused(f"{location} is no file or folder here, and {unknown}"):
-                return load_dataset(name, *parts[2:])
-        except ValueError as error:
-            raise ValueError(hub_fault(name, error, "dataset") or str(error)) from error
+        unknown = "is no file or folder here, and could not be loaded from the Hugging Face hub"
+        with _refused(f"{location} {unknown}", hub_id="/".join(parts[:2])):
+            return load_dataset("/".join(parts[:2]), *parts[2:])
     saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
     with _refused(f"{path} is not a dataset folder that `datasets` can load"):
         loaded = load_from_disk(str(path)) if saved else load_dataset(str(path))
@@ -241,14 +238,15 @@ def _check_place(location: str, path: Path) -> None:
 
 
 @contextmanager
-def _refused(message: str) -> Iterator[None]:
+def _refused(message: str, hub_id: str | None = None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
         detail = f"{type(error).__name__}: {error}"
         if error.__cause__ is not None:  # `datasets` wraps what went wrong in a general error
             detail += f" ({type(error.__cause__).__name__}: {error.__cause__})"
-        raise ValueError(f"{message}: {detail}") from error
+        fault = hub_id and hub_fault(hub_id, error, "dataset")
+        raise ValueError(fault or f"{message}: {detail}") from error
 
 
 def _choose_split(location: str, splits: list[str], split: str | None, require_split: bool) -> str:

@@ -9,8 +9,20 @@ from typing import Any
 from jinja2 import Environment, TemplateError, meta
 
 # Variables of a chat template that torchrft and transformers set themselves.
-_SET = {"messages", "tools", "documents", "add_generation_prompt"}
-_SET |= {"raise_exception", "strftime_now"}
+_SET = "messages tools documents add_generation_prompt raise_exception strftime_now"
+
+
+def affixes(tokenizer: Any) -> tuple[list[int], int]:
+    """The special tokens that the tokenizer puts in front of a text, and how many it appends.
+
+    Raises ValueError for one that changes the text's own tokens thereby.
+    """
+    bare = tokenizer("1", add_special_tokens=False, verbose=False).input_ids
+    full = tokenizer("1", add_special_tokens=True, verbose=False).input_ids
+    starts = [n for n in range(len(full)) if full[n : n + len(bare)] == bare]
+    if not starts:
+        raise ValueError("the tokenizer changes a text's own tokens when it adds special ones")
+    return full[: starts[0]], len(full) - starts[0] - len(bare)
 
 
 def encode(tokenizer: Any, texts: Sequence[str], special: bool) -> list[list[int]]:
@@ -23,16 +35,12 @@ def encode(tokenizer: Any, texts: Sequence[str], special: bool) -> list[list[int
 def without_second_bos(tokenizer: Any, rows: Sequence[list[int]]) -> list[list[int]]:
     """Token ids of texts, to which the tokenizer added its special tokens, but not twice what it
     puts in front (a BOS) where a text begins with that already."""
-    empty, one = (tokenizer(text, verbose=False).input_ids[:1] for text in ("", "1"))
-    twice = empty * 2 if empty == one else None
-    return [row[1:] if row[:2] == twice else row for row in rows]
+    size = len(first := affixes(tokenizer)[0])
+    return [row[size:] if row[: 2 * size] == first * 2 else row for row in rows]
 
 
 def decode(
-    tokenizer: Any,
-    token_ids: Sequence[int],
-    stop: Sequence[str] = (),
-    stop_ids: Collection[int] = (),
+    tokenizer: Any, ids: Sequence[int], stop: Sequence[str] = (), stop_ids: Collection[int] = ()
 ) -> str:
     """A response's text as it was sampled, special tokens included, without what ended it.
 
@@ -42,16 +50,13 @@ def decode(
     >>> decode(tokenizer, [7, 8, 1], stop_ids=[1])                       # doctest: +SKIP
     ' <think>12'
     """
-    ids = list(token_ids)
-    if ids and ids[-1] in stop_ids:
-        ids.pop()
-    # Behind another token: some decoders strip the space in front of the first one.
-    anchor = [tokenizer.eos_token_id]
+    sampled = ids[:-1] if ids and ids[-1] in stop_ids else ids
+    # Behind another token: some decoders take the space in front of the first one away.
+    rows = ([tokenizer.eos_token_id], [tokenizer.eos_token_id, *sampled])
     options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    before, text = (tokenizer.decode(row, **options) for row in (anchor, anchor + ids))
+    before, text = (tokenizer.decode(row, **options) for row in rows)
     text = text.removeprefix(before)
-    ends = [text.index(string) for string in stop if string in text]
-    return text[: min(ends, default=len(text))]
+    return text[: min((text.index(end) for end in stop if end in text), default=len(text))]
 
 
 def render_chat(
@@ -65,11 +70,9 @@ def render_chat(
         text = str(teller.apply_chat_template(list(messages), tokenize=False, **options))
         text.encode()  # raises for lone surrogates, which tokenizers refuse
         return text
-    except TemplateError as error:
-        raise ValueError(f"{where}: the chat template refuses it: {error}") from error
     except Exception as error:  # expressions in a template raise what they like
-        why = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{where}: the chat template fails on it with {why}") from error
+        kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
+        raise ValueError(f"{where}: the chat template refuses it: {kind}{error}") from error
 
 
 def template_variables(teller: Any) -> set[str]:
@@ -85,5 +88,5 @@ def template_variables(teller: Any) -> set[str]:
         parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
     except TemplateError as error:
         raise ValueError(f"the chat template does not parse: {error}") from error
-    names = meta.find_undeclared_variables(parsed) - _SET
+    names = meta.find_undeclared_variables(parsed) - {*_SET.split()}
     return {name for name in names if not name.endswith("_token")}  # as bos_token

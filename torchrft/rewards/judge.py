@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from torchrft.config.job_config import JobConfig
 from torchrft.config.reward_config import Judge as Entry
 from torchrft.models.loader import load_config, load_tokenizer
-from torchrft.models.tokenizer import encode, render_chat
+from torchrft.models.tokenizer import affixes, encode, render_chat
 from torchrft.models.vision import Vision
 from torchrft.rewards.judge_server import ServerAnswers
 from torchrft.rewards.judge_template import Content, JudgeTemplate
@@ -104,6 +104,8 @@ class EngineAnswers:
             ids = self.vision.token_ids(text, images, special=not chat)
         else:
             [ids] = encode(self.tokenizer, [text], special=not chat)
+        if not chat and (appended := affixes(self.tokenizer)[1]):
+            ids = ids[:-appended]  # the answer continues the text
         return Prompt(place, text, tuple(ids), images=images)
 
     def close(self) -> None:

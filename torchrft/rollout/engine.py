@@ -132,5 +132,4 @@ def texts(
 ) -> list[str]:
     """The responses' texts as sampled, without the stop token or string that ended them: see
     `decode`. The end-of-sequence token always is a stop token."""
-    ends = {tokenizer.eos_token_id, *stop_ids}
-    return [decode(tokenizer, ids, stop, ends) for ids in responses]
+    return [decode(tokenizer, ids, stop, {tokenizer.eos_token_id, *stop_ids}) for ids in responses]

@@ -1,6 +1,5 @@
 """Why a model or dataset of the Hugging Face hub could not be read."""
 
-import os
 from pathlib import Path
 
 
@@ -10,32 +9,28 @@ def hub_fault(source: str, error: BaseException, kind: str = "model") -> str | N
     Args: source, folder or hub id; error, as `transformers` or `datasets` raised it; kind, "model"
     or "dataset".
     """
+    from huggingface_hub import is_offline_mode
+
     path = Path(source).expanduser()
     if path.is_dir():
         return None
-    if path.is_file():
-        return f'"{source}" is a file: name the folder that holds it, or a hub id'
-    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+    if path.is_file() or source.startswith((".", "/", "~")) or source.count("/") > 1:
         return f'"{source}" is no folder here: correct the path'
     chain = [error]  # libraries wrap what the hub said in errors of their own
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)
     names = {base.__name__ for one in chain for base in type(one).__mro__}
-    page = f"https://huggingface.co/{'datasets/' * (kind == 'dataset')}{source}"
+    page, option = ("datasets/", "--repo-type dataset ") if kind == "dataset" else ("", "")
     if "GatedRepoError" in names or "gated dataset" in str(error):
-        why = f"is gated: accept its terms at {page} and log in by `hf auth login` (or HF_TOKEN)"
-        return f'the {kind} "{source}" {why}'
+        why = f"is gated: accept its terms at https://huggingface.co/{page}{source}"
+        return f'the {kind} "{source}" {why} and log in by `hf auth login` (or HF_TOKEN)'
     if names & {"RepositoryNotFoundError", "DatasetNotFoundError", "HFValidationError"}:
         why = "on the hub for this user: check the spelling; if it is private, `hf auth login`"
         return f'"{source}" is neither a folder here nor a {kind} {why}'
     if names & {"ConnectionError", "TransportError", "LocalEntryNotFoundError"}:
-        offline = os.environ.get("HF_HUB_OFFLINE", "0") != "0" or "OfflineModeIsEnabled" in names
-        why = (
-            "HF_HUB_OFFLINE is set: unset it" if offline else "the hub cannot be reached: try again"
-        )
-        get = f"hf download {'--repo-type dataset ' * (kind == 'dataset')}{source}"
-        where = f'the {kind} "{source}" is no folder here and not in the cache'
-        return f"{where}, and {why}, or run `{get}` where there is a network"
+        why = "HF_HUB_OFFLINE is set: unset it" if is_offline_mode() else "the hub is out of reach"
+        why = f"{why}, or run `hf download {option}{source}` where there is a network"
+        return f'the {kind} "{source}" is no folder here and not in the cache, and {why}'
     if "HfHubHTTPError" in names and "EntryNotFoundError" not in names:
         said = " ".join(str(chain[-1]).split())[:200]
         return f'the hub does not hand out the {kind} "{source}": {said}'
