@@ -176,6 +176,18 @@ def test_two_ranks_in_bfloat16(tmp_path):
             assert_equal({name: sent[name] for name in buffers}, buffers)
 
 
+def split_by_tensors(rank, folder):
+    with pytest.raises(ValueError) as caught:
+        policy(folder, torch.float32, rank, 2, tp_size=2)
+    return str(caught.value)
+
+
+def test_weights_inside_an_activation_refuse_tensor_parallelism(tmp_path):
+    tiny_buffers.save("apertus", tmp_path)
+    expected = "tp_size = 2: layers.0.mlp.act_fn of ApertusModel has weights that are not in its"
+    assert all(text.startswith(expected) for text in run_ranks(split_by_tensors, 2, str(tmp_path)))
+
+
 def test_dense_families_go_straight_into_shards(tmp_path):
     for family in tiny_buffers.DENSE:
         tiny_buffers.save(family, tmp_path / family)

@@ -116,6 +116,12 @@ def _check(decoder: PreTrainedModel, plan: dict[str, str], size: int) -> None:
             )
     for name, module in decoder.named_modules():
         style = next((plan[pattern] for pattern in plan if fnmatchcase(name, pattern)), "")
+        held = next(module.parameters(recurse=False), None) is not None
+        if held and not style and name[:7] == "layers." and "Norm" not in type(module).__name__:
+            raise ValueError(
+                f"tp_size = {size}: {name} of {kind} has weights that are not in its "
+                "base_model_tp_plan; use tp_size = 1 with fsdp or zero_stage = 3"
+            )
         count = {"colwise": "out_features", "rowwise": "in_features"}.get(style, "")
         if (width := getattr(module, count, 0)) % size:
             raise ValueError(
