@@ -227,7 +227,7 @@ OWN: dict[str, dict[str, Any]] = {
         "sliding_window": None,
     },
     "qwen2_moe": {"qkv_bias": True, "layer_types": ["full_attention"] * 2},
-    "qwen2_moe:window": {"qkv_bias": True, "use_sliding_window": True, "max_window_layers": 0},
+    "qwen2_moe:window": {"qkv_bias": True, "use_sliding_window": True, "max_window_layers": 2},
     "qwen3_moe": {"norm_topk_prob": True},
     "smollm3": {
         "num_hidden_layers": 4,

@@ -60,7 +60,7 @@ class PolicyModel(nn.Module):
         chunk_size: int = 4096,
     ) -> None:
         super().__init__()
-        self.limit = refuse_unsupported(model.config)
+        self.limit = refuse_unsupported(model.config, kind=type(model))
         head: Any = model.get_output_embeddings()
         if head.bias is not None:
             raise ValueError(f"{type(model).__name__} needs a language-model head without bias")
