@@ -122,15 +122,15 @@ def check_length(length: int, limit: int | None, kind: str, name: str = "a seque
 
 
 def _judge(config: PreTrainedConfig, kind: Any) -> _Verdict:
-    probed = with_attention(config, _NAME)
-    text = probed.get_text_config()
-    types = sorted(set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES)
-    if types or not kind.is_backend_compatible():
-        what = ", ".join(types) or "attention code of its own"
-        return _Verdict(kind.__name__, (f"uses {what}",))
-    text._experts_implementation = "batched_mm"  # the one whose sizes do not depend on values
     probe = _Probe()
     try:
+        probed = with_attention(config, _NAME)
+        text = probed.get_text_config()
+        types = sorted(set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES)
+        if types or not kind.is_backend_compatible():
+            what = ", ".join(types) or "attention code of its own"
+            return _Verdict(kind.__name__, (f"uses {what}",))
+        text._experts_implementation = "batched_mm"  # the one whose sizes do not depend on values
         with torch.device("meta"):
             model = kind(probed).eval()
         decoder = model.get_decoder()
@@ -246,7 +246,8 @@ def rope_limit(config: PreTrainedConfig) -> int | None:
     limits = []
     for kind in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
         if kind.get("rope_type") == "longrope":
-            limits.append(kind["original_max_position_embeddings"])
+            most = text.max_position_embeddings
+            limits.append(kind.get("original_max_position_embeddings", most))
         elif kind.get("rope_type") == "dynamic":
             limits.append(text.max_position_embeddings)
     return min(limits, default=None)
