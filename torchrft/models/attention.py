@@ -223,10 +223,13 @@ class Packed:
                 options["enable_gqa"] = True
             else:
                 k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        width = v.shape[-1]
+        if width < k.shape[-1]:  # MLA: the kernel wants values as wide as keys
+            v = F.pad(v, (0, k.shape[-1] - width))
         # A segment's last query sees all its keys: causality is aligned at the end.
         out = varlen_attn(q, k, v, self.cu_queries, self.cu_keys, *self.longest, **options)
         assert isinstance(out, Tensor)
-        return out
+        return out[..., :width]
 
 
 def _cells(

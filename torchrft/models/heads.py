@@ -20,7 +20,7 @@ class ValueModel(nn.Module):
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        self.limit = refuse_unsupported(model.config, head=False)
+        self.limit = refuse_unsupported(model.config, head=False, kind=type(model))
         whole: Any = model.base_model if sees_images(model.config) else model.get_decoder()
         self.model: nn.Module = whole
         weight = model.get_input_embeddings().weight

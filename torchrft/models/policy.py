@@ -64,7 +64,7 @@ class PolicyModel(nn.Module):
         fp32_head: bool = False,
     ) -> None:
         super().__init__()
-        self.limit = refuse_unsupported(model.config)
+        self.limit = refuse_unsupported(model.config, kind=type(model))
         head: Any = model.get_output_embeddings()
         if head.bias is not None:
             raise ValueError(f"{type(model).__name__} needs a language-model head without bias")

@@ -73,7 +73,11 @@ _VERDICTS: dict[tuple[type, str], _Verdict] = {}
 
 
 def refuse_unsupported(
-    config: PreTrainedConfig, max_len: int | None = None, cache: bool = False, head: bool = True
+    config: PreTrainedConfig,
+    max_len: int | None = None,
+    cache: bool = False,
+    head: bool = True,
+    kind: Any = None,
 ) -> int | None:
     """The most tokens that a sequence of such a model may have; None if there is no limit.
 
@@ -81,13 +85,18 @@ def refuse_unsupported(
     the longest sequence of a call ("longrope", "dynamic"), so that samples would change each other.
 
     Args: max_len, tokens of the longest sequence, if known; cache, for the native engine, whose KV
-        cache takes one call of attention per layer; head, false where the logits are of no use.
+        cache takes one call of attention per layer; head, false where the logits are of no use;
+        kind, the model's class, by default the one that the Auto class makes.
     Raises ValueError for a model that would give other log-probs than transformers' own forward of
     each sample alone, and for a max_len beyond the limit.
     """
-    key = type(config), config.to_json_string(use_diff=False)
+    mapping = auto_class(config)._model_mapping
+    if kind is None and type(config) not in mapping:
+        raise ValueError(f"a {config.model_type} model is no causal language model: take another")
+    kind = kind or mapping[type(config)]
+    key = kind, config.to_json_string(use_diff=False)
     if key not in _VERDICTS:
-        _VERDICTS[key] = _judge(config)
+        _VERDICTS[key] = _judge(config, kind)
     verdict = _VERDICTS[key]
     faults = [*verdict.faults, *(verdict.head_faults if head else ())]
     if cache and not faults and verdict.layers != tuple(range(len(verdict.layers))):
@@ -112,22 +121,18 @@ def check_length(length: int, limit: int | None, kind: str, name: str = "a seque
         )
 
 
-def _judge(config: PreTrainedConfig) -> _Verdict:
-    probed, auto = with_attention(config, _NAME), auto_class(config)
-    if type(config) not in auto._model_mapping:
-        return _Verdict(f"a {config.model_type} model", ("has no causal language model",))
-    kinds = auto._model_mapping[type(config)]  # several for one config
-    kind: Any = kinds[0] if isinstance(kinds, tuple | list) else kinds
-    text = probed.get_text_config()
-    types = sorted(set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES)
-    if types or not kind.is_backend_compatible():
-        what = ", ".join(types) or "attention code of its own"
-        return _Verdict(kind.__name__, (f"uses {what}",))
-    text._experts_implementation = "batched_mm"  # the one whose sizes do not depend on values
+def _judge(config: PreTrainedConfig, kind: Any) -> _Verdict:
     probe = _Probe()
     try:
+        probed = with_attention(config, _NAME)
+        text = probed.get_text_config()
+        types = sorted(set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES)
+        if types or not kind.is_backend_compatible():
+            what = ", ".join(types) or "attention code of its own"
+            return _Verdict(kind.__name__, (f"uses {what}",))
+        text._experts_implementation = "batched_mm"  # the one whose sizes do not depend on values
         with torch.device("meta"):
-            model: Any = auto.from_config(probed, dtype=torch.float32).eval()
+            model = kind(probed).eval()
         decoder = model.get_decoder()
         try:
             faults = probe.faults_of(decoder, text.num_hidden_layers, "meta")
@@ -241,7 +246,8 @@ def rope_limit(config: PreTrainedConfig) -> int | None:
     limits = []
     for kind in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
         if kind.get("rope_type") == "longrope":
-            limits.append(kind["original_max_position_embeddings"])
+            most = text.max_position_embeddings
+            limits.append(kind.get("original_max_position_embeddings", most))
         elif kind.get("rope_type") == "dynamic":
             limits.append(text.max_position_embeddings)
     return min(limits, default=None)

@@ -24,8 +24,8 @@ _PART, _BLOCKS = 64, 192  # keys of the smallest part; so many parts keep a GPU 
 
 
 def supports(model: Any, stop_strings: bool) -> bool:
-    """Whether all of a step can be captured: flash attention in 16 bits, no sliding window, and no
-    stop strings, which need the text of every token."""
+    """Whether all of a step can be captured: flash attention in 16 bits of values as wide as keys,
+    no sliding window, and no stop strings, which need the text of every token."""
     text = model.config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     weight = model.get_output_embeddings().weight
@@ -35,6 +35,7 @@ def supports(model: Any, stop_strings: bool) -> bool:
         and kinds == {"full_attention"}
         and (getattr(text, "sliding_window", None) is None or _is_off(text))
         and not stop_strings
+        and not any(hasattr(text, name) for name in ("kv_lora_rank", "v_head_dim"))
     )
 
 
