@@ -22,6 +22,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from torchrft.tools.logging import on_terminal, setup_logging
 
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # or they remark on every later fork
     if os.environ.get("RANK", "0") != "0" or not on_terminal():
         for library in ("HUB", "DATASETS"):  # in a file, or from all ranks, bars are heaps of lines
             os.environ.setdefault(f"HF_{library}_DISABLE_PROGRESS_BARS", "1")
