@@ -72,8 +72,7 @@ class PolicyUpdate:
         lr = float(self.stepper.scheduler.get_last_lr()[0])
         counts = {"update/optimizer_steps": 0.0, "update/skipped_steps": 0.0}
         known = {**counts, "lr": lr, "policy/kl_coef": self.kl_coef}
-        names += ["advantages/abs_max", "grad_norm"]
-        return {**dict.fromkeys(names, math.nan), **known}
+        return {**dict.fromkeys([*names, "grad_norm"], math.nan), **known}
 
     def run(self, batch: RolloutBatch, frozen: bool = False) -> dict[str, float]:
         """All optimizer steps on a rollout: `max_epochs` passes in steps of train_batch_size.

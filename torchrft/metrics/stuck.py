@@ -18,7 +18,7 @@ CAUSES = (
      "model can end: apply_chat_template for an instruct model, stop or stop_token_ids"),
     ("reward/std", 0.0, "all rewards were equal, {reward/mean:g} in the last; the task is solved, "
      "out of reach, or the reward is constant: compare response and label in logs/rollouts"),
-    ("advantages/abs_max", 0.0, "every advantage was 0, since each prompt's rewards were equal; "
+    ("advantages/all_zero", 1.0, "every advantage was 0, since each prompt's rewards were equal; "
      "use prompts neither too easy nor too hard, more n_samples_per_prompt, or dynamic_sampling"),
     ("grad_norm", 0.0, "the gradient was 0 although advantages were not; check the policy loss "
      "with its options, and that the model has parameters to train"),
@@ -43,6 +43,8 @@ class StuckAlarm:
         """The warning that a rollout's `metrics` give reason for: once for each cause."""
         steps, skipped = (metrics.get(f"update/{name}_steps") for name in ("optimizer", "skipped"))
         known = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+        if not math.isnan(known.get("grad_norm", math.nan)):  # its key stands only where it is 1
+            known.setdefault("advantages/all_zero", 0.0)
         if steps:
             known["update/skipped_ratio"] = (skipped or 0) / steps
         elif steps == 0:  # it only collected, or the actor is frozen
