@@ -8,7 +8,7 @@
 #            repository; paths in it and in flags are relative to the same place
 # TORCH_ELASTIC_SHUTDOWN_TIMEOUT  seconds to save in after SIGTERM (default 600; several machines
 #            with torch 2.11: always 30)
-# LOG_RANK   ranks whose output is shown, e.g. 0,1 (default: all; only rank 0 reports progress)
+# LOG_RANK   ranks whose output is shown, e.g. 0,1 (default: all); warnings and faults always are
 #
 # Ends with 0, 130 after Ctrl-C, 143 after SIGTERM, 2 for a wrong config, and 1 for any other fault.
 set -euo pipefail

@@ -14,7 +14,7 @@ from torchrft.config.job_config import JobConfig
 from torchrft.config.needs import CRITIC_FIELDS, is_chosen
 from torchrft.data.batch import counted_rows, gather_rows
 from torchrft.rewards.shaping import RewardShaper
-from torchrft.tools.distributed import DataRanks, all_reduce_max
+from torchrft.tools.distributed import DataRanks, any_rank
 from torchrft.types import RolloutBatch
 
 
@@ -82,6 +82,6 @@ class AdvantageStep:
             found[name] = torch.zeros_like(batch.rollout_logprobs)
             rows = slice(None) if batch.filler is None else ~batch.filler
             found[name][rows] = values[mine, : batch.mask.shape[1]]
-        largest = float((found["advantages"] * batch.mask).abs().max())
-        metrics |= all_reduce_max({"advantages/abs_max": largest}, "advantages")
+        some = any_rank(bool((found["advantages"] * batch.mask).any()), "advantages")
+        metrics |= {} if some else {"advantages/all_zero": 1.0}
         return replace(batch, **found), metrics | result.metrics

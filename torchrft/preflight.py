@@ -3,7 +3,6 @@
 Imports no torch, so that a dry run stays fast. Hub ids are left to the hub.
 """
 
-import netrc
 import os
 import re
 import tempfile
@@ -18,15 +17,21 @@ from torchrft.data.sources import glance
 from torchrft.rewards.verify import reward_faults
 from torchrft.tools.http import bearer_token
 
+WRITTEN = {
+    "save_path": "checkpoint",
+    "log_dir": "logging",
+    "use_tensorboard": "logging",
+    "weight_folder": "rollout",
+}
+"""Fields that name a folder to write to, with their sections."""
 _WEIGHTS = ("*.safetensors", "*.bin")
 _TOKENIZERS = ("tokenizer*", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 
 
 def job_faults(config: JobConfig) -> list[str]:
     """A sentence for each file, folder, function and key that the job could not use."""
-    checks = (_prompts, _models, _functions, _written, _checkpoint, _wandb, _tokens)
     faults: list[str] = []
-    for check in checks:
+    for check in (_prompts, _models, _functions, _written, _checkpoint, _wandb, _tokens):
         faults += _fault(faults.extend, check(config))
     return faults + reward_faults(config)
 
@@ -40,55 +45,53 @@ def _fault(check: Callable[..., object], *arguments: object) -> list[str]:
 
 
 def _prompts(config: JobConfig) -> Iterator[str]:
-    data, required = config.data, [config.data.input_key, *config.data.metadata_keys]
-    sources = {"prompt_data": data.prompt_data, "eval_data": config.evaluation.eval_data}
+    required = [config.data.input_key, *config.data.metadata_keys]
+    sources = {"prompt_data": config.data.prompt_data, "eval_data": config.evaluation.eval_data}
     for name, source in sources.items():
         if source is not None:
             yield from (f"{name}: {text}" for text in _fault(glance, source, required))
 
 
 def _models(config: JobConfig) -> Iterator[str]:
-    """Folders of models: `[what, folder, does it need weights, does it need a tokenizer]`."""
     model, reward = config.model, config.reward
-    named: list[tuple[str, str | None, bool, bool]]
-    named = [(label(config, "pretrain"), model.pretrain, model.init == "pretrained", True)]
-    for name in ("ref_pretrain", "critic_pretrain"):
-        named.append((label(config, name), getattr(model, name), True, False))
-    if config.data.processor is not None:
-        yield from _folder_faults(label(config, "processor"), config.data.processor)
-    for entry in reward.scalar_models(""):
+    random = model.init == "random"
+    named: list[tuple[str, str | None, str]]  # what, folder, what it must hold
+    named = [(label(config, "pretrain"), model.pretrain, "mt" if random else "mwt")]
+    named += [(label(config, name), getattr(model, name), "mw") for name in _FURTHER]
+    named.append((label(config, "processor"), config.data.processor, "t"))
+    for entry in reward.scalar_models(model.pretrain):
         what = f'[reward] model "{entry.pretrain}"'
-        named.append((what, entry.pretrain or None, True, entry.tokenizer is None))
-        if entry.tokenizer is not None:
-            yield from _folder_faults(f'{what}: tokenizer = "{entry.tokenizer}"', entry.tokenizer)
+        named.append((what, entry.pretrain, "mw" if entry.tokenizer else "mwt"))
+        named.append((f'{what}: tokenizer = "{entry.tokenizer}"', entry.tokenizer, "t"))
     for judge in reward.judges:
         what = f'[reward] judge "{judge.name}": pretrain = "{judge.pretrain}"'
-        named.append((what, judge.pretrain, True, True))
-    for what, source, weights, tokenizer in named:
-        if source is not None:
-            yield from _folder_faults(what, source, weights, tokenizer)
+        named.append((what, judge.pretrain, "mwt"))
+    for what, source, holds in named:
+        lacks = None if source is None else _lacks(Path(source), source, holds)
+        if lacks is not None:
+            init = what.startswith("[model] pretrain") and "no weights" in lacks
+            yield f"{what}: {lacks}" + ('; init = "random" makes fresh ones' if init else "")
 
 
-def _folder_faults(
-    what: str, source: str, weights: bool | None = None, tokenizer: bool = True
-) -> Iterator[str]:
-    """What a folder lacks; `weights` is None for one that need not hold a model."""
-    folder = Path(source)
+_FURTHER = ("ref_pretrain", "critic_pretrain")
+
+
+def _lacks(folder: Path, source: str, holds: str) -> str | None:
+    """What a folder lacks of `holds`: "m" a model's config, "w" weights, "t" a tokenizer."""
     if not folder.is_dir():
-        if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source) or folder.exists():
-            yield f"{what}: no such folder, and no hub id, which is owner/name"
-        return
-    if weights is not None and not (folder / "config.json").is_file():
-        yield f"{what}: the folder holds no config.json"
-    if weights and not any(path for form in _WEIGHTS for path in folder.glob(form)):
-        remedy = '; [model] init = "random" makes fresh ones' if " pretrain" in what[:16] else ""
-        yield f"{what}: the folder holds no weights (.safetensors or .bin){remedy}"
-    if weights and (index := folder / "model.safetensors.index.json").is_file():
-        names = set(re.findall(r'"([^"/]+\.safetensors)"', index.read_text(errors="replace")))
-        if missing := sorted(name for name in names if not (folder / name).is_file()):
-            yield f"{what}: the folder lacks {missing[0]}, 1 of {len(missing)} files of its index"
-    if tokenizer and not any(path for form in _TOKENIZERS for path in folder.glob(form)):
-        yield f"{what}: the folder holds no tokenizer"
+        is_hub_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source) and not folder.exists()
+        return None if is_hub_id else "no such folder, and no hub id, which is owner/name"
+    if "m" in holds and not (folder / "config.json").is_file():
+        return "the folder holds no config.json"
+    if "w" in holds and not any(path for form in _WEIGHTS for path in folder.glob(form)):
+        return "the folder holds no weights (.safetensors or .bin)"
+    if "w" in holds and (index := folder / "model.safetensors.index.json").is_file():
+        named = set(re.findall(r'"([^"/]+\.safetensors)"', index.read_text(errors="replace")))
+        if missing := sorted(name for name in named if not (folder / name).is_file()):
+            return f"the folder lacks {missing[0]}, of {len(missing)} missing files of its index"
+    if "t" in holds and not any(path for form in _TOKENIZERS for path in folder.glob(form)):
+        return "the folder holds no tokenizer"
+    return None
 
 
 def _functions(config: JobConfig) -> Iterator[str]:
@@ -116,15 +119,6 @@ def _written(config: JobConfig) -> Iterator[str]:
             yield f"{label(config, name)}: {reason}; name another folder"
 
 
-WRITTEN = {
-    "save_path": "checkpoint",
-    "log_dir": "logging",
-    "use_tensorboard": "logging",
-    "weight_folder": "rollout",
-}
-"""Fields that name a folder to write to, with their sections."""
-
-
 def _checkpoint(config: JobConfig) -> Iterator[str]:
     options = config.checkpoint
     begun = Path(options.save_path, "checkpoints").is_dir()  # then the job may go on without it
@@ -135,37 +129,25 @@ def _checkpoint(config: JobConfig) -> Iterator[str]:
 
 
 def _wandb(config: JobConfig) -> Iterator[str]:
-    if config.logging.use_wandb is None:
-        return
     what = label(config, "use_wandb")
-    if find_spec("wandb") is None:
+    if config.logging.use_wandb is not None and find_spec("wandb") is None:
         yield f"{what} needs the package wandb: pip install 'torchrft[wandb]'"
-    given = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_DISABLED")
-    settings = [Path("wandb/settings"), Path("~/.config/wandb/settings").expanduser()]
-    texts = [path.read_text(errors="replace") for path in settings if path.is_file()]
-    mode = os.environ.get("WANDB_MODE", "offline" if "= offline" in "".join(texts) else "online")
-    online = mode in ("online", "run", "shared")
-    if online and not any(map(os.environ.get, given)) and not _in_netrc():
-        remedy = "run `wandb login`, or set WANDB_API_KEY, or WANDB_MODE=offline"
-        yield f"{what} needs a key of Weights & Biases: {remedy}"
-
-
-def _in_netrc() -> bool:
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    for name in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
-        try:
-            if name and netrc.netrc(Path(name).expanduser()).authenticators(host):
-                return True
-        except (OSError, netrc.NetrcParseError):
-            continue
-    return False
+    elif config.logging.use_wandb is not None:
+        netrc = os.environ.get("NETRC", "~/.netrc")
+        files = (netrc, "~/_netrc", "~/.config/wandb/settings", "wandb/settings")
+        paths = [path for path in (Path(file).expanduser() for file in files) if path.is_file()]
+        text = "".join(path.read_text(errors="replace") for path in paths)
+        host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or "?"
+        offline = "= offline" in text or os.environ.get("WANDB_MODE") in ("offline", "disabled")
+        given = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_DISABLED")
+        if host not in text and not offline and not any(map(os.environ.get, given)):
+            remedy = "run `wandb login`, or set WANDB_API_KEY, or WANDB_MODE=offline"
+            yield f"{what} needs a key of Weights & Biases: {remedy}"
 
 
 def _tokens(config: JobConfig) -> Iterator[str]:
     reward = config.reward
     named = {"[reward] remote_rm_token_env": reward.remote_rm_token_env}
-    named |= {
-        f"[reward] judge {judge.name!r}: token_env": judge.token_env for judge in reward.judges
-    }
+    named |= {f"[reward] judge {one.name!r}: token_env": one.token_env for one in reward.judges}
     for option, variable in named.items():
         yield from _fault(bearer_token, variable, option)

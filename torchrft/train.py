@@ -20,26 +20,33 @@ def main(argv: list[str] | None = None) -> int:
 
     config = read(sys.argv[1:] if argv is None else argv, job_faults)
 
+    from torchrft.tools.logging import on_terminal, setup_logging
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # or they remark on every later fork
+    if os.environ.get("RANK", "0") != "0" or not on_terminal():
+        for library in ("HUB", "DATASETS"):  # in a file, or from all ranks, bars are heaps of lines
+            os.environ.setdefault(f"HF_{library}_DISABLE_PROGRESS_BARS", "1")
     from torchrft.rewards.source import RewardError
     from torchrft.rollout.canary import WeightSyncError
     from torchrft.tools import distributed
     from torchrft.tools.images import ImageError
-    from torchrft.tools.logging import setup_logging
+    from torchrft.tools.progress import told
     from torchrft.trainer import Trainer
 
     of_ranks = (distributed.RankError, TimeoutError, ConnectionError)
-    told = (RewardError, WeightSyncError, ImageError, *of_ranks)
+    faults = (RewardError, WeightSyncError, ImageError, *of_ranks)
     trainer = None
     try:
         world = distributed.setup(config.parallel.collective_timeout)
         setup_logging(world.rank)
         try:
-            trainer = Trainer(config, world)
+            with told("start"):
+                trainer = Trainer(config, world)
         except ValueError as error:
             return _end_of_rank(error, 2)
         signum = trainer.train()
         return 0 if signum is None else 128 + signum
-    except told as error:
+    except faults as error:
         return _end_of_rank(error)
     except KeyboardInterrupt:
         return _end_of_rank("stopped by a second Ctrl-C, without saving", 130)
@@ -73,9 +80,10 @@ def _crash(error: Exception, folder: Path) -> str:
     except OSError:
         print(lines, file=sys.stderr)
         return f"{type(error).__name__}: {error}"
+    text = f"{type(error).__name__}: {error!s:.300}"
     frame = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{frame.filename}, line {frame.lineno}"
-    return f"{type(error).__name__}: {error} ({where}; the traceback is in {file})"
+    return f"{text} ({where}; the traceback is in {file})"
 
 
 def _end(codes: list[int]) -> None:

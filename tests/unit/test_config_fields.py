@@ -2,7 +2,11 @@
 
 import ast
 import json
+import os
 import runpy
+import shutil
+import subprocess
+import sys
 import tomllib
 from functools import cache
 from pathlib import Path
@@ -11,9 +15,11 @@ from types import SimpleNamespace
 import jsonschema
 import pytest
 
+from torchrft.config import choices
 from torchrft.config.availability import unavailable
 from torchrft.config.fields import FIELDS, SECTIONS
 from torchrft.config.job_config import JobConfig
+from torchrft.config.manager import ConfigError, load
 
 ROOT = Path(__file__).parents[2]
 schema = SimpleNamespace(**runpy.run_path(str(ROOT / "scripts" / "config_docs.py")))
@@ -345,3 +351,65 @@ def test_schema_judges_as_the_config_does(text, good):
     assert validator.is_valid(document) is good
     if good:
         JobConfig.model_validate(document)
+
+
+def test_the_choices_are_the_registered_components():
+    """The config reads them off the source, since it must not import torch."""
+    from torchrft.algorithms.advantages import ESTIMATORS
+    from torchrft.algorithms.losses import LOSSES
+    from torchrft.algorithms.presets import PRESETS
+
+    assert set(choices.ESTIMATORS) == {*PRESETS, *ESTIMATORS.names()}
+    assert set(choices.LOSSES) == set(LOSSES.names())
+    assert choices.ESTIMATORS[:5] == ("group_norm", "reinforce", "cpgd", "gspo", "gmpo")
+
+
+def test_a_component_added_to_the_package_is_a_choice(tmp_path, monkeypatch):
+    (tmp_path / "new.py").write_text(
+        '@ESTIMATORS.register("centered")\ndef centered(): ...\nLOSSES.register("flat")(print)\n'
+        'PRESETS = {\n    "wide": Preset("centered"),\n    "group_norm": Preset("group_norm"),\n}\n'
+    )
+    package = tmp_path / "torchrft"
+    shutil.copytree(Path(choices.__file__).parents[1], package)
+    shutil.copy(tmp_path / "new.py", package / "algorithms" / "new.py")
+    code = (
+        "from torchrft.config.manager import load\n"
+        "words = '--pretrain m --train_batch_size 64 --rollout_batch_size 16 --dry_run '\n"
+        "for name in ('centered', 'wide'):\n"
+        "    words_of = words + f'--advantage_estimator {name} --policy_loss flat'\n"
+        "    a = load(words_of.split()).config.algorithm\n"
+        "    print(a.advantage_estimator, a.policy_loss)\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "centered flat\nwide flat\n", done.stderr
+
+
+def test_a_component_registered_in_this_process_is_a_choice(monkeypatch):
+    from torchrft.algorithms.advantages import ESTIMATORS
+    from torchrft.algorithms.losses import LOSSES
+
+    monkeypatch.setattr(ESTIMATORS, "_components", {**ESTIMATORS._components, "centered": print})
+    monkeypatch.setattr(LOSSES, "_components", {**LOSSES._components, "flat": print})
+    words = ["--pretrain", "m", "--train_batch_size", "64", "--rollout_batch_size", "16"]
+    words += ["--dry_run", "--advantage_estimator", "centered", "--policy_loss", "flat"]
+    algorithm = load(words).config.algorithm
+    assert (algorithm.advantage_estimator, algorithm.policy_loss) == ("centered", "flat")
+    monkeypatch.undo()
+    with pytest.raises(ConfigError) as raised:
+        load(words)
+    assert [fault.split(":")[0] for fault in raised.value.faults] == [
+        "--advantage_estimator centered", "--policy_loss flat",
+    ]  # fmt: skip
+
+
+def test_the_docs_own_commands_draw_no_warning():
+    text = (ROOT / "docs" / "configuration.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("python -m torchrft.train")]
+    jobs = [line.split()[3:] for line in lines if "--help" not in line]
+    for words in jobs:
+        words = [word for word in words if word not in ("...", "--dry_run", ">", "resolved.toml")]
+        if words:
+            assert load([*words, "--dry_run"]).warnings == (), words
+    assert len(jobs) >= 2

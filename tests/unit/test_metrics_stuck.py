@@ -13,19 +13,18 @@ GOOD = {
     "reward/std": 0.2,
     "response/truncated_ratio": 0.9,
     "response_length/max": 64.0,
-    "advantages/abs_max": 1.5,
     "grad_norm": 0.3,
     "update/optimizer_steps": 2,
     "update/skipped_steps": 1,
 }
-EQUAL = {"reward/std": 0.0, "reward/mean": 1.0, "advantages/abs_max": 0.0, "grad_norm": 0.0}
+EQUAL = {"reward/std": 0.0, "reward/mean": 1.0, "advantages/all_zero": 1.0, "grad_norm": 0.0}
 CAUSES = {
     "all rewards were equal, 1 in the last": EQUAL,
     "every response was cut off by the length limit, the longest after 64 tokens": {
         "response/truncated_ratio": 1.0,
         **EQUAL,
     },
-    "every advantage was 0": {"advantages/abs_max": 0.0, "grad_norm": 0.0},
+    "every advantage was 0": {"advantages/all_zero": 1.0, "grad_norm": 0.0},
     "the gradient was 0": {"grad_norm": 0.0},
     "no optimizer step could be taken": {"update/skipped_steps": 2, "grad_norm": math.nan},
 }
@@ -87,6 +86,4 @@ def test_a_run_with_a_constant_reward_says_so_across_a_resume(tmp_path, caplog):
     tiny_job.run(tmp_path, max_steps=12, load_checkpoint=True, **options)
     (warning,) = caplog.messages
     assert warning.startswith("step 10: for 10 rollouts all rewards were equal, 0.25 in the last")
-    assert [record["advantages/abs_max"] for record in read_metrics(tmp_path / "logs")] == [
-        0.0
-    ] * 12
+    assert [r["advantages/all_zero"] for r in read_metrics(tmp_path / "logs")] == [1.0] * 12

@@ -107,7 +107,7 @@ MODELS = [
     ("file", "no such folder, and no hub id"),
     ("empty", "the folder holds no config.json"),
     ("bare", "the folder holds no weights (.safetensors or .bin)"),
-    ("cut", "the folder lacks b.safetensors, 1 of 1 files of its index"),
+    ("cut", "the folder lacks b.safetensors, of 1 missing files of its index"),
 ]
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -114,3 +115,23 @@ def test_second_ctrl_c_interrupts():
     )
     assert done.stdout == "still here 2\n"
     assert "KeyboardInterrupt" in done.stderr
+
+
+def test_remarks_of_libraries_that_ask_for_nothing_are_quiet(clean_logger, monkeypatch):
+    monkeypatch.delenv("TORCH_LOGS", raising=False)
+    inductor = logging.getLogger("torch._inductor")
+    level = inductor.level
+    try:
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            tool_logging.setup_logging()
+            warnings.warn("TensorFloat32 tensor cores for float32 …", UserWarning, stacklevel=1)
+            warnings.warn("act on this", UserWarning, stacklevel=1)
+            assert not logging.getLogger("torch._inductor.utils").isEnabledFor(logging.WARNING)
+            inductor.setLevel(logging.NOTSET)
+            monkeypatch.setenv("TORCH_LOGS", "+inductor")
+            tool_logging.setup_logging()
+            assert inductor.level == logging.NOTSET  # somebody wants to read it
+    finally:
+        inductor.setLevel(level)
+    assert [str(warning.message) for warning in heard] == ["act on this"]

@@ -15,19 +15,20 @@ class Preset:
     kl_placement: str = "loss"
 
 
+# The guide's first; the config and its docs list them in this order.
 PRESETS = {
     "group_norm": Preset("group_norm"),
-    "dr_grpo": Preset("dr_grpo", loss_aggregation="seq_mean_token_sum_norm"),
-    "rloo": Preset("rloo"),
     "reinforce": Preset("reinforce"),
+    "cpgd": Preset("cpgd", "cpgd"),
+    "gspo": Preset("gspo", "gspo"),
+    "gmpo": Preset("gmpo", "gmpo"),
+    "rloo": Preset("rloo"),
     "reinforce_baseline": Preset("reinforce_baseline"),
     "reinforce_plus_plus": Preset("reinforce_plus_plus", kl_placement="reward"),
     "gae": Preset("gae"),
+    "dr_grpo": Preset("dr_grpo", loss_aggregation="seq_mean_token_sum_norm"),
     "dapo": Preset("dapo", loss_aggregation="token_mean"),
     "cispo": Preset("cispo", "cispo", "token_mean"),
-    "gspo": Preset("gspo", "gspo"),
-    "gmpo": Preset("gmpo", "gmpo"),
-    "cpgd": Preset("cpgd", "cpgd"),
 }
 
 

@@ -1,8 +1,10 @@
 """What sections and fields are made of: bounds, and the shorthands that TOML and flags may use."""
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WrapValidator
+
+from torchrft.config import choices
 
 
 class Section(BaseModel):
@@ -65,7 +67,11 @@ TextOrList = Annotated[list[Text], _one_or_more]
 _Rate = Annotated[float, Field(ge=0, lt=1)]
 TwoRates = Annotated[tuple[_Rate, _Rate], BeforeValidator(_list_to_tuple)]
 
-_Guide = Literal["group_norm", "reinforce", "cpgd", "gspo", "gmpo"]
-_Further = Literal["rloo", "reinforce_baseline", "reinforce_plus_plus", "gae", "dr_grpo"]
-AdvantageEstimator = Literal[_Guide, _Further, "dapo", "cispo"] | PythonFunction
-PolicyLoss = Literal["ppo_clip", "gspo", "gmpo", "cpgd", "cispo", "reinforce"] | PythonFunction
+if TYPE_CHECKING:
+    AdvantageEstimator = str
+    PolicyLoss = str
+else:
+    _estimator = WrapValidator(choices.known_to("advantage_estimator"))
+    AdvantageEstimator = Annotated[Literal[choices.ESTIMATORS], _estimator] | PythonFunction
+    _loss = WrapValidator(choices.known_to("policy_loss"))
+    PolicyLoss = Annotated[Literal[choices.LOSSES], _loss] | PythonFunction

@@ -67,7 +67,7 @@ class Data(Section):
     max_len: PositiveInt = 4096
     """Maximum tokens of prompt + response."""
     prompt_max_len: PositiveInt = 2048
-    """Maximum tokens of a prompt; longer prompts are dropped and counted, never cut."""
+    """Maximum tokens of a prompt, below `max_len`; longer ones are dropped, counted, never cut."""
     mixed_mm_data: bool = False
     """Prompts may have images or none; without it, `images_key` means that every one has some."""
     processor: Text | None = None

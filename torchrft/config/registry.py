@@ -13,6 +13,9 @@ from typing import Any, Generic, TypeVar, cast
 T = TypeVar("T")
 U = TypeVar("U")
 
+REGISTRIES: dict[str, "Registry[Any]"] = {}
+"""All registries of this process, by their kind."""
+
 
 class Registry(Generic[T]):
     """Names of one kind of component; `kind` is how messages call it.
@@ -30,6 +33,7 @@ class Registry(Generic[T]):
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
+        REGISTRIES[kind] = self
         self._components: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[U], U]:

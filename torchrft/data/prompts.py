@@ -108,7 +108,10 @@ def _load(
             raise ValueError(f"{source}: no row has the column {column!r} {option}; {known}")
     reasons = [reason for _, reason in sorted(reader.unusable)]
     shown = "; ".join(reasons[:3]) + ("; …" if len(reasons) > 3 else "")
-    limit = f"longer than {max_tokens} tokens (the smaller of prompt_max_len and max_len - 1)"
+    limit = (
+        f"longer than {max_tokens} tokens (the smaller of prompt_max_len and max_len - 1); raise "
+    )
+    limit += "prompt_max_len" if data.prompt_max_len < data.max_len else "max_len"
     if len(reasons) == len(rows):
         raise ValueError(f"{source}: no prompt's images can be used; {reasons[0]}")
     if too_long and not len(dataset):

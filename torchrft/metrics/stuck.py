@@ -3,49 +3,26 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 ROLLOUTS = 10
 
 
-class Cause(NamedTuple):
-    """`metric` == `value` in every rollout means that nothing can be learned; `text` says why."""
-
-    metric: str
-    value: float
-    text: str
-
-
-# In this order, for each brings about those below it.
+# What a metric is in every rollout from which nothing can be learned, and the likely cause. In this
+# order, for each brings about those below it.
 CAUSES = (
-    Cause(
-        *("update/skipped_ratio", 1.0),
-        "no optimizer step could be taken (update/skipped_steps): loss or gradient was not finite, "
-        "or no response token counted; lower the learning rate, use bf16 = false, or leave "
-        "overlong_filtering out",
-    ),
-    Cause(
-        *("response/truncated_ratio", 1.0),
-        "every response was cut off by the length limit, the longest after "
-        "{response_length/max:.0f} tokens; raise max_new_tokens or max_len, and check that the "
-        "model can end: apply_chat_template for an instruct model, stop or stop_token_ids",
-    ),
-    Cause(
-        *("reward/std", 0.0),
-        "all rewards were equal, {reward/mean:g} in the last; the task is solved, out of reach, or "
-        "the reward cannot tell responses apart: compare response and label in logs/rollouts",
-    ),
-    Cause(
-        *("advantages/abs_max", 0.0),
-        "every advantage was 0, since the rewards of each prompt's samples were equal; use prompts "
-        "that are neither too easy nor too hard, more n_samples_per_prompt, or dynamic_sampling",
-    ),
-    Cause(
-        *("grad_norm", 0.0),
-        "the gradient was 0 although advantages were not; check the policy loss and its options, "
-        "and that the model has parameters to train",
-    ),
-)
+    ("update/skipped_ratio", 1.0, "no optimizer step could be taken: loss or gradient was not "
+     "finite, or no response token counted; lower the learning rate, or try bf16 = false"),
+    ("response/truncated_ratio", 1.0, "every response was cut off by the length limit, the longest "
+     "after {response_length/max:.0f} tokens; raise max_new_tokens or max_len, and check that the "
+     "model can end: apply_chat_template for an instruct model, stop or stop_token_ids"),
+    ("reward/std", 0.0, "all rewards were equal, {reward/mean:g} in the last; the task is solved, "
+     "out of reach, or the reward is constant: compare response and label in logs/rollouts"),
+    ("advantages/all_zero", 1.0, "every advantage was 0, since each prompt's rewards were equal; "
+     "use prompts neither too easy nor too hard, more n_samples_per_prompt, or dynamic_sampling"),
+    ("grad_norm", 0.0, "the gradient was 0 although advantages were not; check the policy loss "
+     "with its options, and that the model has parameters to train"),
+)  # fmt: skip
 
 
 class StuckAlarm:
@@ -57,8 +34,8 @@ class StuckAlarm:
     """
 
     def __init__(self, records: Iterable[Mapping[str, Any]] = ()) -> None:
-        self._streaks: Counter[Cause] = Counter()
-        self._told: set[Cause] = set()
+        self._streaks: Counter[str] = Counter()
+        self._told: set[str] = set()
         for record in records:
             self.hear(record)
 
@@ -66,16 +43,18 @@ class StuckAlarm:
         """The warning that a rollout's `metrics` give reason for: once for each cause."""
         steps, skipped = (metrics.get(f"update/{name}_steps") for name in ("optimizer", "skipped"))
         known = {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+        if not math.isnan(known.get("grad_norm", math.nan)):  # its key stands only where it is 1
+            known.setdefault("advantages/all_zero", 0.0)
         if steps:
             known["update/skipped_ratio"] = (skipped or 0) / steps
         elif steps == 0:  # it only collected, or the actor is frozen
             known.pop("grad_norm", None)
-        for cause in CAUSES:
-            value = known.get(cause.metric, math.nan)
-            if not math.isnan(value):
-                self._streaks[cause] = self._streaks[cause] + 1 if value == cause.value else 0
-        likely = next((cause for cause in CAUSES if self._streaks[cause] >= ROLLOUTS), None)
-        if likely is None or likely in self._told:
+        likely = None
+        for metric, stuck, text in reversed(CAUSES):
+            if not math.isnan(value := known.get(metric, math.nan)):
+                self._streaks[metric] = self._streaks[metric] + 1 if value == stuck else 0
+            likely = (metric, text) if self._streaks[metric] >= ROLLOUTS else likely
+        if likely is None or likely[0] in self._told:
             return None
-        self._told.add(likely)
-        return f"for {ROLLOUTS} rollouts {likely.text.format_map(known)}"
+        self._told.add(likely[0])
+        return f"for {ROLLOUTS} rollouts {likely[1].format_map(known)}"

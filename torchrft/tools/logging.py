@@ -1,7 +1,9 @@
 """The "torchrft" logger: legible on a terminal, plain lines in a file."""
 
 import logging
+import os
 import sys
+import warnings
 from functools import cache
 
 from rich.console import Console
@@ -25,8 +27,11 @@ def setup_logging(rank: int = 0) -> None:
     """Send torchrft's log to the terminal, or as plain lines to stderr.
 
     Rank 0 shows INFO and above, the others only warnings, each marked with its rank. Calling it
-    again replaces the handler.
+    again replaces the handler. Remarks of libraries that ask for nothing are left out.
     """
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # float32 is meant
+    if "TORCH_LOGS" not in os.environ:
+        logging.getLogger("torch._inductor").setLevel(logging.ERROR)
     logger.handlers.clear()
     line = "%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"
     handler: logging.Handler = logging.StreamHandler(sys.stderr)
