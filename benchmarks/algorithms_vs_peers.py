@@ -22,74 +22,32 @@ from typing import Any
 
 import torch
 from common import machine, table
+from formula_cases import (
+    BETA,
+    BUDGET,
+    CLIPS,
+    GROUPS,
+    HIGH,
+    KL,
+    LOW,
+    MODES,
+    SHARE,
+    SIZE,
+    WIDTH,
+    Case,
+    Pair,
+    biased,
+    difference,
+    estimated,
+    ours,
+)
 from torch import Tensor
 
 from torchrft.algorithms import advantages
 from torchrft.algorithms.corrections import correction_weights
 from torchrft.algorithms.kl import adapt_coefficient, kl_divergence
-from torchrft.algorithms.losses import policy_loss, value_loss
+from torchrft.algorithms.losses import value_loss
 from torchrft.algorithms.selection import high_entropy_mask
-
-GROUPS, SIZE, WIDTH, BUDGET = 6, 4, 17, 32
-LOW, HIGH, BETA, SHARE = 0.2, 0.3, 0.05, 0.3
-MODES = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm")
-
-Pair = tuple[Callable[["Case"], Tensor], Callable[["Case"], Tensor]]  # torchrft's and the peer's
-
-
-class Case:
-    """Log-probs and all else of 24 responses of unequal length; `empty` leaves two without any."""
-
-    def __init__(self, seed: int, empty: bool = False) -> None:
-        g = torch.Generator().manual_seed(seed)
-        rows = GROUPS * SIZE
-        self.old = -3 * torch.rand(rows, WIDTH, generator=g, dtype=torch.float64)
-
-        def around(spread: float) -> Tensor:
-            noise = torch.randn(rows, WIDTH, generator=g, dtype=torch.float64)
-            return self.old + spread * noise
-
-        self.logprobs, self.ref, self.rollout = around(0.3), around(0.5), around(0.3)
-        lengths = torch.randint(2, WIDTH + 1, (rows,), generator=g)
-        if empty:
-            lengths[[3, 11]] = 0
-        self.mask = torch.arange(WIDTH) < lengths[:, None]
-        self.float_mask = self.mask.double()
-        self.rewards = torch.rand(rows, generator=g, dtype=torch.float64)
-        self.group = torch.arange(rows) // SIZE
-        self.sequence = torch.randn(rows, 1, generator=g, dtype=torch.float64)
-        self.advantages = self.sequence.expand(rows, WIDTH).contiguous()
-        self.values, self.old_values = around(0.2), around(0.2)
-        self.entropy = torch.rand(rows, WIDTH, generator=g, dtype=torch.float64)
-        last = self.mask & (self.mask.cumsum(-1) == lengths[:, None])
-        self.token_rewards = self.rewards[:, None] * last
-        self.leaf = self.logprobs.requires_grad_()  # what gradients are taken for
-
-
-def ours(name: str, mode: str | None = None, **options: Any) -> Callable[[Case], Tensor]:
-    """`policy_loss` as a function of a case; options may be functions of it."""
-
-    def call(case: Case) -> Tensor:
-        chosen = {k: v(case) if callable(v) else v for k, v in options.items()}
-        args = (case.logprobs, case.old, case.advantages, case.mask)
-        budget = {"loss_aggregation": mode, "max_response_length": BUDGET}
-        return policy_loss(name, *args, **budget, **chosen)[0]
-
-    return call
-
-
-CLIPS = {"clip_range": LOW, "clip_range_higher": HIGH}
-KL = {"ref_logprobs": lambda case: case.ref, "init_kl_coef": BETA}
-
-
-def estimated(name: str, **options: Any) -> Callable[[Case], Tensor]:
-    def call(case: Case) -> Tensor:
-        chosen = {k: v(case) if callable(v) else v for k, v in options.items()}
-        result = advantages.compute(name, case.rewards, case.group, case.mask, **chosen)
-        return result.advantages.double()
-
-    return call
-
 
 # ------------------------------------------------------------------------------------------ TRL
 
@@ -151,8 +109,7 @@ def trl_mask(trainer: Any, share: float) -> Callable[[Case], Tensor]:
     return lambda case: trainer.get_high_entropy_mask(self, case.entropy, case.mask, 1 - share)
 
 
-def trl_pairs(trl: Any, gmpo: Any) -> tuple[dict[str, Pair], list[list[str]]]:
-    trainer, geometric = trl.GRPOTrainer, gmpo.GMPOTrainer
+def trl_pairs(trainer: Any, geometric: Any) -> dict[str, Pair]:
     pairs: dict[str, Pair] = {
         "grpo": (ours("ppo_clip", MODES[1], **CLIPS), trl_loss(trainer, "grpo")),
         "dapo": (ours("ppo_clip", MODES[0], **CLIPS), trl_loss(trainer, "dapo")),
@@ -182,6 +139,10 @@ def trl_pairs(trl: Any, gmpo: Any) -> tuple[dict[str, Pair], list[list[str]]]:
             ours("ppo_clip", mode, **CLIPS, **KL, **keep),
             trl_loss(trainer, kind, beta=BETA, top_entropy_quantile=SHARE),
         )
+    return pairs
+
+
+def trl_reasons(trainer: Any) -> list[list[str]]:
     kept = [
         (high_entropy_mask(c.entropy, c.mask, SHARE) ^ trl_mask(trainer, SHARE)(c)).sum()
         for c in map(Case, range(20))
@@ -189,7 +150,7 @@ def trl_pairs(trl: Any, gmpo: Any) -> tuple[dict[str, Pair], list[list[str]]]:
     empty = Case(0, empty=True)
     first, second = ours("ppo_clip", MODES[1], **CLIPS), trl_loss(trainer, "grpo")
     ratio = float(first(empty).detach() / second(empty).detach())
-    reasons = [
+    return [
         [
             "TRL: which tokens have high entropy",
             f"{int(max(kept))} token a batch at most",
@@ -217,7 +178,6 @@ def trl_pairs(trl: Any, gmpo: Any) -> tuple[dict[str, Pair], list[list[str]]]:
             "TRL takes the mean entropy of the tokens that are kept, torchrft of all",
         ],
     ]
-    return pairs, reasons
 
 
 # ----------------------------------------------------------------------------------------- verl
@@ -245,13 +205,7 @@ def verl_advantages(core: Any, name: str, **options: Any) -> Callable[[Case], Te
     return call
 
 
-def biased(case: Case) -> float:
-    """verl's whitening divides by n - 1, torchrft's by n: this factor makes them one."""
-    n = int(case.mask.sum())
-    return (n / (n - 1)) ** 0.5
-
-
-def verl_pairs(core: Any, actor: Any) -> tuple[dict[str, Pair], list[list[str]]]:
+def verl_pairs(core: Any, actor: Any) -> dict[str, Pair]:
     base = {"strategy": "fsdp", "rollout_n": 1, "ppo_micro_batch_size_per_gpu": 1}
 
     def config(low: float, high: float) -> Any:
@@ -295,10 +249,14 @@ def verl_pairs(core: Any, actor: Any) -> tuple[dict[str, Pair], list[list[str]]]
         lambda c: torch.tensor(adapt_coefficient(0.1, float(c.rewards[0]) / 20, 0.02, 512, 10000)),
         lambda c: torch.tensor(adapted(core, float(c.rewards[0]) / 20)),
     )
+    return pairs
+
+
+def verl_reasons() -> list[list[str]]:
     one = torch.zeros(1, dtype=torch.int64)
     lone = advantages.compute("group_norm", torch.tensor([0.7]), one, one[:, None] == 0)
     case = Case(0)
-    reasons = [
+    return [
         [
             "verl: whitening",
             f"x {biased(case):.5f} at {int(case.mask.sum())} tokens",
@@ -332,7 +290,6 @@ def verl_pairs(core: Any, actor: Any) -> tuple[dict[str, Pair], list[list[str]]]
             "verl always bounds the loss of negative advantages, torchrft with dual_clip",
         ],
     ]
-    return pairs, reasons
 
 
 def verl_advantage_pairs(core: Any) -> dict[str, Pair]:
@@ -391,19 +348,6 @@ def verl_corrections(helper: Any) -> dict[str, Pair]:
 # --------------------------------------------------------------------------------------- tables
 
 
-def difference(pair: Pair, cases: int) -> tuple[float, float | None]:
-    """Largest differences of values and of gradients; None where there is no gradient."""
-    worst, slope = 0.0, None
-    for case in map(Case, range(cases)):
-        results = [function(case) for function in pair]
-        worst = max(worst, float((results[0] - results[1]).detach().abs().max()))
-        if results[0].requires_grad:
-            grads = [torch.autograd.grad(result.sum(), case.leaf)[0] for result in results]
-            assert grads[0].abs().max() > 1e-6, "an empty comparison"
-            slope = max(slope or 0.0, float((grads[0] - grads[1]).abs().max()))
-    return worst, slope
-
-
 def imported(*modules: str) -> list[Any] | None:
     try:
         return [importlib.import_module(module) for module in modules]
@@ -418,16 +362,15 @@ def main() -> None:
     cases = parser.parse_args().cases
     pairs, reasons, packages = {}, [], ["torch"]
     if trl := imported("trl.trainer.grpo_trainer", "trl.experimental.gmpo"):
-        found, differing = trl_pairs(*trl)
-        pairs |= {("TRL", name): pair for name, pair in found.items()}
-        reasons += differing
+        trainer, geometric = trl[0].GRPOTrainer, trl[1].GMPOTrainer
+        pairs |= {("TRL", n): pair for n, pair in trl_pairs(trainer, geometric).items()}
+        reasons += trl_reasons(trainer)
         packages.append("trl")
     core = "verl.trainer.ppo.core_algos"
     if verl := imported(core, "verl.workers.config", "verl.trainer.ppo.rollout_corr_helper"):
-        found, differing = verl_pairs(verl[0], verl[1].ActorConfig)
-        found |= verl_corrections(verl[2])
-        pairs |= {("verl", name): pair for name, pair in found.items()}
-        reasons += differing
+        shared = verl_pairs(verl[0], verl[1].ActorConfig) | verl_corrections(verl[2])
+        pairs |= {("verl", name): pair for name, pair in shared.items()}
+        reasons += verl_reasons()
         packages.append("verl")
     if not pairs:
         sys.exit("neither TRL nor verl is installed: there is nothing to compare with")

@@ -11,6 +11,7 @@ import torch
 from torch import tensor
 
 from torchrft.algorithms import advantages
+from torchrft.algorithms.aggregation import Denominators
 from torchrft.algorithms.kl import ESTIMATORS, kl_divergence
 from torchrft.algorithms.losses import LOSSES, policy_loss
 
@@ -18,8 +19,11 @@ V = 3
 RESPONSES = [(a, b) for a in range(V) for b in range(V)]
 REWARDS = torch.linspace(-1.0, 2.0, V * V, dtype=torch.float64).sin()
 BOTH = torch.ones(len(RESPONSES), 2, dtype=torch.bool)
-# Sums over tokens: the gradient of a response's log-prob is the sum of its tokens'.
-SUMS = {"loss_aggregation": "seq_mean_token_sum_norm", "max_response_length": 1}
+# Sums over the tokens of one response: the gradient of its log-prob is the sum of its tokens'.
+SUMS = {
+    "loss_aggregation": "seq_mean_token_sum_norm",
+    "denominators": Denominators(tokens=2.0, sequences=1.0, max_response_length=1.0),
+}
 
 
 def policy(seed: int, near: float = 1.0, to: int = 0) -> list[torch.Tensor]:
@@ -197,7 +201,7 @@ def test_tokens_of_high_entropy_keep_the_weight_they_had(name, mode):
     keep[3, 0] = False  # a response that keeps no token counts as a sequence all the same
     assert 0 < int((keep & mask).sum()) < int(mask.sum()) / 2
     logprobs.requires_grad_()
-    options = {"loss_aggregation": mode, "max_response_length": 6}
+    options = {"loss_aggregation": mode, "denominators": Denominators(11.0, 3.0, 6.0)}
     options |= {"cpgd_drift_coef": 0.0} if name == "cpgd" else {}
     for kl in ({}, {"ref_logprobs": old - 1.0, "init_kl_coef": 0.3}):
 
@@ -222,7 +226,7 @@ def test_the_policy_loss_of_high_entropy_tokens_by_hand():
         "seq_mean_token_sum_norm": (-2 / 8 + 0) / 2,
     }
     for mode, number in expected.items():
-        options = {"loss_aggregation": mode, "max_response_length": 8}
+        options = {"loss_aggregation": mode, "denominators": Denominators(4.0, 2.0, 8.0)}
         loss, _ = policy_loss("ppo_clip", old, old, values, mask, keep=keep, **options)
         assert float(loss) == pytest.approx(number)
 

@@ -225,6 +225,10 @@ WARNINGS = [
         "[algorithm] clip_range = 0.2 is outside the usual range 0.0001 to 0.01",
     ),
     (
+        {"clip_range_higher": 0.3, "policy_loss": "gspo"},
+        "[algorithm] clip_range_higher = 0.3 is outside the usual range 0.0001 to 0.01",
+    ),
+    (
         {"clip_range": 3e-4, "policy_loss": "gmpo"},
         "[algorithm] clip_range = 0.0003 is outside the usual range 0.1 to 1.0",
     ),
@@ -285,7 +289,8 @@ def test_warnings(fields, message):
             1,
         ),
         ({"advantage_estimator": "cispo", "clip_range": 1.0}, 1),  # as the resolved config says
-        ({"advantage_estimator": "cispo", "clip_range": 10.0}, 1),
+        ({"advantage_estimator": "cispo", "clip_range": 10.0, "clip_range_higher": 4.0}, 1),
+        ({"clip_range_higher": 0.28}, 1),
         ({"advantage_estimator": "reinforce", "n_samples_per_prompt": 1, "gamma": 0.9}, 16),
         ({"reward_running_norm_minus_mean": False, "freezing_actor_steps": 0}, 1),  # "off" aloud
         ({"kl_target": 0.005, "advantage_estimator": "cpgd", "cpgd_weight": "none"}, 1),

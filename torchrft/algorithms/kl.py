@@ -1,4 +1,7 @@
-"""Estimators of the KL divergence from samples (Schulman, http://joschu.net/blog/kl-approx.html)."""
+"""Estimators of the KL divergence from samples (Schulman, http://joschu.net/blog/kl-approx.html).
+
+What their gradients descend: arXiv:2510.01555.
+"""
 
 from torch import Tensor
 

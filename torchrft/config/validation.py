@@ -249,8 +249,9 @@ def _single_samples(config: JobConfig, world_size: int) -> Iterator[Finding]:
 
 
 def _ranges(config: JobConfig, world_size: int) -> Iterator[Finding]:
-    clips = CLIP_USUAL.get(policy_loss(config), RANGES["clip_range"])
-    for name, (low, high) in {**RANGES, "clip_range": clips}.items():
+    clips = CLIP_USUAL.get(policy_loss(config))
+    both = dict.fromkeys(("clip_range", "clip_range_higher"), clips) if clips else {}
+    for name, (low, high) in (RANGES | both).items():
         if not low <= value_of(config, name) <= high and _range_applies(config, name):
             text = f"{name} is outside the usual range {low} to {high}; make sure that it is meant"
             yield Finding(text, False)
