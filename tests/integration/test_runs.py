@@ -64,14 +64,6 @@ class Run:
             flags.pop("max_tokens_per_microbatch")
         return [word for name, value in flags.items() for word in (f"--{name}", value)]
 
-    def environment(self, folder: Path) -> dict[str, str]:
-        if "packing_samples" not in self.flags:
-            return environment(self.ngpu)
-        # What the TOML sets cannot be unset by a flag, and it is refused where it has no effect.
-        config = folder.with_suffix(".toml")
-        config.write_text(re.sub("max_tokens_per_microbatch.*", "", TOML.read_text()))
-        return environment(self.ngpu) | {"CONFIG_FILE": str(config)}
-
 
 class Runs:
     """Carries the rows out, two at a time, each once and only if a selected test needs it."""
@@ -99,7 +91,7 @@ class Runs:
         return self.result(name)[0]
 
     def _carry_out(self, run: Run, folder: Path) -> tuple[Path, subprocess.CompletedProcess]:
-        return folder, launch(run.words(folder), run.environment(folder))
+        return folder, launch(run.words(folder), environment(run.ngpu))
 
 
 def launch(words: list[str], env: dict[str, str]) -> subprocess.CompletedProcess:
