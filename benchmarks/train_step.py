@@ -7,7 +7,8 @@ Random weights in the shape of Qwen2.5, packed sequences, bf16 with float32 mast
 is forward, loss, backward, clipping and AdamW. The matmul rate is that of 8192^3 in bf16, measured
 in the same process; TFLOP/s counts what the mathematics asks for (recomputation not): 6 per
 parameter of a matrix and token (head included), and causal attention. Then the head alone, at the
-same V: log-probs and entropy with backward, plain, fused and with `fp32_head`. `--model tiny` runs on a CPU.
+same V: log-probs and entropy with backward, plain, fused and with `fp32_head`. `--model tiny` runs
+on a CPU.
 
 Under torchrun, the same by layout: data parallel ranks have `--tokens` each, tensor and sequence
 parallel ones share them. Tokens and TFLOP/s are a GPU's.

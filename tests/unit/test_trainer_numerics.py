@@ -22,18 +22,24 @@ def test_deterministic_on_a_gpu_only_by_option(tmp_path, monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-def test_two_threads_give_equal_bits(tmp_path):
-    """512 packed samples in one pass: index operations' backward splits them over both threads."""
-    sizes = {"train_batch_size": 512, "rollout_batch_size": 32, "n_samples_per_prompt": 16}
-    sizes |= {"micro_train_batch_size": 512, "packing_samples": True, "max_steps": 1}
+@pytest.mark.parametrize("threads", [1, 2])
+def test_equal_runs_have_equal_bits_for_any_number_of_threads(tmp_path, threads):
+    """256 packed samples in one pass, which index operations' backward splits over the threads.
+    The second run stops after its first step and is resumed."""
+    sizes = {"train_batch_size": 256, "rollout_batch_size": 16, "n_samples_per_prompt": 16}
+    sizes |= {"micro_train_batch_size": 256, "packing_samples": True}
     runs = []
-    for name in ("a", "b", "c"):
-        with trainer(tmp_path / name, max_tokens_per_microbatch=8192, **sizes) as job:
-            torch.set_num_threads(2)
-            assert job.train() is None
+    for name, steps in (("a", (2,)), ("b", (1, 2))):
+        for stop in steps:
+            options = {"max_steps": stop, "load_checkpoint": stop > steps[0]}
+            with trainer(
+                tmp_path / name, max_tokens_per_microbatch=8192, **options, **sizes
+            ) as job:
+                torch.set_num_threads(threads)
+                assert job.train() is None
+                assert job.step == stop
         runs.append(weights(job))
-    for other in runs[1:]:
-        assert all(torch.equal(runs[0][name], other[name]) for name in runs[0])
+    assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
 
 
 @pytest.mark.parametrize(

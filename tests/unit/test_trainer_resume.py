@@ -435,14 +435,6 @@ def test_the_real_command_stopped_from_outside(never_stopped, tmp_path, signum):
     assert_same_end_but_for_rotation(job, never_stopped("plain"))
 
 
-def test_resumed_run_is_bit_identical_with_two_threads(tmp_path):
-    reference, job = (Job("full", tmp_path / name, threads=2) for name in ("a", "b"))
-    assert reference.start() == 0, reference.log.read_text()
-    assert job.start(interruption=(LOGGED, 5, signal.SIGKILL, "after")) == -signal.SIGKILL
-    assert job.resume() == 0, job.log.read_text()
-    assert_same_end(job, reference)
-
-
 def test_lr_total_steps_on_resume_are_those_of_the_job_that_resumes(tmp_path):
     """A step is at the same place, of another schedule."""
     common = {"lr_warmup_ratio": 0.0, "lr_decay": "linear", "lr_min_ratio": 0.0}
