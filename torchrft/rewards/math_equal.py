@@ -29,6 +29,7 @@ _REWRITES = [
         (r"\{([,:=])\}|\\text\{(\W|\d+)\}", r"\1\2"),
         (r"[,; ]*(?:\\text\{ *(?:and|or) *\}|(?<![A-Za-z])(?:and|or)(?![A-Za-z]))[, ]*", ";"),
         (r" *(?:\\text\{ *percent *\}|percent(?![A-Za-z]))", r"\\%"),
+        (r"\\text\{ *(hundred|[a-z]+(?:sand|illion)) *\}", r" \1"),
         # One command of several that mean the same.
         (r"\\[dtc](frac|binom)", r"\\\1"),
         (r"\\(?:(?:text|math)(?:rm|bf|it|sf|normal)?|[mh]box|textup)(?= *\{)", r"\\text"),
@@ -74,7 +75,8 @@ def plain(latex: str) -> str:
 
 
 _HOLLOW = re.compile(
-    r"\\(?:text|frac|sqrt|boxed|fbox|begin|end|d?binom)(?![A-Za-z])|\\(?![A-Za-z])|[\s{}()\[\].,;:?_^~&]"
+    r"\\(?:begin|end)\{\w*\}|\\(?:text|frac|sqrt|[fd]?box(?:ed)?|binom|overline|vec|mathbb)(?![A-Za-z])"
+    r"|\\(?![A-Za-z])|[\s{}()\[\].,;:?_^~&$%]"
 )
 
 
@@ -97,9 +99,13 @@ _NUMBER = re.compile(
     rf"(?:[eE]([-+]?\d+)|(?:\\times|\\cdot){_POWER_OF_TEN})?"
     rf"|(?:({_WHOLE})[ +]?)?(?:\\frac\{{([-+]?{_DECIMAL})\}}\{{([-+]?{_DECIMAL})\}}"
     rf"|(?<!\d)({_WHOLE})/({_WHOLE}))"
-    rf"|{_POWER_OF_TEN})(\\?%)?( ?million| ?billion)?",
+    rf"|{_POWER_OF_TEN})(\\?%)?(?: ?(hundred|thousand|million|billion|trillion))?",
     re.ASCII,
 )
+_MANY = {"hundred": 100} | {
+    name: 1000**power
+    for power, name in enumerate(("thousand", "million", "billion", "trillion"), 1)
+}
 _LONGEST = 4000  # digits of a number, and its largest exponent
 
 
@@ -128,7 +134,7 @@ def number(text: str) -> tuple[Fraction, bool] | None:
         if divisor == 0:
             return None
         value = Fraction(strip("", above or over)) / divisor + int(strip("", whole or "0"))
-    value *= Fraction(10) ** exponent * {"m": 10**6, "b": 10**9}.get((many or "").strip()[:1], 1)
+    value *= Fraction(10) ** exponent * _MANY.get(many, 1)
     return (-value if sign.count("-") % 2 else value), bool(percent)
 
 
@@ -174,6 +180,7 @@ _UNIT = re.compile(
     rf"(?<=[\d}})\]a-z%.])(?: ?(?:{_TEXT}|\\frac\{{{_TEXT}\}}\{{{_TEXT}\}}|\^\{{\\circ\}}"
     rf"|/{_TEXT}|/{_PLAIN}))+$|(?<=[\d}}]) {_PLAIN}(?:(?:/| per | ){_PLAIN})*\.?$"
     r"|(?<=\d)(?i:am|pm|mph|[ckm]m|kg|cents?|¢)$"
+    r"|(?<=\d)(?: (?!hundred|thousand|[a-z]+illion|dozen|factorial|squared)[a-z]{2,}){1,4}$"
 )
 TURNS = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 _CURRENCY = re.compile(r"^([-+]?)(\\\$|US\\\$|€|£|\\pounds|¥|₹|\\text\{Rs\.?\}|Rs\.?) ?(?=[\d.])")

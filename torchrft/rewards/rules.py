@@ -228,7 +228,11 @@ def _answer(text: str) -> str:
     stated = _STATED.search(text[-300:])
     for candidate in (stated[1] if stated else text, text):
         candidate = candidate.lstrip(" \n*_:").rstrip(" \n*_.:")
-        if len(candidate) < 200 and not _PROSE.search(candidate.replace("$", "")):
+        around = re.sub(r"\$[^$]*\$|\b(?:and|or)\b", "", candidate)
+        is_prose = _PROSE.search(candidate.replace("$", "")) or (
+            "$" in candidate and re.search("[A-Za-z]{2}", around)
+        )
+        if len(candidate) < 200 and not is_prose:
             return plain(candidate)
     # Their timeouts are off: a worker process has its own.
     read = parse(text[-TAIL:], parsing_timeout=None)
