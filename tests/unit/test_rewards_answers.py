@@ -2,7 +2,9 @@
 
 import math
 import sys
+import tomllib
 from decimal import Decimal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from torchrft.rewards import rules
 from torchrft.rewards.labels import label_text
 from torchrft.rewards.program import program_of
 from torchrft.rewards.registry import LabelError
+from torchrft.rewards.verdicts import parser_of
 from torchrft.rewards.verify import reward_faults
 
 # ruff: noqa: E501  # an answer is one line
@@ -428,3 +431,11 @@ def test_a_dry_run_only_notes_that_math_verify_is_missing(monkeypatch):
         load([*flags, "math"], 1)
     assert refused.value.faults == [needs]
     assert load([*flags, "exact_match"], 1).notes == ()
+
+
+def test_the_judge_example_of_the_docs_is_bounded():
+    """A judge that wrote 1234567 was a reward of a million."""
+    page = (Path(__file__).parents[2] / "docs" / "rewards_models.md").read_text()
+    table = page.partition("[[reward.judges]]")[2].partition("```")[0]
+    parser = parser_of(tomllib.loads(table)["parser"])
+    assert [parser(text) for text in ("1234567", "about 9", "-1e30", "none")] == [7, 9, 0, None]

@@ -191,11 +191,14 @@ def multiple_choice(response: str, label: Any, *, choices: str = "ABCDE") -> flo
 
 
 def _needs_math_verify(**options: Any) -> None:
-    try:
+    try:  # here, so that no sample's deadline pays for the import
         import math_verify
+
+        import torchrft.rewards.math_values  # noqa: F401
     except ImportError as error:
         raise MissingPackage("it needs math-verify: pip install 'torchrft[math]'") from error
-    logging.getLogger(math_verify.__name__).setLevel(logging.ERROR)  # it warns of missing timeouts
+    # It warns of missing timeouts: a worker process has its own.
+    logging.getLogger(math_verify.__name__).setLevel(logging.ERROR)
 
 
 def _gold(label: Any, **options: Any) -> str:
@@ -234,7 +237,6 @@ def _answer(text: str) -> str:
         )
         if len(candidate) < 200 and not is_prose:
             return plain(candidate)
-    # Their timeouts are off: a worker process has its own.
     read = parse(text[-TAIL:], parsing_timeout=None)
     return plain(next((each for each in reversed(read) if isinstance(each, str)), ""))
 
