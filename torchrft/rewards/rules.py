@@ -201,8 +201,8 @@ def _needs_math_verify(**options: Any) -> None:
     logging.getLogger(math_verify.__name__).setLevel(logging.ERROR)
 
 
-def _gold(label: Any, **options: Any) -> str:
-    text = label_text(label)
+def _gold(label: Any, mark: str = "\0") -> str:
+    text = label_text(label).rpartition(mark)[2]
     box = last_box(text)
     text = text if box is None else box
     if not is_readable(text):
@@ -210,8 +210,8 @@ def _gold(label: Any, **options: Any) -> str:
     return plain(text)
 
 
-def _gold_gsm8k(label: Any, **options: Any) -> str:
-    return _gold(label_text(label).rpartition("####")[2])
+def _gold_gsm8k(label: Any) -> str:
+    return _gold(label, "####")
 
 
 _STATED = re.compile(
