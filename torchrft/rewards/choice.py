@@ -44,11 +44,13 @@ def chosen_letter(response: str, choices: str) -> str | None:
     """Return the letter of `choices` that a response chooses, in a box or in words, or None."""
     text = answer_part(response)
     box = last_box(text)
-    if box is not None:
-        only = _ONLY.fullmatch(_WRAPPED.sub(r"\1", _WRAPPED.sub(r"\1", box)))
-        if only and only[1].upper() in choices:
-            return only[1].upper()
-    return _chosen(text, choices)
+    return (_only(box, choices) if box is not None else None) or _chosen(text, choices)
+
+
+def _only(text: str, choices: str) -> str | None:
+    """The letter that is all of a text, or is before a full stop and words."""
+    match = _ONLY.fullmatch(_WRAPPED.sub(r"\1", _WRAPPED.sub(r"\1", text)))
+    return match[1].upper() if match and match[1].upper() in choices else None
 
 
 def label_letter(label: Any, choices: str = "ABCDE") -> str:
@@ -58,7 +60,7 @@ def label_letter(label: Any, choices: str = "ABCDE") -> str:
         return choices[label]
     text = label_text(label)
     box = last_box(text)
-    only = _ONLY.fullmatch(_WRAPPED.sub(r"\1", text if box is None else box))
-    if only is None or only[1].upper() not in choices:
+    letter = _only(text if box is None else box, choices)
+    if letter is None:
         raise LabelError(f"the label {label!r:.80} is none of the choices {choices}")
-    return only[1].upper()
+    return letter

@@ -20,20 +20,19 @@ _REWRITES = [
     (re.compile(pattern), new)
     for pattern, new in (
         # Marks of mathematics, sizes, spaces. A comma with a space behind becomes a semicolon.
-        (r"(?<!\\)(?:\\[()\[\]]|\$)", ""),
-        (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![A-Za-z])", ""),
         (r"(?<=\d)(?:\{,\}|,\\!|,?\\[,;: ]|\\!)(?=\d{3}(?!\d))", ","),
-        (r"\\!|\\text\{\}", ""),
+        (r"(?<!\\)(?:\\[()\[\]]|\$)|\\!|\\text\{\}", ""),
+        (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits|boldsymbol|bm|bf|rm)(?![A-Za-z])", ""),
         (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![A-Za-z])|\s+", " "),
         (r"(?:,|;|\{,\}) +|;", ";"),
         (r"\{([,:=])\}|\\text\{(\W|\d+)\}", r"\1\2"),
         (r"[,; ]*(?:\\text\{ *(?:and|or) *\}|(?<![A-Za-z])(?:and|or)(?![A-Za-z]))[, ]*", ";"),
         (r" *(?:\\text\{ *percent *\}|percent(?![A-Za-z]))", r"\\%"),
+        (r"\\text\{ *(hundred|[a-z]+(?:sand|illion)) *\}", r" \1"),
         # One command of several that mean the same.
         (r"\\[dtc](frac|binom)", r"\\\1"),
         (r"\\(?:(?:text|math)(?:rm|bf|it|sf|normal)?|[mh]box|textup)(?= *\{)", r"\\text"),
         (r"\\text\{([\d(][^{}]*|[^{}]*[,;][^{}]*)\}", r"\1"),
-        (r"\\(?:boldsymbol|bm|bf|rm)(?![A-Za-z])", ""),
         (r"(?<=\{)b(?=matrix\})", "p"),
         (r"\\[lr]vert(?![A-Za-z])", "|"),
         (r"\\(le|ge)(?:q|qslant|slant)(?![A-Za-z])", r"\\\1"),
@@ -74,7 +73,8 @@ def plain(latex: str) -> str:
 
 
 _HOLLOW = re.compile(
-    r"\\(?:text|frac|sqrt|boxed|fbox|begin|end|d?binom)(?![A-Za-z])|\\(?![A-Za-z])|[\s{}()\[\].,;:?_^~&]"
+    r"\\(?:begin|end)\{\w*\}|\\(?:text|frac|sqrt|[fd]?box(?:ed)?|binom|overline|vec|mathbb)(?![A-Za-z])"
+    r"|\\(?![A-Za-z])|[\s{}()\[\].,;:?_^~&$%]"
 )
 
 
@@ -97,9 +97,10 @@ _NUMBER = re.compile(
     rf"(?:[eE]([-+]?\d+)|(?:\\times|\\cdot){_POWER_OF_TEN})?"
     rf"|(?:({_WHOLE})[ +]?)?(?:\\frac\{{([-+]?{_DECIMAL})\}}\{{([-+]?{_DECIMAL})\}}"
     rf"|(?<!\d)({_WHOLE})/({_WHOLE}))"
-    rf"|{_POWER_OF_TEN})(\\?%)?( ?million| ?billion)?",
+    rf"|{_POWER_OF_TEN})(\\?%)?(?: ?(hundred|thousand|million|billion|trillion))?",
     re.ASCII,
 )
+_MANY = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _LONGEST = 4000  # digits of a number, and its largest exponent
 
 
@@ -128,7 +129,7 @@ def number(text: str) -> tuple[Fraction, bool] | None:
         if divisor == 0:
             return None
         value = Fraction(strip("", above or over)) / divisor + int(strip("", whole or "0"))
-    value *= Fraction(10) ** exponent * {"m": 10**6, "b": 10**9}.get((many or "").strip()[:1], 1)
+    value *= Fraction(10) ** exponent * _MANY.get(many, 1)
     return (-value if sign.count("-") % 2 else value), bool(percent)
 
 
@@ -147,11 +148,7 @@ def tolerance(size: Any) -> Any:
 
 def is_finite_decimal(value: Fraction) -> bool:
     """Whether the decimal expansion ends."""
-    below = value.denominator
-    for prime in (2, 5):
-        while below % prime == 0:
-            below //= prime
-    return below == 1
+    return 10 ** value.denominator.bit_length() % value.denominator == 0
 
 
 # ------------------------------------------------------------------------------- units
@@ -163,17 +160,23 @@ _ALIASES = (
     "ml milliliter millilitre;deg degree;mi/h mph;km/h kmph kph kmh;cent ¢;$ dollar usd;€ euro;"
     "n newton;j joule;w watt;v volt;hz hertz;rad radian;c celsius;f fahrenheit;am a.m a.m.;"
     "pm p.m p.m.;north;south;east;west;up;down;left;right;more;less;increase;decrease;profit;"
-    "loss;gain;clockwise;counterclockwise"
+    "loss;gain;clockwise;counterclockwise;2 square sq sq. squared;3 cubic cubed"
 )
-_UNITS = {name: group.split()[0] for group in _ALIASES.split(";") for name in group.split()}
-_NAMES = "|".join(re.escape(name) for name in sorted(_UNITS, key=len, reverse=True))
-_POWER = r"(?:\^\{?-?\d\}?| squared| cubed)?"
+_UNITS = {
+    name + end: group.split()[0]
+    for group in _ALIASES.split(";")
+    for name in group.split()
+    for end in (("", "s", "es") if len(name) > 1 else ("",))
+    if not name.isdigit()
+}
+_POWER = r"(?:\^\{?-?\d\}?)?"
 _TEXT = rf"\\text\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}{_POWER}"
-_PLAIN = rf"(?:(?:square |sq\.? |cubic )?(?i:{_NAMES})(?:e?s)?{_POWER})"
+_PLAIN = rf"(?i:{'|'.join(map(re.escape, sorted(_UNITS, key=len, reverse=True)))}){_POWER}"
 _UNIT = re.compile(
     rf"(?<=[\d}})\]a-z%.])(?: ?(?:{_TEXT}|\\frac\{{{_TEXT}\}}\{{{_TEXT}\}}|\^\{{\\circ\}}"
     rf"|/{_TEXT}|/{_PLAIN}))+$|(?<=[\d}}]) {_PLAIN}(?:(?:/| per | ){_PLAIN})*\.?$"
     r"|(?<=\d)(?i:am|pm|mph|[ckm]m|kg|cents?|¢)$"
+    r"|(?<=\d)(?: (?!hundred|thousand|[a-z]+illion|dozen|factorial|squared)[a-z]{2,}){1,4}$"
 )
 TURNS = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 _CURRENCY = re.compile(r"^([-+]?)(\\\$|US\\\$|€|£|\\pounds|¥|₹|\\text\{Rs\.?\}|Rs\.?) ?(?=[\d.])")
@@ -182,18 +185,15 @@ _CURRENCY = re.compile(r"^([-+]?)(\\\$|US\\\$|€|£|\\pounds|¥|₹|\\text\{Rs\
 def _unit(text: str) -> tuple[str, str | None]:
     """A quantity as its amount and its unit: "" if there is none, None if it is not known."""
     if match := _CURRENCY.match(text):
-        return match[1] + text[match.end() :], "$" if "$" in match[2] else re.sub(
-            r"\\text|\W", "", match[2]
-        ) or match[2]
+        name = "$" if "$" in match[2] else re.sub(r"\\text|[{}.]", "", match[2])
+        return match[1] + text[match.end() :], name
     match = _UNIT.search(text)
     if match is None or not match.start() or TURNS.search(text):
         return text, ""
     unit = match[0].replace("\\circ", "deg").replace("\\frac", "")
     unit = re.sub(r"\}\{|\bper\b", "/", re.sub(r"\\text", " ", unit)).lower()
     words = re.findall(r"[a-z$€£¢.]+|-?\d|/", unit)
-    power = {"square": "2", "sq": "2", "sq.": "2", "cubic": "3", "squared": "2", "cubed": "3"}
-    known = [power.get(w) or _UNITS.get(w) or _UNITS.get(re.sub("e?s$", "", w)) or w for w in words]
-    known = [_UNITS.get(w[:-1], w) if w.endswith("s") else w for w in known]
+    known = [_UNITS.get(word, word) for word in words]
     if any(w.isalpha() and w not in _UNITS.values() for w in known):
         return text[: match.start()], None
     if known and known[0].isdigit():  # "square cm" as "cm 2"
@@ -300,13 +300,11 @@ def is_equal(gold: str, given: str) -> bool:
         scales = {1} if one[1] == two[1] else {1, 100}
         per_cent, value = (one[0], two[0]) if one[1] else (two[0], one[0])
         return any(_close(value * scale, per_cent) for scale in scales)
-    for form in (_BASE, _TIME):
-        if form.fullmatch(gold) or form.fullmatch(given):
-            based = [
-                match.groups() if (match := form.fullmatch(t)) else None for t in (gold, given)
-            ]
-            plain_ten = [(text, "10") for text in (gold, given)]
-            return form is _BASE and (based[0] or plain_ten[0]) == (based[1] or plain_ten[1])
+    based = [(_BASE.fullmatch(text), text) for text in (gold, given)]
+    if based[0][0] or based[1][0]:
+        return len({match.groups() if match else (text, "10") for match, text in based}) == 1
+    if _TIME.fullmatch(gold) or _TIME.fullmatch(given):
+        return False
     if any(_LETTERS.search(_ENVIRONMENT.sub("", text)) for text in (gold, given)):
         return _folded(gold) == _folded(given)
     from torchrft.rewards.math_values import values_equal

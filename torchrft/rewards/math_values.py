@@ -14,11 +14,9 @@ from math_verify.parser import LatexExtractionConfig
 from torchrft.rewards.math_equal import TURNS, is_finite_decimal, matches, tolerance
 
 # Units are taken away before, by `math_equal`: math-verify would also take variables.
-_READER = [
-    LatexExtractionConfig(
-        normalization_config=NormalizationConfig(units=False, malformed_operators=True, nits=True)
-    )
-]
+_NORMAL = NormalizationConfig(units=False, malformed_operators=True, nits=True)
+_READER = [LatexExtractionConfig(normalization_config=_NORMAL)]
+_SMALL = sympy.Float(10) ** -40
 _TEXTUAL = re.compile(r"'|\\prime|\^\{T\}|\\angle|mod(?![a-z])|\\frac\{d\w*\}\{d|\?")
 
 
@@ -45,9 +43,7 @@ def _read(text: str) -> Any:
     value = next(iter(parse(f"\\boxed{{{text}}}", _READER, parsing_timeout=None)), None)
     if value is None or isinstance(value, str):
         return None
-    exact: dict[Any, Any] = {
-        float_: sympy.Rational(str(float_)) for float_ in value.atoms(sympy.Float)
-    }
+    exact: dict[Any, Any] = {each: sympy.Rational(str(each)) for each in value.atoms(sympy.Float)}
     exact |= {symbol: sympy.I for symbol in value.free_symbols if symbol.name == "i"}
     return value.xreplace(exact | {sympy.S.Reals: sympy.Interval(-sympy.oo, sympy.oo)})
 
@@ -61,43 +57,28 @@ def _same(one: Any, two: Any) -> bool:
     if all(relations):
         return matches(relations[0], relations[1], _same_relation)
     if any(relations):
-        sets = [
-            value.as_set() if found else value
-            for value, found in zip((one, two), relations, strict=True)
-        ]
-        return all(isinstance(value, sympy.Set) for value in sets) and _same(*sets)
+        one, two = (one.as_set(), two) if relations[0] else (one, two.as_set())
+        return isinstance(one, sympy.Set) and isinstance(two, sympy.Set) and _same(one, two)
     if isinstance(one, sympy.Interval) and isinstance(two, sympy.Interval):
         return one.args[2:] == two.args[2:] and all(map(_same, one.args[:2], two.args[:2]))
     if isinstance(one, sympy.Set | sympy.Tuple) or isinstance(two, sympy.Set | sympy.Tuple):
-        if (
-            one == two
-            or type(one) is not type(two)
-            or not isinstance(one, sympy.FiniteSet | sympy.Union)
-        ):
-            return bool(one == two)
-        return matches(one.args, two.args, _same)
+        joint = type(one) is type(two) and isinstance(one, sympy.FiniteSet | sympy.Union)
+        return bool(one == two or (joint and matches(one.args, two.args, _same)))
     return one == two or _same_value(one, two)
 
 
 def _relations(value: Any) -> list[Any]:
     found = value.args if isinstance(value, sympy.And) else (value,)
-    return (
-        list(found)
-        if all(isinstance(part, sympy.core.relational.Relational) for part in found)
-        else []
-    )
+    return list(found) if all(isinstance(each, sympy.Rel) for each in found) else []
 
 
 def _same_relation(one: Any, two: Any) -> bool:
     """The same up to a factor: 2x < 4 and x < 2, and -x > -2."""
     (kind, left), (other, right) = ((type(each), each.lhs - each.rhs) for each in (one, two))
     ratios = [_at(left, point) / _at(right, point) for point in range(3)]
-    if left.free_symbols != right.free_symbols and {s.name for s in left.free_symbols} != {
-        s.name for s in right.free_symbols
-    }:
-        return False
-    steady = all(
-        ratio.is_number and ratio != 0 and abs(ratio - ratios[0]) < 1e-12 * abs(ratio)
+    names = [sorted(symbol.name for symbol in side.free_symbols) for side in (left, right)]
+    steady = names[0] == names[1] and all(
+        ratio.is_number and ratio and abs(ratio - ratios[0]) < 1e-12 * abs(ratio)
         for ratio in ratios
     )
     turned = {sympy.Gt: sympy.Lt, sympy.Lt: sympy.Gt, sympy.Ge: sympy.Le, sympy.Le: sympy.Ge}
@@ -113,21 +94,18 @@ def _same_value(one: Any, two: Any) -> bool:
         if not (left.is_number and right.is_number and left.is_finite and right.is_finite):
             return bool(one == two or sympy.simplify(one - two) == 0)
         gap, size = abs(left - right), max(abs(left), abs(right))
-        if gap > size * sympy.Float(10) ** -40:
+        if size < _SMALL and gap:  # or nearly nothing is left of a difference that is nothing
+            return bool(sympy.simplify(one - two) == 0)
+        if gap > size * _SMALL:
             # A decimal may stand for a number that no decimal is.
-            decimals = [
-                v for v in (one, two) if v.is_Rational and is_finite_decimal(Fraction(v.p, v.q))
-            ]
-            fits = decimals and decimals[0].q != 1 and not one.free_symbols | two.free_symbols
-            return bool(fits and gap <= tolerance(size))
+            exact = [Fraction(v.p, v.q) for v in (one, two) if v.is_Rational]
+            fits = exact and exact[0].denominator > 1 and is_finite_decimal(exact[0])
+            return bool(fits and not one.free_symbols | two.free_symbols and gap <= tolerance(size))
     return True
 
 
 def _at(value: Any, point: int) -> Any:
     """The value to 60 digits where each symbol has a number of its own, not all positive."""
-    numbers = {
-        symbol: sympy.Rational(zlib.crc32(symbol.name.encode()) % 1009 + 101 * point, 613)
-        * (-1) ** point
-        for symbol in value.free_symbols
-    }
-    return value.xreplace(numbers).doit().evalf(60)
+    numbers = {s: zlib.crc32(s.name.encode()) % 1009 + 101 * point for s in value.free_symbols}
+    signed = {s: sympy.Rational(number * (-1) ** point, 613) for s, number in numbers.items()}
+    return value.xreplace(signed).doit().evalf(60)

@@ -191,15 +191,18 @@ def multiple_choice(response: str, label: Any, *, choices: str = "ABCDE") -> flo
 
 
 def _needs_math_verify(**options: Any) -> None:
-    try:
+    try:  # here, so that no sample's deadline pays for the import
         import math_verify
+
+        import torchrft.rewards.math_values  # noqa: F401
     except ImportError as error:
         raise MissingPackage("it needs math-verify: pip install 'torchrft[math]'") from error
-    logging.getLogger(math_verify.__name__).setLevel(logging.ERROR)  # it warns of missing timeouts
+    # It warns of missing timeouts: a worker process has its own.
+    logging.getLogger(math_verify.__name__).setLevel(logging.ERROR)
 
 
-def _gold(label: Any, **options: Any) -> str:
-    text = label_text(label)
+def _gold(label: Any, mark: str = "\0") -> str:
+    text = label_text(label).rpartition(mark)[2]
     box = last_box(text)
     text = text if box is None else box
     if not is_readable(text):
@@ -207,8 +210,8 @@ def _gold(label: Any, **options: Any) -> str:
     return plain(text)
 
 
-def _gold_gsm8k(label: Any, **options: Any) -> str:
-    return _gold(label_text(label).rpartition("####")[2])
+def _gold_gsm8k(label: Any) -> str:
+    return _gold(label, "####")
 
 
 _STATED = re.compile(
@@ -228,9 +231,12 @@ def _answer(text: str) -> str:
     stated = _STATED.search(text[-300:])
     for candidate in (stated[1] if stated else text, text):
         candidate = candidate.lstrip(" \n*_:").rstrip(" \n*_.:")
-        if len(candidate) < 200 and not _PROSE.search(candidate.replace("$", "")):
+        around = re.sub(r"\$[^$]*\$|\b(?:and|or)\b", "", candidate)
+        is_prose = _PROSE.search(candidate.replace("$", "")) or (
+            "$" in candidate and re.search("[A-Za-z]{2}", around)
+        )
+        if len(candidate) < 200 and not is_prose:
             return plain(candidate)
-    # Their timeouts are off: a worker process has its own.
     read = parse(text[-TAIL:], parsing_timeout=None)
     return plain(next((each for each in reversed(read) if isinstance(each, str)), ""))
 
