@@ -558,3 +558,10 @@ def test_the_jobs_that_come_with_torchrft_are_valid(name):
         "reward_model": ["skywork"],
     }
     assert loaded.config.reward.names(loaded.config.model.pretrain) == rewards[name]
+
+
+@pytest.mark.parametrize("text", ['{"think": false, "depth": 2}', "{ think = false, depth = 2 }"])
+def test_a_table_on_the_command_line_is_toml_or_json(text):
+    words = ["--config_file", "train_configs/debug_model.toml", "--apply_chat_template"]
+    loaded = load([*words, "--chat_template_kwargs", text], world_size=1)
+    assert loaded.config.data.chat_template_kwargs == {"think": False, "depth": 2}
