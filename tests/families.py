@@ -160,11 +160,11 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "gemma4_text": _GEMMA4,
     "gemma4_text:shared keys": {
-        **_GEMMA4,
         "num_hidden_layers": 4,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "num_kv_shared_layers": 2,
-        "per_layer_config": None,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 8,
     },
     "gemma4_text:experts": {
         **_WINDOWED,

@@ -140,7 +140,7 @@ def _judge(config: PreTrainedConfig, kind: Any) -> _Verdict:
             NotImplementedError,
             RuntimeError,
         ):  # its layers look at numbers, as to route tokens
-            decoder.to_empty(device="cpu")  # which takes memory only where it is written to
+            decoder._apply(_zeros)
             faults = probe.faults_of(decoder, text.num_hidden_layers, "cpu")
     except _Unsupported as fault:
         faults = (str(fault),)
@@ -152,6 +152,13 @@ def _judge(config: PreTrainedConfig, kind: Any) -> _Verdict:
     limit = min((n for n in limits if n is not None), default=None)
     heads = tuple(_head_faults(model, text))
     return _Verdict(kind.__name__, faults, heads, tuple(probe.layers), limit)
+
+
+def _zeros(tensor: Tensor) -> Tensor:
+    """Zeros of that shape on the CPU; those of a parameter are all the same number in memory."""
+    if isinstance(tensor, nn.Parameter):
+        return torch.zeros((), dtype=tensor.dtype, device="cpu").expand(tensor.shape)
+    return torch.zeros_like(tensor, device="cpu")
 
 
 class _Probe:
