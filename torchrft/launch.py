@@ -38,7 +38,8 @@ def main(argv: list[str]) -> int:
         return _refuse(f"NGPU={ngpu} and NNODES={nnodes} {like}")
     count, hosts = map(int, sizes.groups())
     os.environ["WORLD_SIZE"] = str(count * hosts)
-    os.environ.pop("RANK", None)  # of a job that has started this one
+    for name in ("RANK", "LOCAL_RANK"):  # of a job that has started this one
+        os.environ.pop(name, None)
     if count * hosts == 1:
         from torchrft import train
 

@@ -63,7 +63,8 @@ class Counted(tqdm):  # type: ignore[type-arg]
     """A bar of tqdm that shows nothing and counts here: for libraries that take a bar."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **{**options, "file": StringIO(), "mininterval": 3600})
+        quiet = {"file": StringIO(), "mininterval": 3600, "disable": False}
+        super().__init__(*args, **{**options, **quiet})
 
     def update(self, n: float | None = 1) -> bool | None:
         at(int(self.n + (n or 0)), int(self.total or 0), "requests")
