@@ -604,7 +604,7 @@ def test_which_engines_replay_truncation_and_have_an_fp32_head(options, message)
 SCHEDULES = [  # options, prompts, part of the note
     ({"max_steps": 20}, 6400, "max_steps = 20 makes 20 of the 400 optimizer steps"),
     ({"max_steps": 20}, 6400, "ends at 100% of its peak, above lr_min_ratio = 0.1; lr_total"),
-    ({"max_steps": 150}, 6400, "which ends at 74% of its peak, above lr_min_ratio = 0.1; lr_tot"),
+    ({"max_steps": 150}, 6400, "which ends at 75% of its peak, above lr_min_ratio = 0.1; lr_tot"),
     ({"max_steps": 10}, 6400, "which ends at 83% of its peak, in its warm-up of 12; lr_total"),
     ({"max_steps": 10}, 6400, "; lr_total_steps = 10 fits it"),
     ({"max_steps": 10, "train_batch_size": 128}, 6400, "makes 5 of the 200 optimizer steps"),
