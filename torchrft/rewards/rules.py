@@ -47,7 +47,8 @@ def exact_match(response: str, label: Any) -> float:
     >>> exact_match(" 42\\n", 42), exact_match("<think>6 * 7</think>42", "42")
     (1.0, 1.0)
     """
-    return float(label_text(label) in (response.strip(), answer_part(response)))
+    text = label_text(label)
+    return float(text == response.strip() or text == answer_part(response))
 
 
 # Neither the 7 of x7 is a number, nor is the minus of 5-7 a sign.
