@@ -329,11 +329,6 @@ def model(name: str, implementation: str = "eager", seed: int = 0) -> Any:
     return built
 
 
-def has_buffers(built: Any) -> bool:
-    """Whether files hold some of the model's buffers."""
-    return bool(built.state_dict().keys() & dict(built.named_buffers()).keys())
-
-
 def refusal(name: str) -> str | None:
     """The sentence that refuses the family by its config, if one does."""
     try:

@@ -241,10 +241,15 @@ def test_attention_defaults():
     )
 
 
-def test_a_missing_layout_is_no_padded_row():
+def test_a_layout_that_does_not_arrive_is_no_padded_row():
     """A model whose layers drop it would attend across the sequences of a packed row."""
-    with pytest.raises(ValueError, match="SimpleNamespace got no `layout`"):
+    with attention.handed(), pytest.raises(ValueError, match="SimpleNamespace got no `layout`"):
         call(layout=None)
+
+
+def test_a_model_that_a_script_calls_itself_has_padded_rows():
+    plain, given = call(layout=None), call(layout=attention.padded)
+    assert torch.equal(plain[0], given[0])
 
 
 def test_attention_hands_everything_to_the_layout():

@@ -14,7 +14,9 @@ Because no mask function is registered for "torchrft", transformers builds no ma
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +34,18 @@ Layout = Callable[[int, Tensor, Tensor, Tensor, float, int | None], Tensor]
 
 # torch 2.13 has grouped queries here, 2.11 has not.
 _VARLEN_HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+_handed = ContextVar("handed", default=False)
+
+
+@contextmanager
+def handed() -> Iterator[None]:
+    """Within it a forward pass was given a layout, and every attention call must get it."""
+    token = _handed.set(True)
+    try:
+        yield
+    finally:
+        _handed.reset(token)
 
 
 def attention(
@@ -52,8 +66,9 @@ def attention(
 
     With `split` (sequence parallelism) it gets a part of the sequence, and returns that part.
 
-    Raises ValueError for what would silently change the result: no layout, an attention mask,
-    dropout, attention sinks or soft-capped scores.
+    Without a layout, rows are padded on the right, as when a script calls a model itself. Raises
+    ValueError for what would silently change the result: an attention mask, dropout, attention
+    sinks, soft-capped scores, and a layout that was `handed` to the model and does not arrive.
     """
     if attention_mask is not None:
         raise ValueError("torchrft attention takes a `layout`, not an attention_mask")
@@ -62,10 +77,12 @@ def attention(
         what = ", ".join(unsupported) or f"attention_dropout = {dropout}"
         raise ValueError(f"{type(module).__name__} uses {what}, which torchrft does not support")
     if layout is None:
-        raise ValueError(
-            f"{type(module).__name__} got no `layout`: pass it to the model's forward; if it was "
-            "passed, the model's layers do not hand it on, which torchrft does not support"
-        )
+        if _handed.get():
+            raise ValueError(
+                f"{type(module).__name__} got no `layout`: the model's layers do not hand it on, "
+                "which torchrft does not support"
+            )
+        layout = padded
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     place: Any = module.layer_idx if layer is None else layer
     if split is not None:

@@ -69,12 +69,13 @@ class RewardModel(nn.Module):
                     ends.append(start + len(prefix) - 1 if is_prefix else len(row) - 1)
                 spans.append((len(prefix), [len(sample) - len(prefix) for sample in part]))
         layout = attention.Packed.of(spans).to(self.device)
-        hidden = self.model.base_model(
-            input_ids=torch.tensor([row], device=self.device),
-            position_ids=layout.positions[None],
-            use_cache=False,
-            layout=layout,
-        ).last_hidden_state
+        with attention.handed():
+            hidden = self.model.base_model(
+                input_ids=torch.tensor([row], device=self.device),
+                position_ids=layout.positions[None],
+                use_cache=False,
+                layout=layout,
+            ).last_hidden_state
         head: Any = self.model.score
         return head(hidden[0, torch.tensor(ends, device=self.device)])[:, 0].float()
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoProcessor, PreTrainedConfig, PreTrainedModel
 
-from torchrft.models.attention import Layout, padded
+from torchrft.models.attention import Layout, handed, padded
 from torchrft.models.loader import load_config
 from torchrft.models.support import auto_class, sees_images
 from torchrft.models.tokenizer import without_second_bos
@@ -344,9 +344,9 @@ def hidden_states(
     inputs: dict[str, Any] = {"input_ids": input_ids}
     if images is not None:
         inputs = _embedded(whole, decoder, input_ids, images)
-    return decoder(
-        **inputs, position_ids=position_ids, use_cache=False, layout=layout or padded
-    ).last_hidden_state
+    options: dict[str, Any] = {"use_cache": False, "layout": layout or padded}
+    with handed():
+        return decoder(**inputs, position_ids=position_ids, **options).last_hidden_state
 
 
 def _embedded(model: Any, decoder: Any, input_ids: Tensor, images: ImageBatch) -> dict[str, Any]:
