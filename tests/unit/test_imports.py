@@ -25,7 +25,7 @@ ROWS = [
     {"collector", "advantage_step", "optimizer_step", "model_builder"},
     {"policy_update", "critic_update", "reward_builder"},
     {"trainer"},
-    {"train", "rewards/server.py", "config/__main__.py"},
+    {"train", "deepspeed", "rewards/server.py", "config/__main__.py"},
 ]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

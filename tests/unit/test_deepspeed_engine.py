@@ -13,11 +13,11 @@ import tiny
 import torch
 import torch.distributed as dist
 from helpers import run_ranks
-from test_parallel_deepspeed import MICRO, OPTIMIZER, Net, data
+from test_deepspeed import MICRO, OPTIMIZER, Net, data
 from torch import nn
 
-from torchrft.parallel import deepspeed
-from torchrft.parallel.deepspeed import comm, zero
+from torchrft import deepspeed
+from torchrft.deepspeed import comm, zero
 
 ADAM = MICRO | {"optimizer": OPTIMIZER}
 
@@ -355,8 +355,8 @@ def test_sums_and_unmanaged_accumulation():
 
 LINES = """
 import sys, argparse
-from test_parallel_deepspeed_engine import Net, one_step
-from torchrft.parallel import deepspeed
+from test_deepspeed_engine import Net, one_step
+from torchrft import deepspeed
 
 parser = deepspeed.add_config_arguments(argparse.ArgumentParser())
 args = parser.parse_args(sys.argv[1:])
