@@ -51,7 +51,8 @@ class Key(NamedTuple):
         if isinstance(value, dict):
             switches = [*_switches(value)]
             return not value or (bool(switches) and not any(switches))
-        off = self.off if True in self.off else (False, *self.off)
+        is_on = any(value is True for value in self.off)  # false asks for something then
+        off = self.off if is_on else (False, *self.off)
         return value in (None, "auto", *off)
 
     def fault(self, value: Any) -> str | None:
