@@ -142,7 +142,7 @@ def train(rank: int, folder: str, library: str, stage: int, options: argparse.Na
     if library == "deepspeed":
         import deepspeed
     else:
-        from torchrft.parallel import deepspeed
+        from torchrft import deepspeed
     model = build_model(options.hidden)
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=list(model.parameters()), config=configuration(stage)

@@ -21,7 +21,7 @@ import torch.multiprocessing as mp
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(
     [
-        *("torchrft.trainer", "torchrft.parallel.deepspeed", "torch.distributed.checkpoint"),
+        *("torchrft.trainer", "torchrft.deepspeed", "torch.distributed.checkpoint"),
         *(f"transformers.models.{x}.modeling_{x}" for x in ("llama", "qwen2", "qwen3")),
         *("matplotlib.figure", "matplotlib.backends.backend_agg"),
     ]

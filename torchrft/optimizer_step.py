@@ -17,7 +17,7 @@ from torchrft.data.packing import MicroBatch, build, plan
 from torchrft.models.vision import Vision
 from torchrft.optim.offload import StateOffload
 from torchrft.optim.optimizer import clip_gradients
-from torchrft.parallel import set_gradient_sync
+from torchrft.parallel import reshard, set_gradient_sync
 from torchrft.tools.distributed import DataRanks, all_reduce_max, get_world_size
 from torchrft.tools.progress import each
 from torchrft.types import RolloutBatch
@@ -134,6 +134,7 @@ class OptimizerStep:
         """
         lr = float(self.scheduler.get_last_lr()[0])
         metrics = self._accumulate(batch, rows, loss)
+        reshard(self.model)  # a pass without gradient may have left old weights gathered
         norm = float(clip_gradients(self.model, self.max_norm))
         usable = usable and math.isfinite(norm) and math.isfinite(metrics["loss"])
         if usable:

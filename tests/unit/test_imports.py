@@ -25,7 +25,7 @@ ROWS = [
     {"collector", "advantage_step", "optimizer_step", "model_builder", "preflight"},
     {"policy_update", "critic_update", "reward_builder"},
     {"trainer"},
-    {"train", "rewards/server.py"},
+    {"train", "deepspeed", "rewards/server.py"},
     {"launch"},
 ]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}

@@ -54,13 +54,27 @@ def read_json(config: Mapping[str, Any] | str | Path) -> Judged:
 def _load(path: Path) -> Any:
     if not path.is_file():
         raise ValueError(f"DeepSpeed config {path} is not a file")
-    try:
-        config = json.loads(path.read_text(), object_pairs_hook=_table)
-    except ValueError as error:
-        raise ValueError(f"DeepSpeed config {path} is no valid JSON: {error}") from error
+    config = _parse(path)
     if not isinstance(config, Mapping):
         raise ValueError(f"DeepSpeed config {path} must hold a JSON object, {{...}}")
     return config
+
+
+def _parse(path: Path) -> Any:
+    """JSON, or Hjson as DeepSpeed reads it: comments, trailing commas, a byte order mark."""
+    try:
+        text = path.read_text("utf-8-sig")
+        try:
+            return json.loads(text, object_pairs_hook=_table)
+        except json.JSONDecodeError:
+            import hjson
+
+            return hjson.loads(text, object_pairs_hook=_table)
+    except ValueError as error:  # hjson's errors are of this kind, too
+        raise ValueError(f"DeepSpeed config {path} is no valid JSON: {error}") from error
+    except ImportError as error:
+        hint = "comments and trailing commas need hjson: pip install 'torchrft[deepspeed]'"
+        raise ValueError(f"DeepSpeed config {path} is no valid JSON; {hint}") from error
 
 
 def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -74,10 +88,15 @@ def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _walk(config: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in config.items():
         name = f"{prefix}{key}"
+        if key.startswith(("_", "//", "#")):  # how people write comments into JSON
+            continue
+        if name == "zero_optimization" and isinstance(value, bool):  # DeepSpeed's first format
+            value = {"stage": int(value)}
         if name in KEYS:
             yield name, value
         elif name not in SECTIONS:
-            near = get_close_matches(name, [*KEYS, *SECTIONS], n=1)
+            accepted = [known for known in KEYS if KEYS[known].disposition != "refused"]
+            near = get_close_matches(name, [*accepted, *SECTIONS], n=1)
             hint = f'; did you mean "{near[0]}"?' if near else ""
             raise ValueError(f'DeepSpeed has no key "{name}"{hint}')
         elif isinstance(value, Mapping):

@@ -2,7 +2,7 @@
 
 import math
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -14,20 +14,19 @@ _Amount = Annotated[float, Field(ge=0, lt=math.inf)]
 _FromMinus1 = Annotated[int, Field(ge=-1)]
 _Adam = Annotated[str, StringConstraints(pattern="(?i)^adamw?$")]
 # Accelerate writes infinity for "never".
-_Steps = NonNegativeInt | Annotated[float, Field(ge=math.inf)]
+_Steps = NonNegativeInt | Annotated[float, Field(ge=0)]
 
 TYPES: dict[str, tuple[str, Any]] = {
     "switch": ("true or false", bool),
     "count": ("an integer above 0", PositiveInt),
     "from -1": ("an integer of -1 or more", _FromMinus1),
-    "steps": ("an integer of 0 or more", _Steps),
+    "steps": ("a number of 0 or more", _Steps),
     "amount": ("a number of 0 or more", _Amount),
     "betas": ("a list of two numbers from 0 to below 1", TwoRates),
     "adam": ("Adam or AdamW", _Adam),
     # One for every parameter group, or a list with one for each.
     "amounts": ("a number of 0 or more", _Amount | list[_Amount]),
     "counts": ("an integer above 0", PositiveInt | list[PositiveInt]),
-    "sizes": ("an integer of 0 or more", NonNegativeInt | list[NonNegativeInt]),
 }
 """What a mapped key may take, in words and as a type."""
 
@@ -50,8 +49,11 @@ class Key(NamedTuple):
     def asks_nothing(self, value: Any) -> bool:
         """Whether `value` is the default or turns the feature off."""
         if isinstance(value, dict):
-            return not value or value.get("enabled", True) is False
-        return value in (None, False, "auto", *self.off)
+            switches = [*_switches(value)]
+            return not value or (bool(switches) and not any(switches))
+        is_on = any(value is True for value in self.off)  # false asks for something then
+        off = self.off if is_on else (False, *self.off)
+        return value in (None, "auto", *off)
 
     def fault(self, value: Any) -> str | None:
         """What a mapped key's value must be, if it is not; DeepSpeed fills in "auto" itself."""
@@ -68,6 +70,15 @@ class Key(NamedTuple):
         except ValidationError:
             return f"must be {words}"
         return None
+
+
+def _switches(table: dict[str, Any]) -> Iterator[bool]:
+    """The values of "enabled" in a table; what lies below one that is off does not count."""
+    if "enabled" in table:
+        yield bool(table["enabled"])
+    for inner in table.values() if table.get("enabled", True) else ():
+        if isinstance(inner, dict):
+            yield from _switches(inner)
 
 
 _TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())

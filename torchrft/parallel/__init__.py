@@ -7,7 +7,7 @@ from torch import nn
 from torchrft.config.job_config import Parallel
 from torchrft.parallel.activation_checkpoint import apply_activation_checkpointing
 from torchrft.parallel.compile import apply_compile
-from torchrft.parallel.fsdp import apply_fsdp, check_shardable, set_gradient_sync
+from torchrft.parallel.fsdp import apply_fsdp, check_shardable, reshard, set_gradient_sync
 from torchrft.parallel.mesh import ParallelDims
 from torchrft.parallel.modules import decoder_layers
 from torchrft.parallel.plain import prepare_plain
@@ -15,7 +15,7 @@ from torchrft.parallel.sequence_parallel import apply_sequence_parallel
 from torchrft.parallel.tensor_parallel import apply_tensor_parallel
 from torchrft.parallel.zero import sharding
 
-__all__ = ["ParallelDims", "parallelize", "set_gradient_sync"]
+__all__ = ["ParallelDims", "parallelize", "reshard", "set_gradient_sync"]
 
 
 def parallelize(

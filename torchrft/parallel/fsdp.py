@@ -46,6 +46,28 @@ def check_shardable(model: nn.Module) -> None:
         raise ValueError(f"{scalars[0]} of {kind} is a scalar, which has no shards: make it [1]")
 
 
+def reshard(model: nn.Module) -> None:
+    """Frees gathered parameters, so that the next forward pass gathers those of now.
+
+    A forward pass without backward leaves them gathered unless the sharding says otherwise: then
+    `parameters()` are copies without gradients, and old ones after an optimizer step.
+    """
+    for module in model.modules():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
+
+
+def reduce_unused(model: nn.Module) -> None:
+    """Parameters without a gradient on some ranks count as zero there, instead of a deadlock.
+
+    Without effect before torch 2.13, which has no such setting.
+    """
+    for module in model.modules():
+        if isinstance(module, fsdp.FSDPModule):
+            setting = getattr(module, "set_reduce_scatter_unused_params", lambda *_, **__: None)
+            setting(True, recurse=False)
+
+
 def set_gradient_sync(model: nn.Module, sync: bool) -> None:
     """Whether the next backward pass reduces gradients over ranks; nothing without FSDP."""
     if isinstance(model, fsdp.FSDPModule):

@@ -1,6 +1,7 @@
 """`deepspeed.zero`: contexts in which scripts make and touch sharded models."""
 
 import contextlib
+import enum
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -13,6 +14,25 @@ from torch.utils._pytree import tree_map
 
 sharded_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """What `initialize` has sharded."""
+
+
+class ZeroParamStatus(enum.Enum):
+    """Where a parameter of stage 3 is, in its attribute `ds_status`."""
+
+    AVAILABLE = 1  # whole on this rank
+    NOT_AVAILABLE = 2  # sharded
+    INFLIGHT = 3
+
+
+def mark_sharded(model: nn.Module) -> None:
+    """Gives sharded parameters the attributes by which scripts recognize stage 3."""
+    for index, parameter in enumerate(model.parameters()):
+        marks = {"ds_id": index, "ds_shape": parameter.shape, "ds_numel": parameter.numel()}
+        vars(parameter).update(marks, ds_tensor=parameter, ds_status=ZeroParamStatus.NOT_AVAILABLE)
+
+
+def register_external_parameter(module: nn.Module, parameter: Tensor) -> None:
+    """Does nothing: FSDP2 gathers a parameter with the layer that holds it."""
 
 
 @contextlib.contextmanager
@@ -95,12 +115,14 @@ class GatheredParameters:
             whole = parameter.full_tensor().detach()
             parameter.__dict__["whole"] = nn.Parameter(whole, parameter.requires_grad)
             parameter.__class__ = _Gathered
+            _set_status(parameter, ZeroParamStatus.AVAILABLE)
 
     @torch.no_grad()
     def __exit__(self, kind: Any, *rest: Any) -> None:
         wholes = {}
         for shard in self.shards:
             shard.__class__ = DTensor
+            _set_status(shard, ZeroParamStatus.NOT_AVAILABLE)
             wholes[id(shard)] = shard.__dict__.pop("whole")
         if self.modifier_rank is None or kind is not None or not dist.is_initialized():
             return
@@ -112,3 +134,8 @@ class GatheredParameters:
                 parameter.copy_(distribute_tensor(whole, mesh, placements, src_data_rank=None))
             else:
                 parameter.copy_(whole)
+
+
+def _set_status(parameter: Tensor, status: ZeroParamStatus) -> None:
+    if "ds_status" in vars(parameter):
+        vars(parameter)["ds_status"] = status

@@ -1,5 +1,6 @@
 """A DeepSpeed configuration, checked key by key, as settings of this package."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,10 @@ from torchrft.config.deepspeed_json import Judged, read_json
 from torchrft.parallel.mesh import ParallelDims
 from torchrft.parallel.zero import Sharding, stage
 from torchrft.tools.logging import logger
+
+
+class DeepSpeedConfigError(ValueError):
+    """What scripts catch; `read` raises ValueErrors of this kind."""
 
 
 @dataclass
@@ -32,10 +37,14 @@ def read(config: Mapping[str, Any] | str | Path, world_size: int) -> Settings:
 
     Raises ValueError for what `read_json` refuses, and sizes that do not fit the ranks.
     """
-    judged = read_json(config)
+    try:
+        judged = read_json(config)
+        settings = Settings(judged, *_batches(judged, world_size), *_zero(judged, world_size))
+    except ValueError as error:
+        raise DeepSpeedConfigError(str(error)) from error
     for note in judged.notes:
         logger.info(note)
-    return Settings(judged, *_batches(judged, world_size), *_zero(judged, world_size))
+    return settings
 
 
 def offloads(settings: Settings) -> bool:
@@ -51,6 +60,12 @@ def _batches(judged: Judged, world_size: int) -> tuple[int, int, int]:
     total, micro, steps = (judged.get(name) for name in names)
     if total is None and micro is None:
         raise ValueError(f"DeepSpeed config: set {names[0]} or {names[1]}")
+    given = {names[1]: micro, names[2]: steps}
+    divisors = [f"{name} = {value}" for name, value in given.items() if value is not None]
+    divisor = math.prod(value for value in given.values() if value is not None) * world_size
+    if total is not None and None in given.values() and total % divisor:
+        factors = " x ".join([*divisors, f"{world_size} ranks"])
+        raise ValueError(f"train_batch_size = {total} must be a multiple of {factors}")
     if steps is None:
         steps = total // (micro * world_size) if total and micro else 1
     micro = total // (steps * world_size) if micro is None else micro
@@ -68,6 +83,11 @@ def _zero(judged: Judged, world_size: int) -> tuple[Sharding, ParallelDims]:
     size = 1 if number == 0 else world_size
     for key in ("zero_hpz_partition_size", "mics_shard_size"):
         size = asked if (asked := judged.get(f"zero_optimization.{key}", 1)) > 1 else size
+    if number == 3 and judged.get("gradient_allreduce_op") == "sum":
+        raise ValueError(
+            'gradient_allreduce_op = "sum" does not go with ZeRO stage 3, as in DeepSpeed; use '
+            '"mean", or a lower stage'
+        )
     if world_size % size:
         raise ValueError(f"shards over {size} ranks do not divide {world_size} ranks")
     return stage(number), ParallelDims(dp_replicate=world_size // size, dp_shard=size)

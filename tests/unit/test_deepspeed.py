@@ -9,10 +9,10 @@ import torch
 from helpers import run_ranks
 from torch import nn
 
+from torchrft import deepspeed
 from torchrft.config.deepspeed_keys import KEYS
-from torchrft.parallel import deepspeed
-from torchrft.parallel.deepspeed_config import offloads, read
-from torchrft.parallel.deepspeed_schedules import Schedule, WarmupLR
+from torchrft.deepspeed.config import offloads, read
+from torchrft.deepspeed.schedules import Schedule, WarmupLR
 
 MICRO = {"train_micro_batch_size_per_gpu": 2}
 
@@ -43,7 +43,15 @@ def test_batch_sizes_follow_from_each_other(config, ranks, expected):
     ("config", "message"),
     [
         ({}, "set train_batch_size or train_micro_batch_size_per_gpu"),
-        (MICRO | {"train_batch_size": 9}, "= 9 must be .* = 2 x 2 x 2 = 8"),
+        (
+            MICRO | {"train_batch_size": 9},
+            "= 9 must be a multiple of train_micro_batch_size_per_gpu = 2 x 2 ranks",
+        ),
+        (
+            MICRO | {"train_batch_size": 9, "gradient_accumulation_steps": 2},
+            "= 9 must be .* = 2 x 2 x 2 = 8",
+        ),
+        ({"train_batch_size": 1}, "train_batch_size = 1 must be a multiple of 2 ranks"),
         ({"train_batch_size": 0}, "train_batch_size = 0 must be an integer above 0"),
         (MICRO | {"train_batchsize": 8}, 'no key "train_batchsize"; did you mean "train_batch_siz'),
         (MICRO | {"fp16": {"enabled": True}}, "fp16.enabled = True is not supported: there is no"),
@@ -80,7 +88,7 @@ def test_batch_sizes_follow_from_each_other(config, ranks, expected):
         ),
         (
             MICRO | {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "10"}}},
-            "scheduler.params.warmup_num_steps = '10' must be an integer of 0 or more",
+            "scheduler.params.warmup_num_steps = '10' must be an integer above 0",
         ),
         (
             MICRO | {"torch_autocast": {"enabled": True, "dtype": "float16"}},
@@ -117,7 +125,8 @@ def test_every_key_is_met_with_what_the_table_says(name, caplog):
     if key.disposition == "refused":
         with pytest.raises(ValueError, match="is not supported"):
             read(MICRO | nested, 2)
-        for off in ("auto", False, *key.off):
+        is_on = any(off is True for off in key.off)
+        for off in ("auto", *key.off) if is_on else ("auto", False, *key.off):
             inner = off
             for part in reversed(name.split(".")):
                 inner = {part: inner}
@@ -135,9 +144,9 @@ def test_every_mapped_key_has_a_type(name):
 
 
 def test_values_that_ask_for_nothing_are_accepted():
-    steps = {"type": "WarmupLR", "params": {"warmup_num_steps": 0, "warmup_max_lr": None}}
+    steps = {"type": "WarmupLR", "params": {"warmup_num_steps": 1, "warmup_max_lr": None}}
     found = read(MICRO | {"steps_per_print": math.inf, "scheduler": steps, "bf16": None}, 2)
-    assert found.judged.section("scheduler.params") == {"warmup_num_steps": 0}
+    assert found.judged.section("scheduler.params") == {"warmup_num_steps": 1}
     assert found.get("gradient_clipping", 0.0) == 0.0
 
 
@@ -280,7 +289,12 @@ def own_optimizer(rank):
     engine, optimizer, _, schedule = deepspeed.initialize(
         model=model,
         optimizer=given,
-        config=MICRO | {"gradient_accumulation_steps": 2, "zero_optimization": {"stage": 2}},
+        config=MICRO
+        | {
+            "gradient_accumulation_steps": 2,
+            "gradient_clipping": 0.0,
+            "zero_optimization": {"stage": 2},
+        },
         lr_scheduler=lambda o: torch.optim.lr_scheduler.ConstantLR(o, 0.5, 2),
     )
     assert optimizer is given
@@ -309,7 +323,7 @@ def test_an_optimizer_of_ones_own():
 SCRIPT = """
 import torch
 import deepspeed
-from test_parallel_deepspeed import Net, data
+from test_deepspeed import Net, data
 
 x, y = (part.flatten(0, 1) for part in data())
 dataset = torch.utils.data.TensorDataset(x, y)
@@ -337,7 +351,7 @@ for epoch in range(6):
 
 def run_script(rank):
     names: dict = {}
-    exec(SCRIPT.replace("import deepspeed", "from torchrft.parallel import deepspeed"), names)
+    exec(SCRIPT.replace("import deepspeed", "from torchrft import deepspeed"), names)
     return names["losses"], names["schedule"].get_lr()
 
 

@@ -8,18 +8,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
-from torchrft.parallel.deepspeed_checkpoint import Checkpoints, WholeWeights
-from torchrft.parallel.deepspeed_comm import get_local_rank
-from torchrft.parallel.deepspeed_config import Settings, offloads
-from torchrft.parallel.deepspeed_zero import sharded_models
-from torchrft.parallel.fsdp import apply_fsdp, set_gradient_sync
+from torchrft.deepspeed.checkpoint import Checkpoints, WholeWeights
+from torchrft.deepspeed.comm import get_local_rank
+from torchrft.deepspeed.config import Settings, offloads
+from torchrft.deepspeed.facts import Facts, TputTimer
+from torchrft.deepspeed.zero import mark_sharded, sharded_models
+from torchrft.parallel.fsdp import apply_fsdp, reduce_unused, reshard, set_gradient_sync
 from torchrft.tools import distributed
 from torchrft.tools.logging import logger
 
 
-class DeepSpeedEngine(Checkpoints, nn.Module):
+class DeepSpeedEngine(Checkpoints, Facts, nn.Module):
     """A sharded model with its optimizer and schedule; use `initialize`.
 
     What the engine has not, is looked up in the model: `engine.generate`, `engine.config`.
@@ -36,7 +38,8 @@ class DeepSpeedEngine(Checkpoints, nn.Module):
         self.micro_steps = self.global_steps = self.skipped_steps = self.global_samples = 0
         self.grad_norm: float | None = None
         self._boundary: bool | None = None  # what the script says, if it does
-        self._in_no_sync = self._in_step = self._step_applied = False
+        self.tput_timer = TputTimer()
+        self._in_no_sync = self._in_step = self._in_backward = self._step_applied = False
         self._reduced, self._backwards = True, 0  # since the last step
         model.to(device)
         with torch.no_grad():
@@ -51,6 +54,9 @@ class DeepSpeedEngine(Checkpoints, nn.Module):
         mesh = settings.dims.sharding_mesh(device.type)["dp_replicate", "fsdp"]
         dtype = torch.bfloat16 if self.bfloat16_enabled() else torch.float32
         apply_fsdp(model, mesh, settings.sharding, dtype, offloads(settings))
+        reduce_unused(model)
+        if self.zero_optimization_stage() == 3:
+            mark_sharded(model)
         sharded_models.add(model)
         self.module = model
         self.weights = WholeWeights(model, settings.dims.dp_shard)
@@ -68,10 +74,13 @@ class DeepSpeedEngine(Checkpoints, nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's."""
-        if not self.settings.get("torch_autocast.enabled", False):
-            return self.module(*args, **kwargs)
-        with torch.autocast(self.device.type, torch.bfloat16):
-            return self.module(*args, **kwargs)
+        autocast = torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.torch_autocast_enabled()
+        )
+        with autocast:
+            outputs = self.module(*args, **kwargs)
+        backward = _DirectBackward(self)
+        return tree_map(backward.watch, outputs)
 
     def backward(
         self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True
@@ -80,14 +89,32 @@ class DeepSpeedEngine(Checkpoints, nn.Module):
 
         Returns the loss over the number of micro-batches of a step, unless not `scale_wrt_gas`.
         """
+        scaled = loss / self.gradient_accumulation_steps() if scale_wrt_gas else loss
+        self._begin_backward()
+        self._in_backward = True
+        try:
+            (scaled * self._rank_factor()).backward(retain_graph=retain_graph)
+        finally:
+            self._in_backward = False
+        return scaled
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """`loss` itself, for `engine.scale(loss).backward()`: without fp16 there is no loss scale.
+
+        A script's own `backward()` divides by the number of micro-batches, as in DeepSpeed.
+        """
+        return loss
+
+    def _begin_backward(self) -> None:
+        """Decides whether the backward pass that begins reduces gradients over ranks."""
         every = self.settings.sharding.reduce_every_micro_batch or not self._managed
         self._reduced = not self._in_no_sync and (every or self.is_gradient_accumulation_boundary())
         set_gradient_sync(self.module, self._reduced)
-        scaled = loss / self.gradient_accumulation_steps() if scale_wrt_gas else loss
-        summed = self.settings.get("gradient_allreduce_op", "mean") == "sum"
-        (scaled * self.world_size if summed else scaled).backward(retain_graph=retain_graph)
         self._backwards += 1
-        return scaled
+
+    def _rank_factor(self) -> int:
+        """What turns the mean over ranks, which FSDP2 takes, into what the config asks for."""
+        return self.world_size if self.settings.get("gradient_allreduce_op") == "sum" else 1
 
     def step(self, lr_kwargs: Mapping[str, Any] | None = None) -> None:
         """Trains on what was accumulated, once a whole batch has been seen."""
@@ -108,34 +135,45 @@ class DeepSpeedEngine(Checkpoints, nn.Module):
         self.micro_steps += 1
 
     def _take_step(self, optimizer: torch.optim.Optimizer, lr_kwargs: dict[str, Any]) -> None:
-        # As in DeepSpeed, what the optimizer does not train counts nowhere.
-        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        parameters = [parameter for parameter in trained if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self.reload_states()
+        reshard(self.module)  # a forward pass without backward has left old weights gathered
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        counted = self.module.parameters() if self._counts_untrained() else trained
+        parameters = [p for p in counted if p.requires_grad]
+        for parameter in parameters:
+            if parameter.grad is None:  # as in DeepSpeed: Adam's moments go on
+                parameter.grad = torch.zeros_like(parameter)
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         self.grad_norm = float(norm)
         if bool(norm.isfinite()):
             if self.gradient_clipping():
-                torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clipping(), norm)
+                nn.utils.clip_grads_with_norm_(parameters, self.gradient_clipping(), norm)
             optimizer.step()
             self._step_applied = True
             if self.lr_scheduler is not None:
                 self.lr_scheduler.step(**lr_kwargs)
         else:
             self.skipped_steps += 1
-        optimizer.zero_grad(set_to_none=True)
+        micro_batches = self.settings.accumulation if self._managed else self._backwards
+        self._backwards = 0
         self.zero_grad()
         self.global_steps += 1
-        micro_batches = self.settings.accumulation if self._managed else self._backwards
         self.global_samples += micro_batches * self.settings.micro_batch_size * self.world_size
-        self._backwards = 0
         every, step = self.settings.get("steps_per_print"), self.global_steps
         if every and step % every == 0:
             logger.info("step=%d, skipped=%d, lr=%s", step, self.skipped_steps, self.get_lr())
 
+    def _counts_untrained(self) -> bool:
+        """Whether the norm counts parameters that the optimizer does not train.
+
+        DeepSpeed's stage 0 clips the model's gradients, its ZeRO and bf16 optimizers their own.
+        """
+        return self.zero_optimization_stage() == 0 and not self.bfloat16_enabled()
+
     @property
     def _managed(self) -> bool:
-        return bool(self.settings.get("managed_gradient_accumulation", True))
+        return self.managed_gradient_accumulation()
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the next `step` updates the weights; unmanaged, whether one is under way."""
@@ -169,70 +207,78 @@ class DeepSpeedEngine(Checkpoints, nn.Module):
             self._in_no_sync = False
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        self.module.zero_grad(set_to_none=set_to_none)
+        """Forgets gradients that no step is waiting for.
+
+        As in DeepSpeed, stages 2 and 3 keep those that are reduced. Raises ValueError between the
+        micro-batches of a step, but for stage 2: DeepSpeed then trains on the last one alone.
+        """
+        if not self._backwards:
+            self.module.zero_grad(set_to_none=True)
+            if self.optimizer is not None:
+                type(self.optimizer).zero_grad(self.optimizer, set_to_none=True)
+        elif (stage := self.zero_optimization_stage()) != 2:
+            if not self.is_gradient_accumulation_boundary():
+                raise ValueError(
+                    "zero_grad() between the micro-batches of a step would lose the gradients of "
+                    f"{self._backwards} of them in ZeRO stage {stage}: leave it out, step() clears "
+                    "them"
+                )
+            if stage < 2:
+                self._backwards = 0
+                self.zero_grad()
+
+    def adopt(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """Makes `optimizer` the engine's; its `zero_grad` becomes the engine's."""
+        self.optimizer = optimizer
+        if optimizer is not None:
+            optimizer.zero_grad = self.zero_grad  # type: ignore[method-assign]
+
+    def empty_partition_cache(self) -> None:
+        """Frees weights that a forward pass has left gathered."""
+        reshard(self.module)
 
     def destroy(self) -> None:
         """DeepSpeed frees buffers and hooks here; this engine has none beside its own."""
 
-    # ---------------------------------------------------------------- looking at it
 
-    def gradient_accumulation_steps(self) -> int:
-        return self.settings.accumulation
+class _DirectBackward:
+    """A script's own `loss.backward()` through the outputs of one forward pass."""
 
-    def train_batch_size(self) -> int:
-        return self.settings.train_batch_size
+    def __init__(self, engine: DeepSpeedEngine) -> None:
+        self.engine, self.began = engine, False
 
-    def train_micro_batch_size_per_gpu(self) -> int:
-        return self.settings.micro_batch_size
+    def watch(self, output: Any) -> Any:
+        """The same tensor, whose gradient passes through `_Entry`."""
+        watched = isinstance(output, Tensor) and output.grad_fn is not None
+        return _Entry.apply(output, self) if watched else output
 
-    def set_train_batch_size(self, train_batch_size: int) -> None:
-        """Changes the number of micro-batches of a step."""
-        micro = self.settings.micro_batch_size * self.world_size
-        if train_batch_size < 1 or train_batch_size % micro:
+    def enter(self, gradient: Tensor) -> Tensor:
+        """The gradient that the model gets.
+
+        Raises ValueError in stage 0, as DeepSpeed does.
+        """
+        engine = self.engine
+        if engine._in_backward:
+            return gradient
+        if engine.zero_optimization_stage() == 0:
             raise ValueError(
-                f"train_batch_size = {train_batch_size} must be a multiple of "
-                f"train_micro_batch_size_per_gpu x ranks = {micro}"
+                "loss.backward() is not supported in ZeRO stage 0, as in DeepSpeed: call "
+                "engine.backward(loss)"
             )
-        self.settings.train_batch_size = train_batch_size
-        self.settings.accumulation = train_batch_size // micro
+        if not self.began:
+            self.began = True
+            engine._begin_backward()
+        return gradient * (engine._rank_factor() / engine.gradient_accumulation_steps())
 
-    def zero_optimization_stage(self) -> int:
-        return int(self.settings.get("zero_optimization.stage", 0))
 
-    def zero_optimization(self) -> bool:
-        return self.zero_optimization_stage() > 0
+class _Entry(torch.autograd.Function):
+    """An identity; a hook on the output itself would also see what another output sends to it."""
 
-    def bfloat16_enabled(self) -> bool:
-        return any(self.settings.get(f"{name}.enabled", False) for name in ("bf16", "bfloat16"))
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, backward: _DirectBackward) -> Tensor:
+        ctx.backward_pass = backward
+        return output.view_as(output)
 
-    def fp16_enabled(self) -> bool:
-        return False
-
-    def gradient_clipping(self) -> float:
-        return float(self.settings.get("gradient_clipping", 0.0))
-
-    def get_global_grad_norm(self) -> float | None:
-        """Norm of the last step's gradients, over all ranks, before clipping."""
-        return self.grad_norm
-
-    def was_step_applied(self) -> bool:
-        """Whether the last `step` changed the weights."""
-        return self._step_applied
-
-    def get_lr(self) -> list[float]:
-        return [float(rate) for rate in self._of_groups("lr")]
-
-    def get_mom(self) -> list[Any]:
-        """Adam's betas, or the momentum, of every parameter group."""
-        return self._of_groups("betas") or self._of_groups("momentum")
-
-    def set_lr(self, lr: float) -> None:
-        """Of every parameter group, until a schedule sets it again."""
-        for group in self._groups():
-            group["lr"] = lr
-
-    def _groups(self) -> list[dict[str, Any]]:
-        return [] if self.optimizer is None else self.optimizer.param_groups
-
-    def _of_groups(self, name: str) -> list[Any]:
-        return [group[name] for group in self._groups() if name in group]
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.backward_pass.enter(gradients[0]), None

@@ -13,11 +13,11 @@ import tiny
 import torch
 import torch.distributed as dist
 from helpers import run_ranks
-from test_parallel_deepspeed import MICRO, OPTIMIZER, Net, data
+from test_deepspeed import MICRO, OPTIMIZER, Net, data
 from torch import nn
 
-from torchrft.parallel import deepspeed
-from torchrft.parallel.deepspeed import comm, zero
+from torchrft import deepspeed
+from torchrft.deepspeed import comm, zero
 
 ADAM = MICRO | {"optimizer": OPTIMIZER}
 
@@ -98,13 +98,13 @@ def test_parameters_may_be_generators():
         assert untouched
 
 
-def untrained_parameters(rank):
-    """Only the second layer is trained; the first one's gradients are huge."""
+def untrained_parameters(rank, stage):
+    """Only the second layer is trained."""
     model = Net()
     engine, _, _, _ = deepspeed.initialize(
         model=model,
         model_parameters=model.second.parameters(),
-        config=ADAM | {"gradient_clipping": 0.5},
+        config=ADAM | {"gradient_clipping": 0.5, "zero_optimization": {"stage": stage}},
     )
     norms = []
     for _ in range(2):
@@ -113,13 +113,15 @@ def untrained_parameters(rank):
     return norms, [p.grad is None for p in engine.module.parameters()]
 
 
-def test_untrained_parameters_count_nowhere():
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_untrained_parameters_count_in_the_norm_of_stage_0_only(stage):
     model = Net()
     x, y = (part[0] for part in data())
     (model(x) - y).square().mean().backward()
-    second = torch.cat([p.grad.flatten() for p in model.second.parameters()]).norm()
-    for norms, cleared in run_ranks(untrained_parameters, 2):
-        assert norms[0] == pytest.approx(float(second), rel=1e-5)
+    counted = model if stage == 0 else model.second
+    norm = torch.cat([p.grad.flatten() for p in counted.parameters()]).norm()
+    for norms, cleared in run_ranks(untrained_parameters, 2, stage):
+        assert norms[0] == pytest.approx(float(norm), rel=1e-5)
         assert cleared == [True] * 4
 
 
@@ -381,8 +383,8 @@ def test_sums_and_unmanaged_accumulation():
 
 LINES = """
 import sys, argparse
-from test_parallel_deepspeed_engine import Net, one_step
-from torchrft.parallel import deepspeed
+from test_deepspeed_engine import Net, one_step
+from torchrft import deepspeed
 
 parser = deepspeed.add_config_arguments(argparse.ArgumentParser())
 args = parser.parse_args(sys.argv[1:])

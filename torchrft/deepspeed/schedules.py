@@ -5,6 +5,7 @@ Options have DeepSpeed's names and defaults (deepspeed/runtime/lr_schedules.py).
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from typing import Any
@@ -89,6 +90,16 @@ def check_options(kind: str, options: dict[str, Any]) -> None:
     for name, default in valid.items():
         if default is MISSING and options.get(name) is None:
             raise ValueError(f'scheduler {kind} needs scheduler.params.{name}; "auto" has no value')
+
+
+def maker(kind: str) -> Callable[..., "Schedule"]:
+    """What DeepSpeed calls `kind`: a function of the optimizer and the schedule's options."""
+
+    def make(optimizer: Optimizer, **options: Any) -> Schedule:
+        check_options(kind, options)
+        return Schedule(optimizer, kind, options)
+
+    return make
 
 
 class Schedule:
