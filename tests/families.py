@@ -17,7 +17,6 @@ import torch
 from helpers import run_ranks
 from tiny import VOCABULARY, batch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
 from torchrft.checkpoint.hf_export import export_hf
@@ -393,9 +392,6 @@ def sharded(rank: int, folders: list[str]) -> list[tuple[Tensor, str | None]]:
             weights.fill(policy, torch.device("cpu"))
         with torch.no_grad():
             logprobs = policy(micro_batch(samples, rows, True, samples.mask.shape[1]))[0]
-        for module in policy.modules():  # as after a backward pass, where a job exports
-            if isinstance(module, FSDPModule):
-                module.reshard()
         Path(folder, "export").mkdir(exist_ok=True)
         export_hf(
             policy.model, load_tokenizer(str(_TOKENIZER)), Path(folder, "export"), torch.float32

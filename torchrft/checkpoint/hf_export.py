@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from torchrft.models.loader import expected_model, persistent_buffers
+from torchrft.parallel import reshard
 from torchrft.tools.distributed import is_main, on_main
 from torchrft.tools.logging import logger
 
@@ -54,6 +55,7 @@ def export_hf(
     Raises:
         OSError: rank 0 cannot write. Other ranks raise RuntimeError with the same text.
     """
+    reshard(model)  # or freed copies of weights would be written, after a forward pass alone
     tensors = named_tensors(model)
     dtypes = _dtypes(model, tensors, dtype)
     shards = _plan(tensors, dtypes, max_shard_bytes)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from torchrft.models.loader import persistent_buffers
+from torchrft.parallel import reshard
 from torchrft.rollout.canary import Canary, Held, fingerprint
 
 _BUCKET = 256 << 20  # bytes held at a time while weights are written
@@ -26,6 +27,7 @@ def named_full_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     Gathering is collective: with sharded parameters all ranks must exhaust the iterator together.
     Tied parameters come once, under their first name; only one gathered tensor is alive at a time.
     """
+    reshard(model)  # a forward pass without backward may have left weights of its time gathered
     for name, parameter in (*model.named_parameters(), *persistent_buffers(model)):
         tensor = parameter.detach()
         yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
