@@ -40,7 +40,8 @@ class DeepSpeedEngine(Checkpoints, Facts, nn.Module):
         self._boundary: bool | None = None  # what the script says, if it does
         self.tput_timer = TputTimer()
         self._in_no_sync = self._in_step = self._in_backward = self._step_applied = False
-        self._reduced, self._backwards = True, 0  # since the last step
+        self._reduced, self._at_boundary = True, False  # of the last backward pass
+        self._backwards = 0  # since the last step
         model.to(device)
         with torch.no_grad():
             # They need not be equal before, as in DeepSpeed.
@@ -108,7 +109,8 @@ class DeepSpeedEngine(Checkpoints, Facts, nn.Module):
     def _begin_backward(self) -> None:
         """Decides whether the backward pass that begins reduces gradients over ranks."""
         every = self.settings.sharding.reduce_every_micro_batch or not self._managed
-        self._reduced = not self._in_no_sync and (every or self.is_gradient_accumulation_boundary())
+        self._at_boundary = self.is_gradient_accumulation_boundary()
+        self._reduced = not self._in_no_sync and (every or self._at_boundary)
         set_gradient_sync(self.module, self._reduced)
         self._backwards += 1
 
@@ -217,7 +219,7 @@ class DeepSpeedEngine(Checkpoints, Facts, nn.Module):
             if self.optimizer is not None:
                 type(self.optimizer).zero_grad(self.optimizer, set_to_none=True)
         elif (stage := self.zero_optimization_stage()) != 2:
-            if not self.is_gradient_accumulation_boundary():
+            if not self._at_boundary:
                 raise ValueError(
                     "zero_grad() between the micro-batches of a step would lose the gradients of "
                     f"{self._backwards} of them in ZeRO stage {stage}: leave it out, step() clears "
