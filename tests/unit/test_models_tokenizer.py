@@ -39,7 +39,7 @@ def made(kind, tokenizer, ids, sampling):
     engine.stop_token_ids = (tokenizer.eos_token_id,)
     logprobs = [-0.5] * len(ids)
     if kind is NativeEngine:
-        return engine._completions(sampling, [ids], [logprobs], [True])[0]
+        return engine._completions(sampling, [ids], [logprobs], [True], [None])[0]
     if kind is SglangEngine:
         rows = [(logprob, token, None) for logprob, token in zip(logprobs, ids, strict=True)]
         return engine._completion(0, 0, (rows, {"type": "stop"}), sampling)

@@ -82,6 +82,7 @@ def test_an_image_is_encoded_once_for_all_samples():
         class Inputs:
             input_ids, position_ids, layout = ids, positions, None
             labels = torch.tensor(completion.token_ids)
+            kept = None
 
         Inputs.images, Inputs.targets = images, targets
         with torch.no_grad():

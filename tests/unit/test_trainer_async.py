@@ -9,7 +9,7 @@ import pytest
 import tiny_job
 from tiny_job import records, rollout
 
-from torchrft import trainer as trainer_module
+from torchrft import model_builder
 
 ASYNC = {
     "engine_type": "vllm",
@@ -22,13 +22,13 @@ ASYNC = {
 
 @pytest.fixture(autouse=True)
 def native_in_place_of_servers(monkeypatch):
-    build = trainer_module.build_engine
+    build = model_builder.build_engine
 
     def native(config, *rest, **options):
         changed = {"engine_type": "native", "server_urls": []}
         return build(config.model_copy(update=changed), *rest, **options)
 
-    monkeypatch.setattr(trainer_module, "build_engine", native)
+    monkeypatch.setattr(model_builder, "build_engine", native)
 
 
 def responses(path, step):

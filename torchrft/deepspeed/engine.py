@@ -15,6 +15,7 @@ from torchrft.deepspeed.checkpoint import Checkpoints, WholeWeights
 from torchrft.deepspeed.comm import get_local_rank
 from torchrft.deepspeed.config import Settings, offloads
 from torchrft.deepspeed.facts import Facts, TputTimer
+from torchrft.deepspeed.utils import optimizers
 from torchrft.deepspeed.zero import mark_sharded, sharded_models
 from torchrft.parallel.fsdp import apply_fsdp, reduce_unused, reshard, set_gradient_sync
 from torchrft.tools import distributed
@@ -234,6 +235,7 @@ class DeepSpeedEngine(Checkpoints, Facts, nn.Module):
         self.optimizer = optimizer
         if optimizer is not None:
             optimizer.zero_grad = self.zero_grad  # type: ignore[method-assign]
+            optimizers.add(optimizer)
 
     def empty_partition_cache(self) -> None:
         """Frees weights that a forward pass has left gathered."""

@@ -1,6 +1,7 @@
 """`deepspeed.utils` and `deepspeed.runtime.utils`: what scripts call beside the engine."""
 
 import logging
+import weakref
 from collections.abc import Iterable, Iterator
 from functools import reduce
 from pathlib import Path
@@ -16,6 +17,9 @@ from torchrft.deepspeed.accelerator import get_accelerator
 from torchrft.tools.logging import logger
 
 clip_grad_norm_ = nn.utils.clip_grad_norm_
+
+optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+"""Those of all engines."""
 
 
 def log_dist(message: str, ranks: list[int] | None = None, level: int = logging.INFO) -> None:
@@ -86,10 +90,11 @@ def safe_get_full_grad(param: Tensor) -> Tensor | None:
 
 
 def safe_get_full_optimizer_state(param: Tensor, optim_state_key: str) -> Tensor | None:
-    """The whole state of the optimizer, such as "exp_avg", None before its first step."""
-    state = param.__dict__.get("ds_optimizer_state", lambda: {})()
-    value = state.get(optim_state_key)
-    return None if value is None else _whole(value)
+    """The optimizer's whole state, such as "exp_avg", None before its first step; collective."""
+    for optimizer in optimizers:
+        if (value := optimizer.state.get(param, {}).get(optim_state_key)) is not None:
+            return _whole(value)
+    return None
 
 
 @torch.no_grad()
