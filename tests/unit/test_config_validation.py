@@ -173,6 +173,12 @@ ERRORS = [
         '[algorithm] kl_controller = "adaptive" cannot adapt init_kl_coef = 0.0, which stays 0',
     ),
     (
+        {"high_entropy_token_ratio": 0.2, "advantage_estimator": "gmpo"},
+        1,
+        "[algorithm] high_entropy_token_ratio = 0.2 chooses or weighs tokens, but the gmpo policy "
+        "loss is one number per sequence; use 1.0",
+    ),
+    (
         {"clip_range": 1.0, "advantage_estimator": "cpgd"},
         1,
         "[algorithm] clip_range = 1.0 must be below 1 for the cpgd policy loss",
