@@ -148,6 +148,7 @@ ERRORS = [
         for engine, option in (
             ("vllm", "max_model_len"),
             ("vllm", "distributed_executor_backend"),
+            ("vllm", "hf_overrides"),
             ("sglang", "tp_size"),
             ("sglang", "custom_weight_loader"),
         )
