@@ -12,7 +12,7 @@ from torchrft.config.job_config import JobConfig
 from torchrft.config.reward_config import Judge
 from torchrft.data.image_prompts import images_column
 from torchrft.models.heads import ValueModel
-from torchrft.models.loader import cast_buffers, load_config, load_model
+from torchrft.models.loader import cast_buffers, load_config, load_model, load_tokenizer
 from torchrft.models.policy import PolicyModel
 from torchrft.models.sharded import ShardedWeights
 from torchrft.models.support import refuse_unsupported, sees_images
@@ -38,12 +38,30 @@ def load_vision(config: JobConfig) -> Vision | None:
 
 def check_models(config: JobConfig) -> None:
     """Raises ValueError for a model of the job that torchrft would compute wrongly, before anything
-    is loaded; see `refuse_unsupported`."""
+    is loaded; see `refuse_unsupported`. All models read the same token ids."""
     model, native = config.model, config.rollout.engine_type == "native"
     uses = (model.pretrain, native, True), (model.ref_pretrain, False, True)
     for source, cache, head in (*uses, (model.critic_pretrain, False, False)):
         if source is not None:
             refuse_unsupported(load_config(source), config.data.max_len, cache, head)
+    for source in {model.ref_pretrain, model.critic_pretrain} - {None, model.pretrain}:
+        _check_tokens(model.pretrain, str(source))
+
+
+def _check_tokens(policy: str, source: str) -> None:
+    """Raises ValueError if the model of `source` gives token ids of the policy another meaning."""
+    ids = load_tokenizer(policy).get_vocab()
+    sizes = [load_config(name).get_text_config().vocab_size for name in (policy, source)]
+    try:
+        others = load_tokenizer(source).get_vocab()
+    except ValueError:  # a folder of weights alone
+        others = {}
+    changed = any(others.get(token, number) != number for token, number in ids.items())
+    if changed or sizes[1] < min(sizes[0], max(ids.values()) + 1):
+        raise ValueError(
+            f'"{source}" reads other token ids than pretrain = "{policy}": {sizes[1]} tokens'
+            f"{', some with another id' if changed else ''}; use a model with the same tokenizer"
+        )
 
 
 class ModelBuilder:

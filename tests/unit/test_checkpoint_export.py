@@ -308,17 +308,17 @@ def test_a_model_of_the_hub_brings_what_its_cache_holds(tmp_path, monkeypatch):
 def test_what_is_large_or_unreadable_is_said(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("torchrft.checkpoint.hf_export._MAX_OTHER_BYTES", 1000)
     (tmp_path / "a.txt").write_bytes(b"a" * 700)
-    (tmp_path / "data").mkdir()
+    (tmp_path / "Data").mkdir()  # before the others in their order, but small files go first
     for number in range(4):
-        (tmp_path / "data" / f"{number}.jsonl").write_bytes(b"d" * 100)
+        (tmp_path / "Data" / f"{number}.jsonl").write_bytes(b"d" * 200)
     (tmp_path / "z.txt").write_bytes(b"z" * 300)
     assert files_beside_weights(str(tmp_path)).keys() == {"a.txt", "z.txt"}
-    assert f"{tmp_path}/data has 0 MB: too large to copy into exports" in caplog.text
-    monkeypatch.setattr(Path, "read_bytes", lambda path: (_ for _ in ()).throw(OSError(13, "no")))
-    with pytest.raises(
-        ValueError, match=r"exports copy all but the weights of .*; make it readable"
-    ):
-        files_beside_weights(str(tmp_path))
+    assert f"{tmp_path}/Data has 0 MB: too large to copy into exports" in caplog.text
+    for method in ("read_bytes", "iterdir"):  # a file, and a folder
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, method, lambda path: (_ for _ in ()).throw(OSError(13, "no")))
+            with pytest.raises(ValueError, match=r"copy all but the weights .*; make it readable"):
+                files_beside_weights(str(tmp_path))
 
 
 def test_a_tokenizer_from_elsewhere_is_written(tmp_path):

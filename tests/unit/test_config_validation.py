@@ -148,6 +148,7 @@ ERRORS = [
         for engine, option in (
             ("vllm", "max_model_len"),
             ("vllm", "distributed_executor_backend"),
+            ("vllm", "hf_overrides"),
             ("sglang", "tp_size"),
             ("sglang", "custom_weight_loader"),
         )
@@ -171,6 +172,12 @@ ERRORS = [
         {"kl_controller": "adaptive", "init_kl_coef": 0.0},
         1,
         '[algorithm] kl_controller = "adaptive" cannot adapt init_kl_coef = 0.0, which stays 0',
+    ),
+    (
+        {"high_entropy_token_ratio": 0.2, "advantage_estimator": "gmpo"},
+        1,
+        "[algorithm] high_entropy_token_ratio = 0.2 chooses or weighs tokens, but the gmpo policy "
+        "loss is one number per sequence; use 1.0",
     ),
     (
         {"clip_range": 1.0, "advantage_estimator": "cpgd"},

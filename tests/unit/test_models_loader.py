@@ -17,6 +17,7 @@ from torchrft.models.loader import (
     load_tokenizer,
     stop_token_ids,
 )
+from torchrft.models.reward_model import reward_config
 
 DEBUG_MODEL = str(Path(__file__).parents[1] / "assets" / "debug_model")
 
@@ -118,6 +119,40 @@ def test_folder_without_weights():
 def test_folder_without_a_config(tmp_path, init):
     with pytest.raises(ValueError, match=r'" holds no config.json that transformers can read'):
         load_model(str(tmp_path), init)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ("null", "argument of type 'NoneType'"),
+        ('{"model_type": "llama", "hidden_size": "abc"}', "Field 'hidden_size' expected int"),
+        ('{"model_type": "qwen2", "num_hidden_layers": -1}', "`num_hidden_layers` \\(-1\\)"),
+        ('{"model_type": "phi3", "rope_scaling": {"type": "su"}}', "Missing required keys"),
+        ('{"model_type": "own", "auto_map": {"AutoConfig": "own.C"}}', "contains custom code"),
+    ],
+)
+def test_a_config_that_does_not_read(tmp_path, monkeypatch, config, reason):
+    """Whatever transformers raises; and it asks nobody whether to run code."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked at the terminal"))
+    (tmp_path / "config.json").write_text(config)
+    for load in (load_config, load_model, reward_config):
+        with pytest.raises(ValueError, match=f"holds no config.json that .* can read .*{reason}"):
+            load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("{", "holds no generation_config.json that transformers can read"),
+        ("[]", "holds no generation_config.json that transformers can read"),
+        ('{"eos_token_id": "x"}', "eos_token_id = 'x': it must be token ids"),
+    ],
+)
+def test_a_generation_config_that_does_not_read(tmp_path, text, match):
+    """Its end-of-sequence ids would be lost."""
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(ValueError, match=match):
+        stop_token_ids(load_config(DEBUG_MODEL), str(tmp_path), 1)
 
 
 def test_no_folder_at_all(tmp_path):

@@ -1,6 +1,7 @@
 """Which models are refused, by what, and how early; the rest of the families: test_families.py."""
 
 import copy
+import json
 
 import families
 import pytest
@@ -15,7 +16,7 @@ from torchrft.model_builder import check_models
 from torchrft.models.heads import ValueModel
 from torchrft.models.loader import load_config, load_model, load_tokenizer
 from torchrft.models.policy import PolicyModel
-from torchrft.models.reward_model import RewardModel
+from torchrft.models.reward_model import RewardModel, reward_config
 from torchrft.models.sharded import ShardedWeights
 from torchrft.models.support import refuse_unsupported
 from torchrft.rollout.native.engine import NativeEngine
@@ -219,6 +220,40 @@ def test_every_model_of_a_job_is_tried_at_the_start(tmp_path):
     check_models(tiny_config(critic_pretrain=granite, **critic))
     with pytest.raises(ValueError, match="Nemotron"):
         check_models(tiny_config(critic_pretrain=nemotron, **critic))
+
+
+def test_all_models_of_a_job_read_the_same_token_ids(tmp_path):
+    """A reference or a critic for which an id is another token, or none."""
+    options = {
+        "ref_pretrain": ("init_kl_coef", 0.1),
+        "critic_pretrain": ("advantage_estimator", "gae"),
+    }
+    policy = folder_of(tmp_path / "policy", "qwen2")
+    more = folder_of(tmp_path / "more", "qwen3", vocab_size=tiny.VOCABULARY + 8)
+    fewer = folder_of(tmp_path / "fewer", "qwen3", vocab_size=tiny.VOCABULARY - 8)
+    other = folder_of(tmp_path / "other", "qwen3")
+    path = tmp_path / "other" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    ids = content["model"]["vocab"]
+    ids["1"], ids["2"] = ids["2"], ids["1"]
+    path.write_text(json.dumps(content))
+    for name, (needed, value) in options.items():
+        check_models(tiny_config(pretrain=policy, **{name: more, needed: value}))
+        for folder, fault in (fewer, r"48 tokens; use"), (other, "some with another id; use"):
+            with pytest.raises(ValueError, match=f'"{folder}" reads other token ids .*{fault}'):
+                check_models(tiny_config(pretrain=policy, **{name: folder, needed: value}))
+
+
+@pytest.mark.parametrize("method", ["gptq", "fp8", "bitsandbytes", "unknown"])
+def test_quantized_weights_are_refused(tmp_path, method):
+    """On several ranks they would be read as if they were not."""
+    folder = folder_of(tmp_path / "model", "qwen2")
+    path = tmp_path / "model" / "config.json"
+    content = json.loads(path.read_text()) | {"quantization_config": {"quant_method": method}}
+    path.write_text(json.dumps(content))
+    for load in (load_config, load_model, reward_config):
+        with pytest.raises(ValueError, match=r'model" has quantized weights .* in bfloat16'):
+            load(folder)
 
 
 def test_a_reward_model_that_drops_the_layout_is_not_packed(tmp_path):

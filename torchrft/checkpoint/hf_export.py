@@ -96,21 +96,22 @@ def files_beside_weights(source: str | None) -> dict[str, bytes]:
             folder = Path(snapshot_download(source, local_files_only=True))
         except (OSError, ValueError):
             return {}
-    for entry in sorted(folder.iterdir()):
-        inside = [path for path in (entry, *entry.rglob("*")) if path.is_file()]
-        weights = any(path.name.lower().endswith(_WEIGHTS) for path in inside)
-        if weights or entry.name.startswith(".") or entry.name == "__pycache__":
-            continue
-        size = sum(path.stat().st_size for path in inside)
-        if size > room:
-            logger.warning("%s has %d MB: too large to copy into exports", entry, size // 10**6)
-            continue
-        room -= size
-        try:
+    try:
+        entries = []
+        for entry in folder.iterdir():
+            inside = [path for path in (entry, *entry.rglob("*")) if path.is_file()]
+            weights = any(path.name.lower().endswith(_WEIGHTS) for path in inside)
+            if not (weights or entry.name.startswith(".") or entry.name == "__pycache__"):
+                entries.append((sum(path.stat().st_size for path in inside), entry, inside))
+        for size, entry, inside in sorted(entries):  # small ones first: the tokenizer's must fit
+            if size > room:
+                logger.warning("%s has %d MB: too large to copy into exports", entry, size // 10**6)
+                continue
+            room -= size
             files |= {str(path.relative_to(folder)): path.read_bytes() for path in inside}
-        except OSError as error:
-            text = f'exports copy all but the weights of "{source}": {error}; make it readable'
-            raise ValueError(text) from error
+    except OSError as error:
+        text = f'exports copy all but the weights of "{source}": {error}; make it readable'
+        raise ValueError(text) from error
     return files
 
 

@@ -157,7 +157,8 @@ def _urls(config: JobConfig, world_size: int) -> Iterator[Finding]:
 
 _OWN = {
     "vllm": "model dtype tensor_parallel_size max_model_len logprobs_mode load_format max_num_seqs "
-    "gpu_memory_utilization enable_sleep_mode distributed_executor_backend skip_tokenizer_init",
+    "gpu_memory_utilization enable_sleep_mode distributed_executor_backend skip_tokenizer_init "
+    "hf_overrides",  # by which fp32_head is set
     "sglang": "model_path dtype tp_size context_length load_format max_running_requests "
     "mem_fraction_static enable_memory_saver custom_weight_loader skip_tokenizer_init",
 }
@@ -165,7 +166,9 @@ _OWN = {
 
 def _engine_tables(config: JobConfig, world_size: int) -> Iterator[Finding]:
     """What torchrft tells an engine itself, and relies on."""
-    options = "pretrain, bf16, engine_tp_size, max_len, max_num_seqs, engine_mem_util or stop"
+    options = (
+        "pretrain, bf16, engine_tp_size, max_len, max_num_seqs, engine_mem_util, stop or fp32_head"
+    )
     for table, names in _OWN.items():
         for name in names.split():
             if name in value_of(config, table):
@@ -218,12 +221,11 @@ def _algorithm(config: JobConfig, world_size: int) -> Iterator[Finding]:
         fault = "in the reward hardly pulls to the reference, where only k1 has the right gradient"
         yield Finding(f'kl_estimator {fault}; use "k1", or kl_placement = "loss"', False)
     per_token = algorithm.rollout_correction in ("token_tis", "token_mask")
-    if (per_token or algorithm.high_entropy_token_ratio < 1) and loss == "gmpo":
-        yield Finding(
-            f"high_entropy_token_ratio and {label(config, 'rollout_correction')}: tokens cannot be "
-            "chosen or weighed in the gmpo policy loss, which is one number per sequence; use "
-            "seq_tis or seq_mask"
-        )
+    fault = "chooses or weighs tokens, but the gmpo policy loss is one number per sequence"
+    if per_token and loss == "gmpo":
+        yield Finding(f"rollout_correction {fault}; use seq_tis or seq_mask")
+    if algorithm.high_entropy_token_ratio < 1 and loss == "gmpo":
+        yield Finding(f"high_entropy_token_ratio {fault}; use 1.0")
     actor, critic = config.optimizer.actor_learning_rate, config.optimizer.critic_learning_rate
     if actor > 1e-4 and config.model.init == "pretrained":
         fault = "is far above the 1e-6 to 1e-5 that pretrained models take, and may ruin this one"

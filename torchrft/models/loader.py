@@ -28,13 +28,24 @@ from torchrft.tools.logging import logger
 def load_config(source: str) -> PreTrainedConfig:
     """The model's config, set to torchrft's attention function.
 
-    Raises ValueError when `source` is neither a folder with a config nor a reachable hub id.
+    Raises ValueError when `source` is neither a folder with a config nor a reachable hub id, and
+    for a model of quantized weights.
     """
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ValueError(_not_found(source, "config.json", error)) from error
-    return with_attention(config, attention.NAME)
+    return with_attention(read_config(source, "pretrain ="), attention.NAME)
+
+
+def read_config(source: str, what: str) -> PreTrainedConfig:
+    """The config as it is in `source`, which is a `what`, for errors. Raises as `load_config`."""
+    try:  # without asking at the terminal whether to run code that lies there
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # the classes of configs raise what they like
+        raise ValueError(_not_found(source, "config.json", error, what)) from error
+    if getattr(config, "quantization_config", None):
+        raise ValueError(
+            f'{what} "{source}" has quantized weights (quantization_config in its config.json), '
+            "which torchrft does not support: use the model in bfloat16"
+        )
+    return config
 
 
 def load_model(
@@ -155,8 +166,8 @@ def materialize(modules: Iterable[nn.Module], device: torch.device) -> None:
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """The tokenizer. Raises ValueError when there is none or it has no end-of-sequence token."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # its files may hold anything
         raise ValueError(_not_found(source, "tokenizer", error)) from error
     if len(tokenizer.get_vocab()) == len(tokenizer.get_added_vocab()):
         # For some architectures transformers makes an empty tokenizer when there are no files.
@@ -167,17 +178,24 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
 
 
 def stop_token_ids(model_config: PreTrainedConfig, source: str, eos: int) -> tuple[int, ...]:
-    """End-of-sequence ids of the tokenizer, the model's config and its generation config."""
+    """End-of-sequence ids of the tokenizer, the model's config and its generation config.
+
+    Raises ValueError for a generation config that cannot be read.
+    """
     found: set[int] = {eos}
-    generation = None
-    if not Path(source).is_dir() or (Path(source) / "generation_config.json").exists():
+    generation, local = None, Path(source).is_dir()
+    if not local or (Path(source) / "generation_config.json").exists():
         try:
             generation = GenerationConfig.from_pretrained(source)
-        except OSError:
-            generation = None  # hub models need not have one
+        except Exception as error:  # its values may be anything
+            if local or not isinstance(error, OSError):  # hub models need not have one
+                raise ValueError(_not_found(source, "generation_config.json", error)) from error
     for config in (model_config, model_config.get_text_config(), generation):
         value = getattr(config, "eos_token_id", None)
-        found.update(value if isinstance(value, list) else [] if value is None else [value])
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(token, int) for token in ids):
+            raise ValueError(f'"{source}" has eos_token_id = {value!r}: it must be token ids')
+        found.update(ids)
     return tuple(sorted(found))
 
 
@@ -198,6 +216,10 @@ def parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
-def _not_found(source: str, what: str, error: Exception | None = None) -> str:
+def _not_found(
+    source: str, file: str, error: Exception | None = None, what: str = "pretrain ="
+) -> str:
     fault = hub_fault(source, error) if error is not None else None
-    return fault or f'pretrain = "{source}" holds no {what} that transformers can read'
+    said = "" if error is None or isinstance(error, OSError) else " ".join(str(error).split())[:200]
+    reason = f" ({said})" if said else ""
+    return fault or f'{what} "{source}" holds no {file} that transformers can read{reason}'

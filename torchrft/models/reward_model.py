@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
@@ -19,7 +18,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from torchrft.config.job_config import Parallel
 from torchrft.models import attention
-from torchrft.models.loader import read_weights
+from torchrft.models.loader import read_config, read_weights
 from torchrft.models.sharded import ShardedWeights
 from torchrft.models.support import refuse_unsupported
 from torchrft.parallel import ParallelDims, parallelize
@@ -189,11 +188,7 @@ def load_reward_model(
 
 def reward_config(source: str) -> PreTrainedConfig:
     """The config of a scalar reward model. Raises ValueError if it is that of no such model."""
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        none = f'the reward model "{source}" holds no config.json that transformers can read'
-        raise ValueError(hub_fault(source, error) or none) from error
+    config = read_config(source, "the reward model")
     names = config.architectures or []
     if names and not any("ForSequenceClassification" in name for name in names):
         raise ValueError(

@@ -112,7 +112,7 @@ class Vision:
             )
         source = processor or pretrain
         try:
-            made = AutoProcessor.from_pretrained(source)
+            made = AutoProcessor.from_pretrained(source, trust_remote_code=False)
         except (OSError, ValueError, ImportError, AttributeError) as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise ValueError(

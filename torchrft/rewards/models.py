@@ -56,8 +56,10 @@ class Reader:
         self.vocab_size = vocab_size
         self.source = entry.tokenizer or entry.pretrain
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(self.source)
-        except (OSError, ValueError) as error:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(
+                self.source, trust_remote_code=False
+            )
+        except Exception as error:  # its files may hold anything
             raise ValueError(
                 hub_fault(self.source, error)
                 or f'the reward model "{entry.pretrain}" has no tokenizer in "{self.source}" that '

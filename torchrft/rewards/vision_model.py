@@ -32,7 +32,7 @@ class VisionModel:
         self.name, self.model, self.lock = name, model, threading.Lock()
         source = entry.tokenizer or entry.pretrain
         try:
-            self.processor: Any = AutoProcessor.from_pretrained(source)
+            self.processor: Any = AutoProcessor.from_pretrained(source, trust_remote_code=False)
         except (OSError, ValueError, ImportError) as error:
             raise ValueError(
                 hub_fault(source, error)
