@@ -150,8 +150,8 @@ def policy_engine(
     `build_engine`."""
     rollout, fp32 = config.rollout, config.model.fp32_head
     if fp32 and rollout.engine_type == "vllm":
-        overrides = {**rollout.vllm.get("hf_overrides", {}), "head_dtype": "float32"}
-        rollout = rollout.model_copy(update={"vllm": {**rollout.vllm, "hf_overrides": overrides}})
+        table = {**rollout.vllm, "hf_overrides": {"head_dtype": "float32"}}
+        rollout = rollout.model_copy(update={"vllm": table})
     compile, max_len = config.training.compile, config.data.max_len
     options: dict[str, Any] = {"max_len": max_len, "compile": compile, "vision": vision}
     options["load_weights"] = False  # they come with the first hand-over
