@@ -31,6 +31,8 @@ CHOSEN = [
     ("The correct choice is therefore C.", "C", 1.0),
     ("I think it's C.", "C", 1.0),
     ("The answer is not C", "C", 0.0),
+    ("The answer is a", "A", 0.0),  # cut off
+    ("The answer is (a)", "A", 1.0),
     ("I'm sure it's a dog.", "A", 0.0),
     ("C", "C", 1.0),
     ("C.", "C", 1.0),
@@ -456,7 +458,11 @@ def test_code_labels_that_test_nothing_are_refused():
     bad = f"{F}python\nadd = None\n{F}\n"
     assert rules.code(bad, '["assert add(1, 2) == 3"]') == 0.0
     check = "METADATA = {}\ndef check(candidate):\n    assert candidate(1) == 2\n"
-    for label, match in ((check, "tests nothing"), (["assert ("], "no Python"), ("import re", "tests nothing")):
+    for label, match in (
+        (check, "tests nothing"),
+        (["assert ("], "no Python"),
+        ("import re", "tests nothing"),
+    ):
         with pytest.raises(LabelError, match=match):
             rules.code(bad, label)
     assert rules.code(f"{F}python\n{ADD}{F}", check.replace("1", "1, 1") + "check(add)") == 1.0

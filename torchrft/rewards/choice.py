@@ -24,7 +24,7 @@ _CHOICES = (
     r"(?<=[^\s])[ \t]*\(([A-Z])\)",
     r"(?m:^[ \t]*\(?([A-Z])(?:[.):](?=\s|$)|[ \t]*$))",
     rf"(?i:answer|choice|option|\bits|\bit\s+is){_LETTER}"
-    r"|(?i:answer|choice|option)(?i:\s+is|\s*[:=])?\s*\(?([a-z])\)?\W*\Z",
+    r"|(?i:answer|choice|option)(?i:\s+is|\s*[:=])?\s*\(?((?<!is )a|[b-z])\)?\W*\Z",
 )
 _ONLY = re.compile(r"[\s({\[]*([A-Za-z])[)}\]]*(?:[.:)]?\s*|(?:[.:)]|\)[.:]?)\s+\S.*)", re.DOTALL)
 
