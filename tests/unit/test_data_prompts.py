@@ -470,6 +470,9 @@ def test_messages_that_are_stored_as_json(write, tokenizer, tmp_path):
             assert prompt.messages == tuple(chat)
     with pytest.raises(ValueError, match="line 1: 'prompt' holds chat messages; they need apply"):
         load_prompts(path, Data(), tokenizer)
+    turns = json.dumps([{"from": "human", "value": "x"}])  # of ShareGPT: refused as its list is
+    with pytest.raises(ValueError, match="line 1: 'prompt': a message must be"):
+        load_prompts(write({"prompt": turns}), data, tokenizer)
     for text in (str(chat), str(chat).replace("}, {", "}\n {"), json.dumps(chat).replace(",", "")):
         with pytest.raises(ValueError, match="line 1: 'prompt' looks like a list of chat messages"):
             load_prompts(write({"prompt": text}), data, tokenizer)

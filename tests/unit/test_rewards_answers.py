@@ -21,6 +21,19 @@ from torchrft.rewards.verify import reward_faults
 # ruff: noqa: E501  # an answer is one line
 
 CHOSEN = [
+    ("c", "C", 1.0),
+    ("(c)", "C", 1.0),
+    ("option c", "C", 1.0),
+    ("Answer: c", "C", 1.0),
+    ("[[C]]", "C", 1.0),
+    ("So C is the answer.", "C", 1.0),
+    ("The answer is 'C'.", "C", 1.0),
+    ("The correct choice is therefore C.", "C", 1.0),
+    ("I think it's C.", "C", 1.0),
+    ("The answer is not C", "C", 0.0),
+    ("The answer is a", "A", 0.0),  # cut off
+    ("The answer is (a)", "A", 1.0),
+    ("I'm sure it's a dog.", "A", 0.0),
     ("C", "C", 1.0),
     ("C.", "C", 1.0),
     ("<think>Let me see.</think><answer>C</answer>", "C", 1.0),
@@ -161,6 +174,24 @@ def test_multiple_choice_labels(label):
 
 
 MATH_ANSWERS = [
+    (r"\frac{\pi}{2}", r"\boxed{\frac\pi2}", 1.0),
+    (r"\sqrt{\pi}", r"\boxed{\sqrt\pi}", 1.0),
+    (r"\frac{1}{\pi}", r"\boxed{\frac{1}\pi}", 1.0),
+    (r"(-\infty,-2]\cup[2,\infty)", r"\boxed{x \le -2 \text{ or } x \ge 2}", 1.0),
+    (r"(-\infty,-2]\cup[2,\infty)", r"\boxed{x < -2 \text{ or } x \ge 2}", 0.0),
+    (r"x<-2\text{ or }x>2", r"\boxed{(-\infty,-2)\cup(2,\infty)}", 1.0),
+    ("2017", r"\boxed{2023-01-05}", 0.0),
+    ("12/25/2023", r"\boxed{12/23/2025}", 0.0),
+    ("3e8", r"\boxed{3*10^8}", 1.0),
+    (r"3 \times 10^8", r"\boxed{3*10**8}", 1.0),
+    ("x^2+1", r"\boxed{x**2+1}", 1.0),
+    ("77", r"\boxed{**77**}", 1.0),
+    (r"\mathbb{R}", r"\boxed{\mathbb R}", 1.0),
+    ("30", r"\boxed{30°C}", 1.0),
+    (r"30^\circ C", r"\boxed{30^\circ F}", 0.0),
+    (r"5\text{ USD}", r"\boxed{5\text{ EUR}}", 0.0),
+    ("€5", r"\boxed{5\text{ EUR}}", 1.0),
+    ("['34']", r"\boxed{34}", 1.0),
     ("5 thousand", r"\boxed{5000}", 1.0),
     ("5", r"\boxed{5 thousand}", 0.0),
     ("5", r"\boxed{5\text{ thousand}}", 0.0),
@@ -262,6 +293,15 @@ def test_math_pairs():
 @pytest.mark.parametrize(
     ("label", "response", "expected"),
     [
+        (-5, "-$5", 1.0),
+        (42, r"\boxed{42\text{ cm}^2}", 1.0),
+        (2, r"\boxed{42\text{ cm}^2}", 0.0),
+        (42, "42 m^2", 1.0),
+        (3.5, "3 1/2", 1.0),
+        (-3.5, r"\boxed{-3\frac{1}{2}}", 1.0),
+        (-0.75, r"-\frac{3}{4}", 1.0),
+        (15.5, r"\boxed{3\frac{1}{2}}", 0.0),
+        (10**6, r"10^{6}", 1.0),
         (1e16, "1e16", 1.0),
         (0.00005, "5e-5", 1.0),
         ("5e-05", "0.00005", 1.0),
@@ -347,6 +387,8 @@ def test_math_labels_that_nothing_can_equal_are_refused(label):
 F = "`" * 3
 ADD = "def add(a, b):\n    return a + b\n"
 PROGRAMS = {
+    "example": f"{F}python\n{ADD}{F}\nUse:\n{F}python\nassert add(1, 1) == 2\n{F}",
+    "later": f"{F}python\n{ADD.replace('+', '-')}{F}\nBetter:\n{F}python\n{ADD}{F}",
     "py3": f"{F}python3\n{ADD}{F}",
     "attr": f'{F}python title="x.py"\n{ADD}{F}',
     "pandoc": f"{F}{{.python}}\n{ADD}{F}",
@@ -409,6 +451,21 @@ def test_the_last_python_block_is_the_program(response):
     scope = {}
     exec(program_of(response), scope)
     assert scope["add"](1, 2) == 3
+
+
+def test_code_labels_that_test_nothing_are_refused():
+    """A list stored as text was a program that cannot fail, and so was a function not called."""
+    bad = f"{F}python\nadd = None\n{F}\n"
+    assert rules.code(bad, '["assert add(1, 2) == 3"]') == 0.0
+    check = "METADATA = {}\ndef check(candidate):\n    assert candidate(1) == 2\n"
+    for label, match in (
+        (check, "tests nothing"),
+        (["assert ("], "no Python"),
+        ("import re", "tests nothing"),
+    ):
+        with pytest.raises(LabelError, match=match):
+            rules.code(bad, label)
+    assert rules.code(f"{F}python\n{ADD}{F}", check.replace("1", "1, 1") + "check(add)") == 1.0
 
 
 def test_code_looks_at_the_answer_part():

@@ -26,7 +26,7 @@ from torchrft.types import Prompt
 Messages = list[dict[str, Any]]
 _ROWS_PER_BATCH = 1000
 _ROWS_WORTH_A_BAR = 20_000
-_KEYS = r"(?=.*['\"]role['\"]\s*:)(?=.*['\"]content['\"]\s*:)"
+_KEYS = r"(?=.*['\"](?:role|from)['\"]\s*:)(?=.*['\"](?:content|value)['\"]\s*:)"
 # A list of messages as text: JSON, or as Python prints it.
 _STORED_CHAT = re.compile(rf"\s*\[\s*\{{{_KEYS}.*\}}\s*\]\s*", re.DOTALL)
 
@@ -293,7 +293,8 @@ def _chat_or_text(prompt: Any, what: str) -> Any:
     except ValueError as error:
         fault = "looks like a list of chat messages, but is no JSON"
         raise ValueError(f"{what} {fault} ({error}); write it with json.dumps") from error
-    return chat if all(isinstance(turn, dict) and "role" in turn for turn in chat) else prompt
+    is_chat = all(isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in chat)
+    return chat if is_chat else prompt
 
 
 def _refuse_surrogates(value: Any, what: str) -> None:

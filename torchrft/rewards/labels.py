@@ -1,5 +1,6 @@
 """Reads a row's label as a text, or says why it is none."""
 
+import ast
 import contextlib
 import json
 import re
@@ -20,9 +21,8 @@ def plain_label(label: Any) -> str | int | float | Decimal | Fraction:
     """
     if isinstance(label, np.generic):
         label = label.item()
-    if isinstance(label, str) and re.match(r'\s*[\[{]\s*"', label):
-        with contextlib.suppress(ValueError):
-            label = json.loads(label)
+    if isinstance(label, str):
+        label = stored(label)
     if isinstance(label, Mapping) and "ground_truth" in label:
         return plain_label(label["ground_truth"])
     if isinstance(label, list | tuple | np.ndarray) and len(label) == 1:
@@ -36,6 +36,15 @@ def plain_label(label: Any) -> str | int | float | Decimal | Fraction:
     if not is_finite:
         raise LabelError(f"the label {label!r:.80} is no finite number")
     return label
+
+
+def stored(text: str) -> Any:
+    """The list or dictionary that a text holds, as JSON or as Python prints it, else the text."""
+    if re.match(r"""\s*[\[{]\s*['"]""", text):
+        for read in (json.loads, ast.literal_eval):
+            with contextlib.suppress(ValueError, SyntaxError):
+                return read(text)
+    return text
 
 
 def label_text(label: Any, **options: Any) -> str:

@@ -40,15 +40,18 @@ _REWRITES = [
         (r"\\lt(?![A-Za-z])", "<"),
         (r"\\gt(?![A-Za-z])", ">"),
         (r"\\varnothing(?![A-Za-z])|\\\{ *\\\}", r"\\emptyset"),
-        (r"\\sqrt *(\w)|\\?\bsqrt *\(([^()]*)\)", r"\\sqrt{\1\2}"),
+        (r"\\sqrt *(\w|\\pi)|\\?\bsqrt *\(([^()]*)\)", r"\\sqrt{\1\2}"),
         (r"(?<![\\A-Za-z])(sin|cos|tan|log|ln|pi|theta)(?![A-Za-z])", r"\\\1"),
         (r"(?<![\\A-Za-z])infinity", r"\\infty"),
         (r"\^ *(?:\\prime|\{ *\\prime *\})", "'"),
-        (r"\\vec *(\w)", r"\\vec{\1}"),
+        (r"\\(vec|hat|bar|math(?:bb|cal)) *(\w)", r"\\\1{\2}"),
         (r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
         (r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
-        (r"(\\(?:frac|binom)) *(\w)", r"\1{\2}"),
-        (r"(\\(?:frac|binom)\{[^{}]*\}) *(\w)", r"\1{\2}"),
+        (r"(\\(?:frac|binom)) *(\w|\\[a-z]+(?![A-Za-z{]))", r"\1{\2}"),
+        (r"(\\(?:frac|binom)\{(?:[^{}]|\{[^{}]*\})*\}) *(\w|\\[a-z]+(?![A-Za-z{]))", r"\1{\2}"),
+        (r"^\*\*(.*)\*\*$", r"\1"),
+        (r"(?<=[\w)}]) *\*\* *(?=[\w({-])", "^"),
+        (r"(?<=[\w)}]) *\* *(?=[\w(\\])", r"\\cdot "),
         (r"([\^_]) *\{ *(?:\\text\{ *(\w+) *\}|(\w+|\\circ)) *\}", r"\1{\2\3}"),
         (r"([\^_])(\d+|\w|\\circ)", r"\1{\2}"),
         # Spaces stay between words and numbers only.
@@ -157,7 +160,8 @@ _ALIASES = (
     "m meter metre;cm centimeter centimetre;mm millimeter millimetre;km kilometer kilometre;"
     "in inch;ft foot feet;yd yard;mi mile;g gram;kg kilogram kilo;mg milligram;lb pound;oz ounce;"
     "s sec second;min minute;h hr hour;day;week;month;year yr;l liter litre;gal gallon;"
-    "ml milliliter millilitre;deg degree;mi/h mph;km/h kmph kph kmh;cent ¢;$ dollar usd;€ euro;"
+    "ml milliliter millilitre;deg degree;mi/h mph;km/h kmph kph kmh;cent ¢;$ dollar usd;€ euro eur;"
+    "£ gbp;¥ yen jpy;"
     "n newton;j joule;w watt;v volt;hz hertz;rad radian;c celsius;f fahrenheit;am a.m a.m.;"
     "pm p.m p.m.;north;south;east;west;up;down;left;right;more;less;increase;decrease;profit;"
     "loss;gain;clockwise;counterclockwise;2 square sq sq. squared;3 cubic cubed"
@@ -173,8 +177,9 @@ _POWER = r"(?:\^\{?-?\d\}?)?"
 _TEXT = rf"\\text\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}{_POWER}"
 _PLAIN = rf"(?i:{'|'.join(map(re.escape, sorted(_UNITS, key=len, reverse=True)))}){_POWER}"
 _UNIT = re.compile(
-    rf"(?<=[\d}})\]a-z%.])(?: ?(?:{_TEXT}|\\frac\{{{_TEXT}\}}\{{{_TEXT}\}}|\^\{{\\circ\}}"
-    rf"|/{_TEXT}|/{_PLAIN}))+$|(?<=[\d}}]) {_PLAIN}(?:(?:/| per | ){_PLAIN})*\.?$"
+    rf"(?<=[\d}})\]a-z%.])(?: ?(?:{_TEXT}|\\frac\{{{_TEXT}\}}\{{{_TEXT}\}}"
+    rf"|\^\{{\\circ\}}(?: ?[CF])?|/{_TEXT}|/{_PLAIN}))+$"
+    rf"|(?<=[\d}}]) {_PLAIN}(?:(?:/| per | ){_PLAIN})*\.?$"
     r"|(?<=\d)(?i:am|pm|mph|[ckm]m|kg|cents?|¢)$"
     r"|(?<=\d)(?: (?!hundred|thousand|[a-z]+illion|dozen|factorial|squared)[a-z]{2,}){1,4}$"
 )
@@ -208,7 +213,8 @@ _NAME = re.compile(
     r"|\([a-z](?:[,;][a-z])+\)|[^A-Za-z=<>]+"
 )
 _BASE = re.compile(r"(?:\\text\{)?([0-9A-Z]+)\}?_\{(\d+)\}")
-_TIME = re.compile(r"\d{1,2}:[0-5]\d")
+_TIME = re.compile(r"\d{1,2}:[0-5]\d|\d{4}-\d\d?-\d\d?|\d\d?/\d\d?/\d{2,4}")  # or a date
+_UNION = re.compile(r"\\cup.*?(?:[<>]|\\[lg]e(?![a-z]))|(?:[<>]|\\[lg]e(?![a-z])).*?\\cup")
 _ENVIRONMENT = re.compile(r"\\(?:begin|end|operatorname|mathbb|vec|hat|bar)\{\w*\}")
 _LETTERS = re.compile(
     r"\\text|(?<= )[a-z]{2,}(?= )|(?<![\\A-Za-z])(?:[a-z]{4}|[A-Za-z]*(?:[A-Z][a-z]{2}|[A-Z]{2}))"
@@ -287,7 +293,8 @@ def is_equal(gold: str, given: str) -> bool:
         return gold != ""
     if not given or not gold:
         return False
-    lists = _lists_equal(gold, given)
+    # x < 1 or x > 2 is no list where the other side is a union.
+    lists = None if _UNION.search(gold + given) else _lists_equal(gold, given)
     if lists is not None:
         return lists
     (gold, unit), (given, other) = _unit(gold), _unit(given)

@@ -27,8 +27,8 @@ def values_equal(gold: str, given: str) -> bool:
     letters = {sign for sign in re.sub(r"\\[A-Za-z]+", "", gold + given) if sign.isalpha()}
     if any(letter.swapcase() in letters for letter in letters):
         return False  # the reader takes x and X for one
-    read = [_read(gold), _read(given)]
     try:
+        read = [_read(gold), _read(given)]
         return None not in read and _same(*read)
     except (ArithmeticError, AttributeError, NotImplementedError, TypeError, ValueError):
         return False  # SymPy can make nothing of the pair
@@ -36,7 +36,9 @@ def values_equal(gold: str, given: str) -> bool:
 
 @lru_cache(maxsize=4096)
 def _read(text: str) -> Any:
-    """The SymPy object with exact numbers, or None."""
+    """The SymPy object with exact numbers, or None; of relations with "or", the set of all."""
+    if ";" in text and re.search(r"[<>]|\\[lg]e(?![a-z])", text):
+        return sympy.Union(*(_read(each).as_set() for each in text.split(";")))
     if TURNS.search(text):
         text = re.sub(r"(\d+)\^\{\\circ\}", r"(\\frac{\1\\pi}{180})", text)
     text = re.sub(r"\\log_\{e\}", r"\\ln", text).replace(";", ",")

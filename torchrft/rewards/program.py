@@ -16,6 +16,7 @@ _CLOSING = re.compile(r"[ \t>]*(?:`{3,}|~{3,})[ \t]*")
 # A block that opens behind other words of its line; list and quote marks are no words.
 _BEHIND = re.compile(rf"(?m)^([ \t]*(?![-*+>\d.) \t]*`)[^\s`].*?)(?=```[ \t]*{_LANGUAGE}[ \t]*$)")
 _INNER = re.compile(rf"(?m)^[ \t>]*(?:`{{3,}}|~{{3,}})[ \t]*{_LANGUAGE}.*\n")
+_DEFINED = re.compile(r"(?m)^[ \t]*(?:async +)?(?:def|class) +(\w+)")
 _MOST = 50  # fences behind a block's start at which it may end
 
 
@@ -37,9 +38,19 @@ def program_of(text: str) -> str:
         blocks = [token for token in fences if _PYTHON.match(token.info.strip())]
         blocks = blocks or [token for token in fences if not token.info.strip()]
         if blocks:
-            readings = list(_readings(blocks[-1], text))
+            readings = list(_readings(_of_code(blocks), text))
             return next(filter(_compiles, readings), readings[0])
     return text
+
+
+def _of_code(blocks: list[Token]) -> Token:
+    """The last block, unless it defines nothing and calls what an earlier one defines."""
+    last = blocks[-1]
+    if not _DEFINED.search(last.content):
+        for block in reversed(blocks):
+            if any(f"{name}(" in last.content for name in _DEFINED.findall(block.content)):
+                return block
+    return last
 
 
 def _readings(block: Token, text: str) -> Iterator[str]:

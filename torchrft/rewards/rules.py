@@ -1,5 +1,6 @@
 """Rule rewards that come with torchrft. They judge the response alone, never the prompt."""
 
+import ast
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 from torchrft.rewards.answer import TAIL, answer_part, last_box
 from torchrft.rewards.choice import chosen_letter, label_letter
-from torchrft.rewards.labels import label_text
+from torchrft.rewards.labels import label_text, stored
 from torchrft.rewards.math_equal import is_equal, is_readable, plain
 from torchrft.rewards.program import program_of
 from torchrft.rewards.registry import LabelError, MissingPackage, register
@@ -54,14 +55,18 @@ def exact_match(response: str, label: Any) -> float:
 # Neither the 7 of x7 is a number, nor is the minus of 5-7 a sign.
 _NUMBER = re.compile(
     r"(?<!\w)[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d\d){1,9},\d{3}|\d+)(?![\d])(?:\.\d*)?|\.\d+)"
-    r"(?:[eE][-+]?\d+)?(?:\s?/\s?\d+)?",
+    r"(?:[eE][-+]?\d+)?(?:\s?/\s?\d+| \d{1,3}/\d{1,3})?",
     re.ASCII,
 )
 _LONGEST = 400  # characters of a number that is looked at
 _LATEX_NUMBERS = [
+    (re.compile(r"-\\?\$(?=[\d.])"), "-"),
+    (re.compile(r"(?<=[A-Za-z}])\^\{?[-+]?\d+\}?"), ""),  # of a unit
+    (re.compile(r"(?<=\d)(?=\\[dt]?frac)"), " "),
     (re.compile(r"(?<=\d)(?:\{,\}|,?\\[!,;: ])(?=\d{3}(?!\d))"), ","),
     (re.compile(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}|\\[dt]?frac(\d)(\d)"), r"\1\3/\2\4"),
     (re.compile(r"(?<=\d) ?(?:\\times|\\cdot|[x×*·]) ?10(?:\^|\*\*)\{?([-+]?\d{1,9})\}?"), r"e\1"),
+    (re.compile(r"(?<![\w.,^])10(?:\^|\*\*)\{?([-+]?\d{1,9})\}?"), r"1e\1"),
 ]
 
 
@@ -73,11 +78,13 @@ def _numbers(text: str) -> list[str]:
 
 
 def _value(number: str) -> Decimal | None:
-    above, _, below = number.replace(",", "").replace(" ", "").partition("/")
+    whole, _, rest = re.sub(r"\s?/\s?", "/", number.replace(",", "")).rpartition(" ")
+    above, _, below = rest.partition("/")
     if len(number) > _LONGEST:
         return None
     try:
-        return Decimal(above) / Decimal(below or 1)
+        value = Decimal(above) / Decimal(below or 1)
+        return Decimal(whole) + value.copy_sign(Decimal(whole)) if whole else value  # 3 1/2
     except ArithmeticError:  # a division by zero, an exponent beyond all bounds
         return None
 
@@ -266,9 +273,14 @@ def _takes_time(seconds: float = 5.0, partial: bool = False) -> None:
         raise ValueError(f"option seconds = {seconds}: use more than 0")
 
 
+_IDLE = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign)
+_IDLE += (ast.Import, ast.ImportFrom)
+
+
 def _tests(label: Any, **options: Any) -> list[str]:
+    label = stored(label) if isinstance(label, str) else label
     if isinstance(label, Mapping) and "ground_truth" in label:
-        label = label["ground_truth"]
+        return _tests(label["ground_truth"])
     tests = [label] if isinstance(label, str) else label
     if (
         not isinstance(tests, list)
@@ -276,6 +288,12 @@ def _tests(label: Any, **options: Any) -> list[str]:
         or not all(isinstance(test, str) and test.strip() for test in tests)
     ):
         raise LabelError(f"the label {label!r:.80} is no test, nor a list of tests")
+    try:
+        nodes = [node for test in tests for node in ast.parse(test).body]
+    except (SyntaxError, ValueError) as error:
+        raise LabelError(f"the label {label!r:.80} is no Python: {error}") from error
+    if all(isinstance(node, _IDLE) for node in nodes):
+        raise LabelError(f"the label {label!r:.80} tests nothing: it only defines")
     return tests
 
 
