@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 
 from torchrft.config.deepspeed_keys import KEYS, SECTIONS
 
+# Sections whose switches DeepSpeed takes in quotes, too.
+_QUOTED = ("bf16.", "bfloat16.", "fp16.", "zero_optimization.")
+
 
 class Judged(NamedTuple):
     """What was set, by dotted name and without null, and a line for each key without effect."""
@@ -38,6 +41,8 @@ def read_json(config: Mapping[str, Any] | str | Path) -> Judged:
     whole = config if isinstance(config, Mapping) else _load(Path(config))
     for name, value in _walk(whole, ""):
         key = KEYS[name]
+        if isinstance(value, str) and name.startswith(_QUOTED):
+            value = {"true": True, "false": False}.get(value.lower(), value)
         if key.disposition == "mapped" and (fault := key.fault(value)):
             raise ValueError(f"DeepSpeed key {name} = {value!r} {fault} ({key.reason})")
         if key.disposition == "refused" and not key.asks_nothing(value):

@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributed import fsdp
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchrft.parallel.modules import decoder_layers, vocabulary_modules
+from torchrft.parallel.modules import decoder_layers, shares_weights, vocabulary_modules
 from torchrft.parallel.zero import Sharding
 
 
@@ -20,6 +20,8 @@ def apply_fsdp(
 ) -> None:
     """Shards embedding, head and every decoder layer, then what is left, in place.
 
+    A layer that shares a weight with the rest, as BERT's embeddings with its head, stays with it.
+
     `mesh` has one dimension, or two: replicas of shards (HSDP). Parameters keep their dtype and are
     cast to `dtype` for computing; gradients are reduced in float32. With `cpu_offload` parameters,
     gradients and optimizer state live in (pinned) host memory.
@@ -30,7 +32,8 @@ def apply_fsdp(
     vocabulary = vocabulary_modules(model)
     again = sharding.reshard_after_forward
     options: dict[str, Any] = {"mp_policy": policy, "offload_policy": offload}
-    for module in (*vocabulary, *decoder_layers(model), model):  # inner ones first
+    layers = [m for m in decoder_layers(model) if not shares_weights(model, m)]
+    for module in (*vocabulary, *layers, model):  # inner ones first
         fsdp.fully_shard(module, mesh=mesh, reshard_after_forward=again, **options)
     for module in vocabulary:
         if hasattr(module, "logprobs"):  # a policy's head, instead of its forward

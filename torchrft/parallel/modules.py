@@ -41,9 +41,17 @@ def vocabulary_modules(model: nn.Module) -> list[nn.Module]:
         return []
     if inner is not model and not hasattr(head, "logprobs"):
         head = None
-    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     found = [m for m in (embedding, head) if isinstance(m, nn.Embedding | nn.Linear)]
-    return [m for m in found if all(owners[id(p)] == 1 for p in m.parameters())]
+    return [m for m in found if not shares_weights(model, m)]
+
+
+def shares_weights(model: nn.Module, module: nn.Module) -> bool:
+    """Whether a parameter of `module` is also one of another part of `model` (tied weights)."""
+    owners, inside = (
+        Counter(id(p) for _, p in m.named_parameters(remove_duplicate=False))
+        for m in (model, module)
+    )
+    return any(owners[key] != count for key, count in inside.items())
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
