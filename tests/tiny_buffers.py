@@ -28,6 +28,7 @@ _MLA = {
     "qk_nope_head_dim": 4,
     "v_head_dim": 8,
     "num_key_value_heads": 4,
+    "head_dim": 4,
 }
 _FULL = ["full_attention", "full_attention"]
 DENSE: dict[str, dict[str, Any]] = {
