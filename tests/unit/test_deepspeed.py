@@ -66,7 +66,7 @@ def test_batch_sizes_follow_from_each_other(config, ranks, expected):
         ),
         (MICRO | {"gradient_clipping": -1.0}, "gradient_clipping = -1.0 must be a number of 0 or"),
         (MICRO | {"gradient_clipping": float("nan")}, "gradient_clipping = nan must be a number"),
-        (MICRO | {"bf16": {"enabled": "false"}}, "bf16.enabled = 'false' must be true or false"),
+        (MICRO | {"bf16": {"enabled": "maybe"}}, "bf16.enabled = 'maybe' must be true or false"),
         (MICRO | {"bf16": True}, "bf16 = True must be a table of keys such as bf16.enabled"),
         (adam(lr="1e-3"), "optimizer.params.lr = '1e-3' must be a number of 0 or more"),
         (adam(lr=-0.1), "optimizer.params.lr = -0.1 must be a number of 0 or more"),

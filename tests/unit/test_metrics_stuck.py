@@ -81,6 +81,7 @@ def test_a_run_with_a_constant_reward_says_so_across_a_resume(tmp_path, caplog):
     caplog.set_level("WARNING", logger="torchrft")
     function = f'[{{ name = "{__file__}:constant", isolate = false }}]'
     options = {"functions": function, "rollout_batch_size": 2, "train_batch_size": 8}
+    options["lr_total_steps"] = 6
     tiny_job.run(tmp_path, max_steps=6, **options)
     assert caplog.messages == []
     tiny_job.run(tmp_path, max_steps=12, load_checkpoint=True, **options)
