@@ -152,6 +152,8 @@ def _several_hosts(argv: list[str], count: int, hosts: int, endpoint: str) -> in
     except (RendezvousError, ValueError) as error:
         text = f"the hosts did not meet at RDZV_ENDPOINT={endpoint}: {error}"
         return _refuse(text, 2 if isinstance(error, ValueError) else 1)
+    finally:
+        logging.disable(logging.NOTSET)
     return 0
 
 

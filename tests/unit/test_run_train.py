@@ -3,6 +3,7 @@
 Ranks are small scripts here, unless a test says otherwise.
 """
 
+import logging
 import os
 import re
 import signal
@@ -185,6 +186,7 @@ def test_an_endpoint_that_is_none_is_refused(monkeypatch, capsys, endpoint):
     (line,) = capsys.readouterr().err.splitlines()
     assert code == 2
     assert line.startswith(f"error: the hosts did not meet at RDZV_ENDPOINT={endpoint}: ")
+    assert logging.root.manager.disable == logging.NOTSET
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
