@@ -2,12 +2,12 @@
 # Train the job of a TOML file: [NGPU=2] [CONFIG_FILE=my.toml] ./run_train.sh [--any.option value]
 #
 # NGPU       processes on this machine, one per GPU (default 1); Slurm's h100:4 means 4
-# NNODES     machines (default 1); with more, set RDZV_ENDPOINT=host:port, the same on all of them,
-#            and RDZV_ID where several jobs share that endpoint; scripts/slurm.sbatch does both
+# NNODES     machines (default 1); with more, set RDZV_ENDPOINT=host:port, the same on all of them:
+#            the address of one of them in a private network; and RDZV_ID where several jobs may meet
+#            there; scripts/slurm.sbatch does both
 # CONFIG_FILE  the job (default train_configs/debug_model.toml), relative to here or to the
 #            repository; paths in it and in flags are relative to the same place
-# TORCH_ELASTIC_SHUTDOWN_TIMEOUT  seconds to save in after SIGTERM (default 600; several machines
-#            with torch 2.11: always 30)
+# TORCH_ELASTIC_SHUTDOWN_TIMEOUT  seconds to save in after SIGTERM (default 600)
 # LOG_RANK   ranks whose output is shown, e.g. 0,1 (default: all); warnings and faults always are
 #
 # Ends with 0, 130 after Ctrl-C, 143 after SIGTERM, 2 for a wrong config, and 1 for any other fault.

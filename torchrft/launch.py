@@ -4,19 +4,28 @@ run_train.sh calls it and documents the environment variables that it reads. A j
 with a line for each rank that failed, and with 128 + signal, 2 for a wrong config, or 1.
 """
 
-import logging
+import errno
+import fcntl
 import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from datetime import timedelta
+from ipaddress import ip_address
+from queue import Empty, SimpleQueue
 
 from torchrft.tools.signals import SECONDS_BETWEEN_KEY_PRESSES, exit_on_signal
 
 Codes = dict[int, int]  # exit codes, by rank
+Address = tuple[str, int]  # of a socket
+Listener = socket.socket | None  # None on all hosts but the first
 
 RANK = [sys.executable, "-m", "torchrft.train"]
 # Its exit codes; a rank that ends with one of them has said why. The last two mean that it saved.
@@ -26,6 +35,7 @@ SPOKEN = (1, 2, 0, 128 + signal.SIGINT, 128 + signal.SIGTERM)
 SIGNALLED = (0.0, signal.SIGTERM, float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 600)))
 FAILED = (5.0, signal.SIGTERM, 30.0)
 INSISTED = (0.0, signal.SIGINT, 5.0)
+MEETING = 600.0  # seconds in which the first host of several must answer
 
 
 def main(argv: list[str]) -> int:
@@ -63,29 +73,53 @@ def _refuse(text: str, code: int = 2) -> int:
 
 
 def _one_host(argv: list[str], count: int) -> int:
-    """Ranks that meet at a socket of the loopback device, which no other host can reach."""
+    """Ranks that meet at the loopback device, which no other host can reach."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    return _job(argv, count, 0, listener.getsockname(), listener)
+
+
+def _job(argv: list[str], count: int, first: int, store: Address, listener: Listener) -> int:
+    """Runs the ranks from `first` on; all meet at `store`, where rank 0 answers by `listener`."""
     heard: list[tuple[int, float]] = []
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # nohup
             signal.signal(signum, lambda number, _: heard.append((number, time.monotonic())))
     shown = os.environ.get("LOG_RANK") or ",".join(map(str, range(count)))
-    loopback = min((name for _, name in socket.if_nameindex()), key=lambda name: name[:2] != "lo")
+    env = _interface(store) | os.environ | {"LOCAL_WORLD_SIZE": str(count)}
+    env |= {"MASTER_ADDR": store[0], "MASTER_PORT": str(store[1])}
+    env["TORCHRFT_STORE"] = str(listener.fileno()) if listener else ""
     ranks = []
-    with socket.create_server(("127.0.0.1", 0)) as store:
-        env = {"GLOO_SOCKET_IFNAME": loopback, **os.environ, "LOCAL_WORLD_SIZE": str(count)}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.getsockname()[1])}
-        env["TORCHRFT_STORE"] = str(store.fileno())  # where rank 0 answers
-        for rank in map(str, range(count)):
-            process = subprocess.Popen(
-                [*RANK, *argv],
-                env={**env, "RANK": rank, "LOCAL_RANK": rank},
-                stdin=subprocess.DEVNULL,
-                stdout=None if rank in shown.split(",") else subprocess.DEVNULL,
-                pass_fds=[store.fileno()] if rank == "0" else [],
-                process_group=0,  # Ctrl-C comes from here, once
-            )
-            ranks.append(process)
+    for local in range(count):
+        process = subprocess.Popen(
+            [*RANK, *argv],
+            env={**env, "RANK": str(first + local), "LOCAL_RANK": str(local)},
+            stdin=subprocess.DEVNULL,
+            stdout=None if str(local) in shown.split(",") else subprocess.DEVNULL,
+            pass_fds=[listener.fileno()] if listener and local == 0 else [],
+            process_group=0,  # Ctrl-C comes from here, once
+        )
+        ranks.append(process)
+    if listener:
+        listener.close()
     return _exit_code(_wait(ranks, heard), heard[0][0] if heard else None)
+
+
+def _interface(address: Address) -> dict[str, str]:
+    """Has gloo and nccl listen at the network interface that leads to `address`, and no other."""
+    with socket.socket(_family(address), socket.SOCK_DGRAM) as probe:
+        probe.connect(address)  # sends nothing
+        own = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode())
+            with suppress(OSError):  # it has no address
+                answer = fcntl.ioctl(probe, 0x8915, request)  # SIOCGIFADDR, for IPv4 alone
+                if socket.inet_ntoa(answer[20:24]) == own:
+                    return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"}
+    return {}
+
+
+def _family(address: Address) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address[0] else socket.AF_INET
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]], heard: list[tuple[int, float]]) -> Codes:
@@ -132,29 +166,55 @@ def _exit_code(codes: Codes, signum: int | None = None) -> int:
 
 
 def _several_hosts(argv: list[str], count: int, hosts: int, endpoint: str) -> int:
-    """torchrun, which lets the hosts find each other; without its tables and tracebacks."""
-    from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous import RendezvousError
-
-    logging.disable(logging.CRITICAL)
-    shown = os.environ.get("LOG_RANK", "")
-    words = ["--nnodes", str(hosts), "--nproc-per-node", str(count), "--rdzv-backend", "c10d"]
-    words += ["--rdzv-endpoint", endpoint, "--rdzv-id", os.environ.get("RDZV_ID", "torchrft")]
-    words += ["--local-ranks-filter", shown, "--tee", "3"] if shown else []
+    """The host whose address the endpoint is has the first ranks; others ask it for a number."""
+    name, _, port = endpoint.rpartition(":")
     try:
-        run.run(run.parse_args([*words, "-m", "torchrft.train", *argv]))
-    except ChildFailedError as error:
-        return _exit_code({rank: f.exitcode for rank, f in error.failures.items()})
-    except SignalException as error:
-        return 128 + error.sigval
-    except (RendezvousError, ValueError) as error:
-        text = f"the hosts did not meet at RDZV_ENDPOINT={endpoint}: {error}"
-        return _refuse(text, 2 if isinstance(error, ValueError) else 1)
-    finally:
-        logging.disable(logging.NOTSET)
-    return 0
+        if not 0 < int(port) < 2**16:
+            raise ValueError(f"no port has the number {port}")
+        address = socket.getaddrinfo(name.strip("[]"), int(port), type=socket.SOCK_STREAM)[0][4][:2]
+    except (OSError, ValueError) as error:
+        return _refuse(f"RDZV_ENDPOINT={endpoint} is no host:port ({error})")
+    if ip_address(address[0]).is_loopback and name not in ("localhost", address[0]):
+        return _refuse(
+            f"RDZV_ENDPOINT={endpoint} is {address[0]} here, where no other host reaches it; write "
+            "the address that this host has in their network"
+        )
+    try:
+        listener = socket.create_server(address, family=_family(address))
+    except OSError as error:
+        if error.errno not in (errno.EADDRNOTAVAIL, errno.EADDRINUSE):
+            return _refuse(f"RDZV_ENDPOINT={endpoint} cannot be used: {error}")
+    else:
+        return _job(argv, count, 0, address, listener)
+    print(f"waiting for the host of RDZV_ENDPOINT={endpoint}", file=sys.stderr)
+    answers = SimpleQueue[int | str]()
+    # In a thread, since torch waits without a deadline for a server that says nothing.
+    threading.Thread(target=lambda: answers.put(_number(address)), daemon=True).start()
+    try:
+        number = answers.get(timeout=MEETING)
+    except Empty:
+        number = f"no answer within {MEETING:g} seconds"
+    if isinstance(number, str):
+        return _refuse(f"the hosts did not meet at RDZV_ENDPOINT={endpoint}: {number}", 1)
+    if number >= hosts:
+        return _refuse(f"{hosts} hosts have met at RDZV_ENDPOINT={endpoint} already; free its port")
+    return _job(argv, count, number * count, address, None)
+
+
+def _number(address: Address) -> int | str:
+    """This host's number, from 1, as rank 0's store gives it; or why there is none."""
+    os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"  # it tells of every attempt
+    from torch.distributed import TCPStore
+
+    try:
+        patience = timedelta(seconds=MEETING)
+        store = TCPStore(*address, None, False, patience, wait_for_workers=False)
+        job = store.get("torchrft/job").decode()
+        if job != os.environ.get("RDZV_ID", ""):
+            return f"the job RDZV_ID={job} has that port; choose another"
+        return int(store.add("torchrft/hosts", 1))
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ are with the first row, "one process", at step 1: both have the same weights and
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -337,6 +338,52 @@ def test_what_only_a_start_can_show_ends_all_ranks(tmp_path):
     assert result.returncode != 0
     assert re.search(r"error: prompt_data: .*none\.jsonl", result.stderr)
     assert "Trainer" not in result.stderr  # no traceback through torchrft
+
+
+LISTENING = """
+import json, os
+from functools import cache
+from pathlib import Path
+
+@cache
+def look():
+    parents, links = {}, set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    for pid in parents:
+        above = pid
+        while above in parents and above != os.getppid():
+            above = parents[above]
+        for fd in Path(f"/proc/{pid}/fd").iterdir() if above == os.getppid() else ():
+            try:
+                links.add(os.readlink(fd))
+            except OSError:
+                continue
+    rows = [r.split() for n in ("tcp", "tcp6") for r in open(f"/proc/net/{n}").readlines()[1:]]
+    heard = [row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in links]
+    Path(__file__).with_name("heard-" + os.environ["RANK"]).write_text(json.dumps(heard))
+
+def looking(response):
+    look()
+    return 1.0
+"""
+
+
+def test_nothing_listens_beyond_loopback(tmp_path):
+    """A reward looks at the sockets of its launcher and of all that this started."""
+    (tmp_path / "own.py").write_text(LISTENING)
+    functions = f"[{{ name = '{tmp_path}/own.py:looking', isolate = false }}]"
+    run = Run("", has_three_steps, {"max_steps": "1", "functions": functions}, ngpu=2)
+    result = launch(run.words(tmp_path / "run"), environment(2))
+    assert result.returncode == 0, result.stderr
+    heard = [
+        place for rank in "01" for place in json.loads((tmp_path / f"heard-{rank}").read_text())
+    ]
+    assert len(heard) >= 2  # the store and gloo's
+    assert {place.partition(":")[0] for place in heard} == {"0100007F"}
 
 
 def test_two_hosts_are_two_agents(tmp_path):

@@ -3,10 +3,10 @@
 Ranks are small scripts here, unless a test says otherwise.
 """
 
-import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from tiny_job import argv
+from torch.distributed import TCPStore
 
 from torchrft import launch, train
 from torchrft.tools.signals import exit_on_signal
@@ -180,13 +181,60 @@ def test_what_is_no_number_is_refused(variables):
     )
 
 
-@pytest.mark.parametrize("endpoint", ["nowhere:port", "host:99999"])
-def test_an_endpoint_that_is_none_is_refused(monkeypatch, capsys, endpoint):
+@pytest.mark.parametrize(
+    ("endpoint", "said"),
+    [
+        ("nowhere:port", "is no host:port (invalid literal for int() with base 10: 'port')"),
+        ("localhost:99999", "is no host:port (no port has the number 99999)"),
+        ("localhost:0", "is no host:port (no port has the number 0)"),
+        ("nowhere.invalid:80", "is no host:port ("),
+        ("head:80", "is 127.0.1.1 here, where no other host reaches it; write the address that"),
+    ],
+)
+def test_an_endpoint_that_is_none_is_refused(monkeypatch, capsys, endpoint, said):
+    real = socket.getaddrinfo  # Debian gives a host's name this address in its own /etc/hosts
+    monkeypatch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda host, *rest, **kinds: real("127.0.1.1" if host == "head" else host, *rest, **kinds),
+    )
     code = launch._several_hosts([], 1, 2, endpoint)
     (line,) = capsys.readouterr().err.splitlines()
     assert code == 2
-    assert line.startswith(f"error: the hosts did not meet at RDZV_ENDPOINT={endpoint}: ")
-    assert logging.root.manager.disable == logging.NOTSET
+    assert line.startswith(f"error: RDZV_ENDPOINT={endpoint} {said}")
+
+
+def test_hosts_ask_the_first_for_their_number(monkeypatch, capsys):
+    """Of the same RDZV_ID only, and no more hosts than NNODES."""
+    started = []
+    monkeypatch.setattr(launch, "_job", lambda *values: started.append(values[1:]) or 0)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = listener.getsockname()
+        store = TCPStore(
+            *address, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
+        store.set("torchrft/job", "mine")
+        endpoint = f"localhost:{address[1]}"
+        codes = []
+        for job in ("mine", "another", "mine", "mine"):
+            monkeypatch.setenv("RDZV_ID", job)
+            codes.append(launch._several_hosts([], 4, 3, endpoint))
+    assert started == [(4, 4, address, None), (4, 8, address, None)]
+    assert codes == [0, 1, 0, 2]
+    lines = capsys.readouterr().err.splitlines()
+    other, full = [line for line in lines if line.startswith("error: ")]
+    assert lines[0] == f"waiting for the host of RDZV_ENDPOINT={endpoint}"
+    assert other.endswith("the job RDZV_ID=mine has that port; choose another")
+    assert full == f"error: 3 hosts have met at RDZV_ENDPOINT={endpoint} already; free its port"
+
+
+def test_a_first_host_that_never_answers(monkeypatch, capsys):
+    monkeypatch.setattr(launch, "MEETING", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"127.0.0.1:{silent.getsockname()[1]}"
+        assert launch._several_hosts([], 1, 2, endpoint) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"error: the hosts did not meet at RDZV_ENDPOINT={endpoint}: ")
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

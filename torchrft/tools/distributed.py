@@ -105,7 +105,11 @@ def setup(timeout_seconds: float = 1800.0) -> World:
             rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             listens = int(socket) if rank == 0 else None
-            store = dist.TCPStore(*where, ranks, rank == 0, timeout, master_listen_fd=listens)
+            store = dist.TCPStore(
+                *where, ranks, rank == 0, timeout, wait_for_workers=False, master_listen_fd=listens
+            )
+            if rank == 0:  # for other hosts' launchers
+                store.set("torchrft/job", os.environ.get("RDZV_ID", ""))
             alone = {"store": store, "rank": rank, "world_size": ranks}
         dist.init_process_group(backend, timeout=timeout, **alone)
         _started_here = True
