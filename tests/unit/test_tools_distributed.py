@@ -128,6 +128,8 @@ def _late(rank: int, folder: str) -> str:
         "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=2)
     )
     message = ""
+    distributed._store = store  # as `setup` would
+    distributed.barrier("start")
     if rank == 0:
         try:
             distributed.barrier("rollout")
@@ -136,14 +138,18 @@ def _late(rank: int, folder: str) -> str:
     else:
         time.sleep(5)
     dist.destroy_process_group()
+    distributed._store = None
     store = dist.FileStore(f"{folder}/end", 2)  # for the helper's own last barrier
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     return message
 
 
-def test_a_wait_has_a_deadline_and_names_phase_and_rank(tmp_path):
+def test_a_wait_has_a_deadline_and_names_phase_and_ranks(tmp_path):
     message = run_ranks(_late, 2, str(tmp_path))[0]
-    assert "rank 0 of 2 waited too long for the other ranks in phase 'rollout'" in message
+    assert message.startswith(
+        "rank 0 of 2 waited too long for the other ranks in phase 'rollout'; rank 1 is missing, and "
+        "was last seen in phase 'start'; look at their logs for the first error ("
+    )
 
 
 def test_setup_under_torchrun(tmp_path):

@@ -314,7 +314,7 @@ class Parallel(Section):
     """Ranks over which a replica is sharded; -1 takes all that are left."""
     deepspeed_config: Text | None = None
     """DeepSpeed JSON that fills the fields it has a name for; they may not say otherwise."""
-    collective_timeout: PositiveFloat = 1800.0
+    collective_timeout: PositiveFloat = 600.0
     """Seconds after which a wait for another rank ends the job."""
 
 

@@ -1,23 +1,28 @@
 """Start torch.distributed, and the few collectives on plain Python values that torchrft needs.
 
 Every helper works on the default group, does nothing at world size 1, and waits no longer than
-the group's timeout: past it, `TimeoutError` names the phase and the rank that waited. A rank that
-died shows as `ConnectionError`.
+the group's timeout: past it, `TimeoutError` names the phase, the rank that waited and those that
+did not come. A rank that died shows as `ConnectionError`.
 """
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Self, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
 
+_STORE_SECONDS = 10.0  # in which the store must say where the other ranks are
 _started_here = False
+_store: dist.Store | None = None  # of the group that `setup` made
+_waits = 0  # of this rank, so far
 
 
 class RankError(RuntimeError):
@@ -88,7 +93,7 @@ def setup(timeout_seconds: float = 1800.0) -> World:
     A group that exists already is used as it is. CPU tensors always travel by gloo, CUDA tensors by
     nccl, so that objects and metrics need no GPU memory.
     """
-    global _started_here
+    global _started_here, _store, _waits
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -97,31 +102,32 @@ def setup(timeout_seconds: float = 1800.0) -> World:
     if not dist.is_initialized():
         timeout = timedelta(seconds=timeout_seconds)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        alone: dict[str, Any] = {}  # by default, by MASTER_ADDR and MASTER_PORT
+        rank, ranks = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+        _waits = 0
         if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
             # A store inside the process needs no port, so such jobs run side by side.
-            alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+            _store, rank, ranks = dist.HashStore(), 0, 1
         elif (socket := os.environ.pop("TORCHRFT_STORE", None)) is not None:  # launch.py's
-            rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             listens = int(socket) if rank == 0 else None
-            store = dist.TCPStore(
+            _store = dist.TCPStore(
                 *where, ranks, rank == 0, timeout, wait_for_workers=False, master_listen_fd=listens
             )
             if rank == 0:  # for other hosts' launchers
-                store.set("torchrft/job", os.environ.get("RDZV_ID", ""))
-            alone = {"store": store, "rank": rank, "world_size": ranks}
-        dist.init_process_group(backend, timeout=timeout, **alone)
+                _store.set("torchrft/job", os.environ.get("RDZV_ID", ""))
+        else:
+            _store, _, _ = next(rendezvous("env://", timeout=timeout))
+        dist.init_process_group(backend, store=_store, rank=rank, world_size=ranks, timeout=timeout)
         _started_here = True
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
 
 
 def teardown() -> None:
     """Leave the process group, if `setup` made it."""
-    global _started_here
+    global _started_here, _store
     if _started_here and dist.is_initialized():
         dist.destroy_process_group()
-    _started_here = False
+    _started_here, _store = False, None
 
 
 def get_rank() -> int:
@@ -141,7 +147,11 @@ def is_main() -> bool:
 
 @contextmanager
 def _waiting(phase: str) -> Iterator[None]:
+    global _waits
+    _waits += 1
     try:
+        if _store is not None:
+            _store.set(f"torchrft/at/{get_rank()}", f"{_waits} {phase}")
         yield
     except RuntimeError as error:
         raise peer_error(error, phase) from error
@@ -153,7 +163,27 @@ def peer_error(error: RuntimeError, phase: str) -> OSError:
     timed_out = "imed out" in text or "imeout" in text
     kind, what = (TimeoutError, "waited too long for") if timed_out else (ConnectionError, "lost")
     where = f"rank {get_rank()} of {get_world_size()} {what} the other ranks in phase {phase!r}"
-    return kind(f"{where}; look at their logs for the first error ({text.splitlines()[0]})")
+    late: list[str] = []
+    if timed_out and _store is not None:
+        # In a thread, since a store whose rank hangs answers nothing, without a deadline.
+        asking = threading.Thread(target=_ask_who_is_late, args=(_store, late), daemon=True)
+        asking.start()
+        asking.join(_STORE_SECONDS)
+    missing = "".join(f"; {one}" for one in late)
+    return kind(
+        f"{where}{missing}; look at their logs for the first error ({text.splitlines()[0]})"
+    )
+
+
+def _ask_who_is_late(store: dist.Store, late: list[str]) -> None:
+    """Adds a sentence for each rank that has waited less often than this one."""
+    for rank in range(get_world_size()):
+        key = f"torchrft/at/{rank}"
+        with suppress(RuntimeError):  # rank 0, whose store it is, has ended meanwhile
+            seen = store.get(key).decode() if store.check([key]) else "0 the start"
+            count, _, phase = seen.partition(" ")
+            if int(count) < _waits:
+                late.append(f"rank {rank} is missing, and was last seen in phase {phase!r}")
 
 
 def comes_from_a_collective(error: RuntimeError) -> bool:
