@@ -166,6 +166,7 @@ FIELD_PROOF: dict[str, str] = {
     "remote_rm_batch_size": REMOTE_RM + "results_do_not_depend_on_batches_and_threads",
     "remote_rm_concurrency": REMOTE_RM + "results_do_not_depend_on_batches_and_threads",
     "remote_rm_token_env": REMOTE_RM + "the_token_is_sent",
+    "max_reward_failures": UNIT + "rewards_workers.py::test_a_rule_that_never_judges_ends_the_run",
     "error_reward": UNIT + "rewards.py::test_an_error_becomes_error_reward_and_is_counted",
     "reward_timeout": UNIT + "rewards_workers.py::test_what_fails_costs_its_sample_only",
     "reward_workers": UNIT + "rewards_workers.py::test_several_workers_work",
@@ -190,7 +191,7 @@ FIELD_PROOF: dict[str, str] = {
     "dp_shard": UNIT + "config_validation.py::test_errors",
     "deepspeed_config": UNIT + "config_deepspeed.py::test_a_json_fills_fields",
     "collective_timeout": UNIT
-    + "tools_distributed.py::test_a_wait_has_a_deadline_and_names_phase_and_rank",
+    + "tools_distributed.py::test_a_wait_has_a_deadline_and_names_phase_and_ranks",
     # evaluation
     "eval_data": UNIT + "trainer.py::test_evaluation",
     "eval_steps": UNIT + "trainer.py::test_evaluation",

@@ -372,6 +372,7 @@ NEED_CASES = {
     "reward_workers": (5, FUNCTION, {}),
     "reward_memory": (5.0, FUNCTION, {}),
     "error_reward": (-1.0, FUNCTION, {"reward_pretrain": "r"}),
+    "max_reward_failures": (0.1, FUNCTION, {"reward_pretrain": "r"}),
     "reward_model_offload": (True, {"reward_pretrain": "r"}, FUNCTION),
     "rm_use_engine": (True, {"reward_pretrain": "r"}, {"judges": [JUDGE]}),
     "remote_rm_weight": (2.0, SERVER, FUNCTION),

@@ -327,6 +327,22 @@ def test_an_error_becomes_error_reward_and_is_counted(caplog):
     assert metrics["reward_parts/judge/a"] == 1.0
 
 
+@pytest.mark.parametrize(("share", "calls"), [(0.5, 33), (0.0, 1), (1.0, None)])
+def test_a_source_without_verdicts_ends_the_run(share, calls):
+    """Counted over its last 64 samples, so that it does not matter how few a call has."""
+    source = Fixed("judge", RewardResult(0.0, error="unreadable"))
+    scorer = Scorer([Weighted(source)], Reward(max_reward_failures=share))
+    for _ in range(79 if calls is None else calls - 1):
+        scorer.score([prompt()], [completion()])
+    if calls is not None:
+        with pytest.raises(RewardError) as caught:
+            scorer.score([prompt()], [completion()])
+        assert str(caught.value) == (
+            f"reward 'judge': no verdict on {calls} of the last {calls} samples, the last prompt "
+            f"row 0: unreadable; mend it, or raise max_reward_failures = {share:g}"
+        )
+
+
 @pytest.mark.parametrize("collective", [False, True])
 @pytest.mark.parametrize(
     ("results", "text"),

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -132,6 +133,21 @@ def test_what_fails_costs_its_sample_only(bad, own, caplog):
     assert [dict(score.metrics) for score in scores] == [{}, {"own/errors": 1.0}, {}]
     said = f"error_reward = -1; the first is prompt row 11: {said}"
     assert f"no verdict on 1 of 3 samples, which get {said}" in caplog.text
+
+
+def test_a_rule_that_never_judges_ends_the_run(own, monkeypatch, caplog):
+    """It is named at its first failure, and not every sample has to wait for it."""
+    monkeypatch.setattr("torchrft.rewards.workers._EARLY", 4)
+    with pytest.raises(RewardError) as caught:
+        scored(own, "behave", *["exit"] * 8)
+    what = f"reward function '{own}:behave': no verdict on"
+    assert str(caught.value) == (
+        f"{what} 3 of 3 samples so far, the last because it exited with 3; mend it, or raise "
+        "max_reward_failures = 0.5"
+    )
+    assert [line for line in caplog.messages if "no verdict" in line] == [
+        f"{what} {count} of 8 samples so far, the last because it exited with 3" for count in (1, 2)
+    ]
 
 
 @pytest.mark.parametrize("function", ["behave", "many", "later"])
@@ -300,8 +316,12 @@ def test_a_killed_worker_takes_along_what_it_has_forked(own, tmp_path):
     wait_until(lambda: all(is_gone(int(pid)) for pid in note.read_text().split()))
 
 
-@pytest.mark.parametrize("junk", ["b'\\0\\0\\0\\4junk'", "b'\\0\\0\\0\\5\\x80\\4K\\1.'"])
-def test_what_a_function_writes_to_its_workers_socket_costs_its_sample(own, tmp_path, junk):
+HALF = "b'\\0\\0\\1\\0 a part of 256 bytes'"
+
+
+@pytest.mark.parametrize("junk", ["b'\\0\\0\\0\\4junk'", "b'\\0\\0\\0\\5\\x80\\4K\\1.'", HALF])
+def test_what_a_function_writes_to_its_workers_socket_costs_its_sample(tmp_path, monkeypatch, junk):
+    monkeypatch.setattr("torchrft.rewards.workers._BLOCKED", struct.pack("ll", 1, 0))
     path = tmp_path / "writes.py"
     path.write_text(f"""
 import os, stat, time

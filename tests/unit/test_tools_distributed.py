@@ -147,8 +147,8 @@ def _late(rank: int, folder: str) -> str:
 def test_a_wait_has_a_deadline_and_names_phase_and_ranks(tmp_path):
     message = run_ranks(_late, 2, str(tmp_path))[0]
     assert message.startswith(
-        "rank 0 of 2 waited too long for the other ranks in phase 'rollout'; rank 1 is missing, and "
-        "was last seen in phase 'start'; look at their logs for the first error ("
+        "rank 0 of 2 waited too long for the other ranks in phase 'rollout'; rank 1 is missing, "
+        "and was last seen in phase 'start'; look at their logs for the first error ("
     )
 
 

@@ -160,7 +160,7 @@ NEEDS: tuple[Need, ...] = (
     *_on("overlong_buffer_len", "overlong_penalty_factor"),
     *_on("reward_running_norm", "reward_running_norm_minus_mean"),
     *_on("functions", "reward_timeout", "reward_workers", "reward_memory"),
-    *_need("functions, judges or remote_rm_url", _judges, "error_reward"),
+    *_need("functions, judges or remote_rm_url", _judges, "error_reward", "max_reward_failures"),
     *_need(_OUTSIDE, _models_here, "reward_model_offload"),
     *_need(_BESIDE, _scalar_models, "rm_use_engine"),
     *_on("remote_rm_url", *(f"remote_rm_{name}" for name in _REMOTE.split())),

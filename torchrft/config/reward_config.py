@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator
 
 from torchrft.config.field_types import (
+    Fraction,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -164,6 +165,8 @@ class Reward(Section):
     """Environment variable that holds the server's bearer token."""
     error_reward: float = 0.0
     """Reward of a source that has no verdict: a rule that hung or crashed, an unreadable judge."""
+    max_reward_failures: Fraction = 0.5
+    """Share of a source's last samples, of 64 or one rollout, that may end without a verdict."""
     reward_timeout: PositiveFloat = 10.0
     """Seconds that a rule in a worker process may take for one sample."""
     reward_workers: PositiveInt | None = None

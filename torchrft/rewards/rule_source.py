@@ -90,7 +90,8 @@ def rule_sources(reward: Reward) -> list[RuleSource]:
     if isolated:
         tasks = [Task(e.name, e.options, tolerant=e.name in BUILT_IN) for e in isolated]
         count = reward.reward_workers or _share_of_cores()
-        pool = WorkerPool(tasks, count, timeout, int(reward.reward_memory * 2**30))
+        memory, most = int(reward.reward_memory * 2**30), reward.max_reward_failures
+        pool = WorkerPool(tasks, count, timeout, memory, most)
     sources = []
     for entry, rule in zip(reward.functions, rules, strict=True):
         name = entry.alias or entry.name

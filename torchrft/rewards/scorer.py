@@ -16,6 +16,7 @@ from torchrft.tools.logging import logger
 from torchrft.types import Completion, Prompt, Score
 
 _LARGEST = float(torch.finfo(torch.float32).max)
+_RECENT = 64  # samples, at least, of which a share may end without a verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class Scorer:
         self.sources = {each.source.name: each.source for each in sources}
         self.weights = {each.source.name: each.weight for each in sources}
         self.norms = {each.source.name: RunningNorm() for each in sources if each.normalize}
+        self.failures: dict[str, list[bool]] = {each.source.name: [] for each in sources}
 
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Score]:
         """One score per completion, in their order; `parts` are the unweighted rewards by name.
@@ -163,6 +165,14 @@ class Scorer:
             logger.warning(
                 f"reward {name!r}: no verdict on {len(errors)} of {len(requests)} samples, which "
                 f"get error_reward = {self.config.error_reward:g}; the first is {errors[0]}"
+            )
+        size, most = max(_RECENT, len(results)), self.config.max_reward_failures
+        recent = [*self.failures[name], *(result.error is not None for result in results)][-size:]
+        self.failures[name] = recent
+        if sum(recent) > most * size:
+            raise RewardError(
+                f"reward {name!r}: no verdict on {sum(recent)} of the last {len(recent)} samples, "
+                f"the last {errors[-1]}; mend it, or raise max_reward_failures = {most:g}"
             )
 
     def _score(self, results: Mapping[str, RewardResult]) -> Score:

@@ -8,6 +8,8 @@ import fcntl
 import os
 import resource
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -30,6 +32,8 @@ GRACE = 1.0  # seconds beyond the deadline in which an async function returns wh
 _START_SECONDS = 120.0
 _FLUSH = 0.05  # seconds for which a worker may keep results, so that quick ones travel together
 _MOST = 32  # samples that travel together
+_EARLY = 256  # samples of which a share must fail to end a run before all are judged
+_BLOCKED = struct.pack("ll", 30, 0)  # seconds and microseconds in which a socket must move
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,9 @@ class _Worker:
 
     def __init__(self, tasks: Sequence[Task], memory: int) -> None:
         self.connection, theirs = Pipe()
+        with socket.socket(fileno=os.dup(self.connection.fileno())) as ours:
+            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # of a message's parts
+                ours.setsockopt(socket.SOL_SOCKET, option, _BLOCKED)
         # The process gets a signal when nobody holds the other end any more.
         ending, self.lifeline = Pipe(duplex=False)
         self.current = os.fdopen(os.memfd_create("torchrft"), "rb", 0)  # which sample it is at
@@ -105,11 +112,20 @@ class _Worker:
 class WorkerPool:
     """Up to `count` processes, each with all `tasks`, started when there is work for them.
 
-    `timeout` is in seconds per sample, `memory` in bytes beyond what a worker takes when loaded.
+    `timeout` is in seconds per sample, `memory` in bytes beyond what a worker takes when loaded,
+    `max_failures` the share of samples that may end without a verdict.
     """
 
-    def __init__(self, tasks: Sequence[Task], count: int, timeout: float, memory: int) -> None:
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        count: int,
+        timeout: float,
+        memory: int,
+        max_failures: float = 1.0,
+    ) -> None:
         self.tasks, self.count, self.timeout, self.memory = tuple(tasks), count, timeout, memory
+        self.max_failures = max_failures
         self.workers: list[_Worker] = []
         self.lock = threading.Lock()
 
@@ -117,7 +133,7 @@ class WorkerPool:
         """Results of `tasks[task]` for `rows`, one by one or all `together` within `seconds`.
 
         Where a worker had to be killed or died, the results have an `error`. Raises RuleFault for a
-        bug in the rule and RewardError if workers do not start.
+        bug in the rule, and RewardError if workers do not start or too many samples fail.
         """
         from torchrft.tools import progress  # which the workers, that import this, do without
 
@@ -202,10 +218,26 @@ class WorkerPool:
             raise RewardError(f"a worker process for reward functions does not start: {reason}")
         lost = job.places if run.together else job.places[at : at + 1]
         run.results.update(dict.fromkeys(lost, RewardResult(0.0, error=reason)))
+        self._count_failures(run, reason)
         rest = [place for place in job.places[job.done :] if place not in lost]
         if rest:
             run.jobs.appendleft(_Job(rest))
         self.workers[number] = _Worker(self.tasks, self.memory)
+
+    def _count_failures(self, run: _Run, reason: str) -> None:
+        """Says the first failure, and each doubling, at once; raises RewardError for too many."""
+        from torchrft.tools.logging import logger
+
+        failed = sum(result.error is not None for result in run.results.values())
+        judged = max(len(run.results), _EARLY)
+        what = f"reward function {self.tasks[run.task].name!r}: no verdict on {failed} of"
+        if failed > self.max_failures * judged:
+            raise RewardError(
+                f"{what} {len(run.results)} samples so far, the last because {reason}; mend it, or "
+                f"raise max_reward_failures = {self.max_failures:g}"
+            )
+        if failed.bit_count() == 1:
+            logger.warning(f"{what} {len(run.rows)} samples so far, the last because {reason}")
 
 
 def serve(fd: int, lifeline: int, current: int) -> None:
