@@ -38,6 +38,8 @@ FIELD_PROOF: dict[str, str] = {
     "init": UNIT + "models_loader.py::test_random_weights_depend_on_the_seed_only",
     "ref_pretrain": UNIT + "trainer.py::test_reference_model_from_ref_pretrain",
     "critic_pretrain": UNIT + "trainer_algorithms.py::test_critic_options",
+    "trust_remote_code": UNIT
+    + "models_remote_code.py::test_a_job_that_trusts_the_code_trains_the_models_class",
     "fp32_head": UNIT + "models_policy.py::test_fp32_head",
     "freeze_vision": UNIT + "parallel_vision.py::test_freeze_vision_trains_the_language_model_only",
     # data

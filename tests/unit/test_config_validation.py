@@ -143,13 +143,15 @@ ERRORS = [
             {"engine_type": engine, engine: {option: 1}},
             1,
             f"[rollout] {engine} = {{\"{option}\": 1}} holds '{option}', which must not be there; "
-            "torchrft sets it itself, from pretrain, bf16, engine_tp_size, max_len",
+            "torchrft sets it itself, from pretrain, trust_remote_code, bf16, engine_tp_size",
         )
         for engine, option in (
             ("vllm", "max_model_len"),
             ("vllm", "distributed_executor_backend"),
             ("vllm", "hf_overrides"),
             ("sglang", "tp_size"),
+            ("vllm", "trust_remote_code"),
+            ("sglang", "trust_remote_code"),
             ("sglang", "custom_weight_loader"),
         )
     ),

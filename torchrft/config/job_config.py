@@ -39,6 +39,8 @@ class Model(Section):
     """Folder or hub id of the KL term's reference; by default the policy's initial weights."""
     critic_pretrain: Text | None = None
     """Folder or hub id the critic starts from; by default `pretrain`."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the models and `processor` named here, as this user."""
     fp32_head: bool = False
     """Logits of policy, reference and engine in float32, from the bfloat16 states and weights."""
     freeze_vision: bool = False
@@ -377,3 +379,14 @@ class JobConfig(Section):
     evaluation: Evaluation = Evaluation()
     logging: Logging = Logging()
     checkpoint: Checkpoint = Checkpoint()
+
+    @property
+    def trusted_sources(self) -> set[str]:
+        """Folders and hub ids whose own Python code may run."""
+        model, reward = self.model, self.reward
+        sources = [model.pretrain, model.ref_pretrain, model.critic_pretrain, self.data.processor]
+        sources = sources if model.trust_remote_code else []
+        for entry in (*reward.models, *reward.judges):
+            if entry.trust_remote_code:
+                sources += [entry.pretrain, getattr(entry, "tokenizer", None)]
+        return {source for source in sources if source is not None}

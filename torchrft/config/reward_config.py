@@ -48,6 +48,8 @@ class RewardModel(Section):
     """Put the z-score by this source's running mean and deviation into the sum."""
     tokenizer: Text | None = None
     """Folder or hub id of its tokenizer; by default `pretrain`."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model or its tokenizer, as this user."""
     chat_template: Text | None = None
     """Jinja chat template, or file of it, that makes one text of prompt and response; by default
     the tokenizer's own, where it is another than the policy's."""
@@ -60,6 +62,8 @@ class Judge(Section):
     """What parts, recipes and gate call it."""
     pretrain: Text | None = None
     """Folder or hub id of the judge; its tokenizer is there as well."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the judge, as this user."""
     engine: Literal["native", "vllm", "remote"] = "native"
     """What generates: the native engine, vLLM, or an OpenAI-compatible server."""
     server_url: TextOrList = []
@@ -107,7 +111,7 @@ class Judge(Section):
             )
         if not served and self.max_new_tokens >= self.max_len:
             faults.append(f"max_new_tokens must be below max_len = {self.max_len}; lower it")
-        idle = ["pretrain", "max_len"] if served else list(_OF_SERVERS)
+        idle = ["pretrain", "trust_remote_code", "max_len"] if served else list(_OF_SERVERS)
         idle += ["aggregate"] if self.votes == 1 else []
         faults += [
             f'{name} has no effect with engine = "{self.engine}" and votes = {self.votes}; leave '

@@ -158,16 +158,18 @@ def _urls(config: JobConfig, world_size: int) -> Iterator[Finding]:
 _OWN = {
     "vllm": "model dtype tensor_parallel_size max_model_len logprobs_mode load_format max_num_seqs "
     "gpu_memory_utilization enable_sleep_mode distributed_executor_backend skip_tokenizer_init "
-    "hf_overrides",  # by which fp32_head is set
+    "trust_remote_code hf_overrides",  # by the latter fp32_head is set
     "sglang": "model_path dtype tp_size context_length load_format max_running_requests "
-    "mem_fraction_static enable_memory_saver custom_weight_loader skip_tokenizer_init",
+    "mem_fraction_static enable_memory_saver custom_weight_loader skip_tokenizer_init "
+    "trust_remote_code",
 }
 
 
 def _engine_tables(config: JobConfig, world_size: int) -> Iterator[Finding]:
     """What torchrft tells an engine itself, and relies on."""
     options = (
-        "pretrain, bf16, engine_tp_size, max_len, max_num_seqs, engine_mem_util, stop or fp32_head"
+        "pretrain, trust_remote_code, bf16, engine_tp_size, max_len, max_num_seqs, "
+        "engine_mem_util, stop or fp32_head"
     )
     for table, names in _OWN.items():
         for name in names.split():

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -21,6 +22,9 @@ from transformers import (
     AutoModelForImageTextToText,
     PreTrainedConfig,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from torchrft.tools.hub import trusts_code_of
 
 _NAME = "torchrft_probe"
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -39,6 +43,48 @@ def sees_images(config: PreTrainedConfig) -> bool:
 def auto_class(config: PreTrainedConfig) -> Any:
     """The Auto class that makes the whole model of that config, its vision tower included."""
     return AutoModelForImageTextToText if sees_images(config) else AutoModelForCausalLM
+
+
+def from_config(config: PreTrainedConfig, auto: Any = None, **options: Any) -> Any:
+    """A new model of that config, by an Auto class: by default `auto_class` of it.
+
+    Its class may be code that came with the config if that is trusted, else it is transformers'.
+    """
+    auto = auto or auto_class(config)
+    return auto.from_config(
+        config, trust_remote_code=trusts_code_of(config.name_or_path), **options
+    )
+
+
+def register_code(config: PreTrainedConfig, source: str) -> None:
+    """Makes the classes known that came with a trusted config of a class of its own: where its
+    models make other models, transformers would ask whether they may.
+
+    Raises ValueError for code that does not load.
+    """
+    for name, reference in (getattr(config, "auto_map", None) or {}).items():
+        if name.startswith("AutoModel") and not type(config).__module__.startswith("transformers."):
+            loaded = _load_class(reference, source)
+            getattr(transformers, name).register(type(config), loaded, exist_ok=True)
+
+
+def _load_class(reference: str, source: str) -> Any:
+    try:
+        return get_class_from_dynamic_module(reference, source)
+    except Exception as error:  # the code may raise anything
+        told = f"does not load: {type(error).__name__}: {error}"
+        raise ValueError(f'the code of "{source}" {told}') from error
+
+
+def _model_class(config: PreTrainedConfig) -> Any:
+    """The class that `from_config` makes a model of. Raises ValueError if there is none."""
+    auto = auto_class(config)
+    custom = (getattr(config, "auto_map", None) or {}).get(auto.__name__)
+    if custom and trusts_code_of(config.name_or_path):
+        return _load_class(custom, config.name_or_path)
+    if type(config) not in auto._model_mapping:
+        raise ValueError(f"a {config.model_type} model is no causal language model: take another")
+    return auto._model_mapping[type(config)]
 
 
 def attention_of(config: PreTrainedConfig, name: str) -> str | dict[str, str]:
@@ -90,10 +136,7 @@ def refuse_unsupported(
     Raises ValueError for a model that would give other log-probs than transformers' own forward of
     each sample alone, and for a max_len beyond the limit.
     """
-    mapping = auto_class(config)._model_mapping
-    if kind is None and type(config) not in mapping:
-        raise ValueError(f"a {config.model_type} model is no causal language model: take another")
-    kind = kind or mapping[type(config)]
+    kind = kind or _model_class(config)
     key = kind, config.to_json_string(use_diff=False)
     if key not in _VERDICTS:
         _VERDICTS[key] = _judge(config, kind)

@@ -61,8 +61,10 @@ def _scorer(path: str, flags: list[str]) -> Scorer:
     from torchrft.models.loader import load_tokenizer
     from torchrft.reward_builder import build_rewards
     from torchrft.tools import distributed
+    from torchrft.tools.hub import trust_code_of
 
     config, has_policy = _config(path, flags)
+    trust_code_of(config.trusted_sources)
     tokenizer = load_tokenizer(config.model.pretrain) if has_policy else None
     dtype = torch.bfloat16 if config.training.bf16 else torch.float32
     scorer = build_rewards(config, distributed.setup(), dtype, tokenizer)
