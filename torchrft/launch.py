@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 
 from torchrft.tools.signals import SECONDS_BETWEEN_KEY_PRESSES, exit_on_signal
+from torchrft.tools.text import one_line
 
 Codes = dict[int, int]  # exit codes, by rank
 
@@ -58,7 +59,7 @@ def main(argv: list[str]) -> int:
 
 
 def _refuse(text: str, code: int = 2) -> int:
-    print(f"error: {text}", file=sys.stderr)
+    print(f"error: {one_line(text)}", file=sys.stderr)
     return code
 
 

@@ -155,6 +155,36 @@ ERRORS = [
             ("sglang", "custom_weight_loader"),
         )
     ),
+    *(
+        (
+            {"engine_type": "vllm", "server_urls": [url]},
+            1,
+            f'[rollout] server_urls = ["{shown}"] holds "{shown}": a URL is shown in logs and '
+            "trackers, so it may hold no password or key; put a bearer token into",
+        )
+        for url, shown in (
+            ("http://me:pass@a:1", "http://***@a:1"),
+            ("https://me@a:1", "https://***@a:1"),
+            ("http://a:1/v1?token=pass", "http://a:1/v1?token=***"),
+            ("http://a:1/v1?n=1&api_key=pass&m=2", "http://a:1/v1?n=1&api_key=***&m=2"),
+        )
+    ),
+    (
+        {"engine_type": "vllm", "server_urls": ["me:pass@a:1"]},
+        1,
+        '[rollout] server_urls = ["***@a:1"] holds "***@a:1"; write each as http://host:port',
+    ),
+    (
+        {"engine_type": "vllm", "vllm": {"hf_token": "pass"}},
+        1,
+        '[rollout] vllm = {"hf_token": "***"} holds a secret, hf_token, which config.toml and '
+        "trackers would show; leave it out, and read it from the environment",
+    ),
+    (
+        {"functions": [{"name": "exact_match", "options": {"my_api_key": "pass"}}]},
+        1,
+        "holds a secret, my_api_key, which config.toml and trackers would show",
+    ),
     (
         {"images_key": "i", "min_pixels": 100, "max_pixels": 10},
         1,

@@ -431,7 +431,7 @@ def test_servers_that_are_refused_at_the_start(server):
     server.listed = b"[]"
     with pytest.raises(ValueError, match="answers /v1/models in another form"):
         ServerAnswers(remote(server.url))
-    with pytest.raises(ValueError, match=r"the environment has no token_env = \"UNSET_TOKEN\""):
+    with pytest.raises(ValueError, match=r"token_env = \"UNSET_TOKEN\": the variable is not set"):
         ServerAnswers(remote(server.url, token_env="UNSET_TOKEN"))
     server.close()
     with pytest.raises(ValueError, match=rf"{server.url} does not say what it serves: .*refused"):

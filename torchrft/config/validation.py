@@ -6,12 +6,13 @@ message that mentions a field whose own value is faulty is held back until that 
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torchrft.config.fields import FIELDS, is_set, label, show, value_of
 from torchrft.config.job_config import JobConfig
 from torchrft.config.needs import NEEDS, is_chosen, kl_adapts, policy_loss, sees_images
 from torchrft.tools.http import JsonServer
+from torchrft.tools.text import secret_option
 
 
 class Finding(NamedTuple):
@@ -178,6 +179,18 @@ def _engine_tables(config: JobConfig, world_size: int) -> Iterator[Finding]:
                 yield Finding(f"{table} holds {name!r}, which must not be there; {instead}")
 
 
+def _secrets(config: JobConfig, world_size: int) -> Iterator[Finding]:
+    """The config is written to config.toml and trackers, as it is."""
+    tables: dict[str, list[dict[str, Any]]] = {
+        name: [value] for name in FIELDS if isinstance(value := value_of(config, name), dict)
+    }
+    tables["functions"] = [entry.options for entry in config.reward.functions]
+    for name, options in tables.items():
+        for key in (key for table in options for key, v in table.items() if secret_option(key, v)):
+            fault = f"holds a secret, {key}, which config.toml and trackers would show"
+            yield Finding(f"{name} {fault}; leave it out, and read it from the environment")
+
+
 def _needs(config: JobConfig, world_size: int) -> Iterator[Finding]:
     for name, met, needs, is_error in NEEDS:
         if is_chosen(config, name) and not met(config):
@@ -309,5 +322,5 @@ CLIP_USUAL = {"gspo": (1e-4, 0.01), "gmpo": (0.1, 1.0), "cispo": (0.1, math.inf)
 
 RULES: tuple[Callable[[JobConfig, int], Iterator[Finding]], ...] = (
     *(_layout, _on_policy, _batches, _lengths, _rewards, _urls),
-    *(_needs, _engine_tables, _exclusions, _algorithm, _single_samples, _ranges),
+    *(_needs, _engine_tables, _secrets, _exclusions, _algorithm, _single_samples, _ranges),
 )

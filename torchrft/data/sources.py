@@ -31,11 +31,10 @@ class Row(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Those that every row must have, those that rows may have, and the one of encoded images."""
+    """Those that every row must have, and those that rows may have."""
 
     required: list[str]
     optional: list[str]
-    encoded: str | None
 
 
 class JsonRecords:
@@ -92,8 +91,9 @@ class Table:
         dataset = dataset.select_columns([n for n in self.column_names if n in wanted])
         dataset = dataset.with_format(None)  # one that was saved would hand out arrays for lists
         for name, feature in dataset.features.items():
-            # As the files have them: a damaged image would end the reading of all rows.
-            if columns.encoded and (encoded := _undecoded(feature)) != feature:
+            # As the files have them: `datasets` would open pictures of any format, and a damaged
+            # one would end the reading of all rows.
+            if (encoded := _undecoded(feature)) != feature:
                 dataset = dataset.cast_column(name, encoded)
         self._dataset = dataset
 
@@ -163,7 +163,7 @@ def glance(source: str, required: list[str]) -> None:
         if not file.metadata.num_rows:
             raise ValueError(f"{location}: holds no rows")
     elif path.is_file() or (path.suffix in FILE_SUFFIXES and not path.is_dir()):
-        next(iter(open_source(source, Columns(required, [], None), False)))
+        next(iter(open_source(source, Columns(required, []), False)))
     else:
         _check_place(location, path)
 

@@ -14,6 +14,7 @@ from torchrft.config.job_config import JobConfig
 from torchrft.config.manager import ConfigError, load
 from torchrft.tools.http import bearer_token
 from torchrft.tools.logging import logger, setup_logging
+from torchrft.tools.text import one_line
 
 if TYPE_CHECKING:
     from torchrft.rewards.scorer import Scorer
@@ -109,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         serve(argv)
     except (ConfigError, ValueError) as error:
         for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+            print(f"error: {one_line(line)}", file=sys.stderr)
         return 2
     return 0
 

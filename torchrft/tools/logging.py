@@ -9,6 +9,8 @@ from functools import cache
 from rich.console import Console
 from rich.logging import RichHandler
 
+from torchrft.tools.text import redact, shorten
+
 logger = logging.getLogger("torchrft")
 
 
@@ -23,6 +25,13 @@ def on_terminal() -> bool:
     return sys.stdout.isatty() and sys.stderr.isatty()
 
 
+class _Formatter(logging.Formatter):
+    """Lines without secrets, and of a bounded length."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shorten(redact(super().format(record)))
+
+
 def setup_logging(rank: int = 0) -> None:
     """Send torchrft's log to the terminal, or as plain lines to stderr.
 
@@ -35,10 +44,10 @@ def setup_logging(rank: int = 0) -> None:
     logger.handlers.clear()
     line = "%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"
     handler: logging.Handler = logging.StreamHandler(sys.stderr)
-    formatter = logging.Formatter(f"%(asctime)s %(levelname)s {line}", "%Y-%m-%d %H:%M:%S")
+    formatter = _Formatter(f"%(asctime)s %(levelname)s {line}", "%Y-%m-%d %H:%M:%S")
     if on_terminal():
         handler = RichHandler(console=terminal(), show_path=False)
-        formatter = logging.Formatter(line, "%H:%M:%S")
+        formatter = _Formatter(line, "%H:%M:%S")
     handler.setFormatter(formatter)
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
