@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 import tomllib
 from collections.abc import Sequence
@@ -79,7 +80,7 @@ def _scorer(path: str, flags: list[str]) -> Scorer:
 
 
 def serve(argv: Sequence[str] | None = None) -> None:
-    """Serves until SIGINT or SIGTERM.
+    """Serves until SIGINT or SIGTERM, after which requests have 10 seconds to end.
 
     Raises ConfigError or ValueError for what cannot be served.
     """
@@ -89,6 +90,7 @@ def serve(argv: Sequence[str] | None = None) -> None:
         import uvicorn
 
         from torchrft.rewards.server_app import create_app
+        from torchrft.rewards.server_gate import LIMITS
     except ModuleNotFoundError as error:
         raise ValueError(
             f"the reward server needs {error.name}: pip install 'torchrft[server]'"
@@ -101,7 +103,7 @@ def serve(argv: Sequence[str] | None = None) -> None:
     zipped = options.host not in _LOOPBACK
     app = create_app(scorer, token, options.max_request_mb << 20, zipped)
     logger.info(f"serving {', '.join(scorer.sources)} at http://{options.host}:{options.port}")
-    uvicorn.run(app, host=options.host, port=options.port, log_level="warning")
+    uvicorn.run(app, host=options.host, port=options.port, log_level="warning", **LIMITS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,4 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a reward that hangs in its thread is not waited for
