@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+from torchrft.tools.http import DEEPEST, is_deeper
 from torchrft.tools.hub import hub_fault
 
 if TYPE_CHECKING:  # imported where used: it takes a second, and JSON files do without it
@@ -55,6 +56,8 @@ class JsonRecords:
         for number, where, record in self._records():
             if not isinstance(record, dict):
                 raise ValueError(f"{where}: expected a JSON object, got {record!r:.80}")
+            if is_deeper(record, DEEPEST + 1):
+                raise ValueError(f"{where}: nested more than {DEEPEST} deep; store it as text")
             _check_columns(self._required, record, where)
             self._seen.update(dict.fromkeys(record))
             yield Row(number, where, record)
@@ -268,6 +271,8 @@ def _parse_json(text: bytes, where: str) -> Any:
         return json.loads(text.decode("utf-8-sig"), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not valid UTF-8 ({error.reason})") from error
+    except RecursionError as error:
+        raise ValueError(f"{where}: nested too deeply; store it as text") from error
     except ValueError as error:
         raise ValueError(f"{where}: invalid JSON: {error}") from error
 

@@ -20,6 +20,7 @@ from starlette.middleware.gzip import GZipMiddleware
 
 from torchrft.rewards.server_gate import Gate, error_answer
 from torchrft.rewards.source import RewardError, SampleError
+from torchrft.tools.http import DEEPEST, is_deeper
 from torchrft.tools.images import Image, ImageError, from_base64
 from torchrft.tools.logging import logger
 from torchrft.types import Completion, FinishReason, Prompt, Score
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 _WAITING = 256  # requests; further ones are sent away for a while
 _MOST_SAMPLES = 1 << 16  # of a request
-_DEEPEST = 64  # lists and objects within each other, of a label or in metadata
 # Lists beyond the common ones, and the arguments of functions that they fill.
 _OWN = {"token_ids": "token_ids", "finish_reasons": "finish_reason"}
 _MODELS_OWN = ("messages", "prompt_token_ids", *_OWN)
@@ -96,8 +96,8 @@ class ScoreRequest(BaseModel):
         for what is nested too deeply."""
         places = range(len(self.prompts))
         for name in ("labels", "metadata", "messages"):
-            if _is_deeper(getattr(self, name), _DEEPEST + 1):
-                raise SampleError(f"{name}: nested more than {_DEEPEST} deep")
+            if is_deeper(getattr(self, name), DEEPEST + 1):
+                raise SampleError(f"{name}: nested more than {DEEPEST} deep")
         of = partial(_each, len(places))
         prompts = [
             Prompt(row, text, tuple(ids), label, metadata or {}, tuple(chat), tuple(images or ()))
@@ -131,15 +131,6 @@ class ScoreRequest(BaseModel):
                     except ImageError as error:
                         raise ImageError(f"images.{place}: {error}") from error
             yield [known[text] for text in texts or ()]
-
-
-def _is_deeper(value: Any, limit: int) -> bool:
-    """Whether lists and objects lie more than `limit` deep within each other."""
-    level = [value]
-    for _ in range(limit + 1):
-        level = [one for one in level if isinstance(one, list | dict)]
-        level = [v for one in level for v in (one.values() if isinstance(one, dict) else one)]
-    return bool(level)
 
 
 def _each(count: int, values: list[Any] | None, default: Any) -> list[Any]:

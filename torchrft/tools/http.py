@@ -173,6 +173,20 @@ def gunzip(data: bytes, limit: int) -> bytes:
     return content
 
 
+DEEPEST = 64
+"""Lists and objects within each other, of labels and other columns of a row."""
+
+
+def is_deeper(value: Any, limit: int = DEEPEST) -> bool:
+    """Whether lists and objects lie more than `limit` deep within each other: what copies, sends or
+    prints them may end in a RecursionError."""
+    level = [value]
+    for _ in range(limit + 1):
+        level = [one for one in level if isinstance(one, list | dict)]
+        level = [v for one in level for v in (one.values() if isinstance(one, dict) else one)]
+    return bool(level)
+
+
 def parse(content: bytes) -> Any:
     """The value of JSON text. Raises ValueError for anything else, however deeply nested."""
     try:
