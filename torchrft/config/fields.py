@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from pydantic.fields import FieldInfo
 
+from torchrft.config.field_types import LARGEST
 from torchrft.config.job_config import JobConfig, Section
 from torchrft.tools.text import redact
 
@@ -71,17 +72,10 @@ def describe(schema: Schema) -> str:
             return f"{len(part['prefixItems'])} values, each {describe(part['prefixItems'][0])}"
         return f"list of {describe(part['items'])}"
     signs = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
-    bounds = " and ".join(
-        f"{sign} {_bound(part[key])}" for key, sign in signs.items() if key in part
-    )
+    told = [key for key in signs if key in part and abs(part[key]) != LARGEST]
+    bounds = " and ".join(f"{signs[key]} {part[key]}" for key in told)
     words = {"boolean": "true or false", "string": "text"}
     return words.get(part["type"]) or f"{part['type']} {bounds}".rstrip()
-
-
-def _bound(limit: float) -> str:
-    """A limit, the round ones short: 1e9."""
-    short = f"{limit:.0e}".replace("e+0", "e")
-    return short if abs(limit) >= 1e6 and float(short) == limit else str(limit)
 
 
 def is_optional(name: str) -> bool:

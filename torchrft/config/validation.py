@@ -6,7 +6,7 @@ message that mentions a field whose own value is faulty is held back until that 
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torchrft.config.fields import FIELDS, is_set, label, show, value_of
 from torchrft.config.job_config import JobConfig
@@ -181,12 +181,10 @@ def _engine_tables(config: JobConfig, world_size: int) -> Iterator[Finding]:
 
 def _secrets(config: JobConfig, world_size: int) -> Iterator[Finding]:
     """The config is written to config.toml and trackers, as it is."""
-    tables: dict[str, list[dict[str, Any]]] = {
-        name: [value] for name in FIELDS if isinstance(value := value_of(config, name), dict)
-    }
-    tables["functions"] = [entry.options for entry in config.reward.functions]
-    for name, options in tables.items():
-        for key in (key for table in options for key, v in table.items() if secret_option(key, v)):
+    tables = [(name, value_of(config, name)) for name in FIELDS]
+    tables += [("functions", entry.options) for entry in config.reward.functions]
+    for name, table in ((name, table) for name, table in tables if isinstance(table, dict)):
+        for key in (key for key, value in table.items() if secret_option(key, value)):
             fault = f"holds a secret, {key}, which config.toml and trackers would show"
             yield Finding(f"{name} {fault}; leave it out, and read it from the environment")
 
@@ -209,6 +207,9 @@ def _exclusions(config: JobConfig, world_size: int) -> Iterator[Finding]:
     if config.rollout.async_level and sleeps:
         fault = "exclude each other: the servers generate while the trainer computes"
         yield Finding(f"enable_engine_sleep and async_level = 1 {fault}; leave one out")
+    for name in ("temperature", "first_token_temperature"):
+        if (value_of(config, name) or 1) < 1e-3:
+            yield Finding(f"{name} makes logits overflow; use at least 0.001")
     if data.min_pixels and data.max_pixels and data.min_pixels > data.max_pixels:
         fault = f"is above max_pixels = {data.max_pixels}"
         yield Finding(f"min_pixels {fault}; lower it or raise the other")

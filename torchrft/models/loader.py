@@ -47,10 +47,11 @@ def read_config(source: str, what: str) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trusts_code_of(source))
     except Exception as error:  # the classes of configs raise what they like
         raise ValueError(_not_found(source, "config.json", error, what)) from error
+    _tell_of_code(source, getattr(config, "auto_map", None))
     if trusts_code_of(source):
         register_code(config, source)
-    _tell_of_code(source, getattr(config, "auto_map", None))
-    _forget_code_of_parts(config)
+    else:
+        _forget_code_of_parts(config)
     if getattr(config, "quantization_config", None):
         raise ValueError(
             f'{what} "{source}" has quantized weights (quantization_config in its config.json), '

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AttentionInterface,
     AttentionMaskInterface,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PreTrainedConfig,
@@ -57,15 +57,14 @@ def from_config(config: PreTrainedConfig, auto: Any = None, **options: Any) -> A
 
 
 def register_code(config: PreTrainedConfig, source: str) -> None:
-    """Makes the classes known that came with a trusted config of a class of its own: where its
-    models make other models, transformers would ask whether they may.
+    """Makes the body known that came with a trusted config of a class of its own: where a model
+    with a head makes it, transformers would ask whether it may.
 
     Raises ValueError for code that does not load.
     """
-    for name, reference in (getattr(config, "auto_map", None) or {}).items():
-        if name.startswith("AutoModel") and not type(config).__module__.startswith("transformers."):
-            loaded = _load_class(reference, source)
-            getattr(transformers, name).register(type(config), loaded, exist_ok=True)
+    body = (getattr(config, "auto_map", None) or {}).get("AutoModel")
+    if body and not type(config).__module__.startswith("transformers."):
+        AutoModel.register(type(config), _load_class(body, source), exist_ok=True)
 
 
 def _load_class(reference: str, source: str) -> Any:

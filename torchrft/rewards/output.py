@@ -18,21 +18,19 @@ class Output:
 
     def __init__(self) -> None:
         self._reading, self.fd = os.pipe()
-        self._count, self._lock = 0, threading.Lock()
+        self._count = 0
         threading.Thread(target=self._read, name="output of workers", daemon=True).start()
 
     def _read(self) -> None:
         while data := os.read(self._reading, 1 << 16):
-            with self._lock:
-                room = max(_MOST - self._count, 0)
-                self._count += len(data)
+            room = max(_MOST - self._count, 0)
+            self._count += len(data)
             sys.stderr.write(data[:room].decode(errors="replace"))
         os.close(self._reading)
 
     def end_call(self) -> None:
         """Says what was left out, and shows output again."""
-        with self._lock:
-            cut, self._count = self._count - _MOST, 0
+        cut, self._count = self._count - _MOST, 0
         if cut > 0:
             logger.warning(f"reward functions printed {cut} bytes more, which are left out")
 

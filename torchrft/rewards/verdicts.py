@@ -41,7 +41,8 @@ class Parsing:
     """
 
     def __init__(self, name: str) -> None:
-        self.parser, self.pool = parser_of(name), None
+        self.parser = parser_of(name)
+        self.pool: WorkerPool | None = None
         if "(" in name or ".py:" in name:
             task = Task(f"{__file__}:parse", {"parser": name}, tolerant=False)
             self.pool = WorkerPool([task], 1, PARSE_SECONDS, 2 << 30)

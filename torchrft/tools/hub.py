@@ -32,7 +32,7 @@ def hub_fault(source: str, error: BaseException, kind: str = "model") -> str | N
     chain = [error]  # libraries wrap what the hub said in errors of their own
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)
-    if any("trust_remote_code" in str(one) for one in chain):
+    if kind == "model" and any("trust_remote_code" in str(one) for one in chain):
         return (
             f'"{source}" needs Python code that comes with it, which does not run unasked: read '
             "it, then set trust_remote_code = true in the table that names the model ([model], or "

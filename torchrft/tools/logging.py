@@ -9,7 +9,7 @@ from functools import cache
 from rich.console import Console
 from rich.logging import RichHandler
 
-from torchrft.tools.text import redact, shorten
+from torchrft.tools.text import LONGEST, redact, shorten
 
 logger = logging.getLogger("torchrft")
 
@@ -29,7 +29,8 @@ class _Formatter(logging.Formatter):
     """Lines without secrets, and of a bounded length."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return shorten(redact(super().format(record)))
+        most = 20_000 if record.exc_info else LONGEST  # a traceback is a page or two
+        return shorten(redact(super().format(record)), most)
 
 
 def setup_logging(rank: int = 0) -> None:

@@ -3,7 +3,7 @@
 import os
 import re
 
-_LONGEST = 2000  # characters of an error or a log line
+LONGEST = 2000  # characters of an error or a log line
 _SECRET = r"(?:api[_-]?key|access[_-]?key|token|secret|passw(?:or)?d|pwd|credentials?|signature)"
 _OPTION = r"(?:api_?key|(?:access|auth|hf|bearer)_?token|secret|password)"
 _SCHEME = r"[a-z][\w+.-]*://"
@@ -42,7 +42,7 @@ def secret_option(name: str, value: object) -> bool:
     return isinstance(value, str) and bool(re.fullmatch(rf"(?i)(.*_)?{_OPTION}", name))
 
 
-def shorten(text: str, limit: int = _LONGEST) -> str:
+def shorten(text: str, limit: int = LONGEST) -> str:
     """`text`, or its beginning and end with the number of characters between them.
 
     >>> shorten("a" * 50 + "z" * 50, 40)
