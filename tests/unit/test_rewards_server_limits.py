@@ -183,8 +183,8 @@ def test_an_answer_does_not_echo_megabytes():
     assert len(told["error"]) < 2000
 
 
-def test_the_end_does_not_wait_for_a_client_that_hangs():
-    """With the app's own end, which closes the sources."""
+def test_the_end_does_not_wait_for_a_client_that_hangs(caplog):
+    """With the app's own end, which closes the sources; without a traceback."""
     scorer = StubScorer()
     app = create_app(scorer)
     with contextlib.ExitStack() as clients, app_server(app, timeout_graceful_shutdown=1) as url:
@@ -192,5 +192,6 @@ def test_the_end_does_not_wait_for_a_client_that_hangs():
             clients.enter_context(connected(url)).sendall(sent)
         assert ask(url)[0] == 200
     assert scorer.closed
+    assert "Traceback" not in caplog.text
     assert LIMITS["timeout_graceful_shutdown"] == GRACE_SECONDS == 10
     assert LIMITS["limit_concurrency"] == CONNECTIONS

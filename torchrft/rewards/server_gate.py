@@ -80,6 +80,8 @@ class Gate:
                 await self.app(scope, replay, counted)
         except _Refused as refused:
             await _turn_away(refused, receive, counted, 8 * self.limit if allowed else _DRAIN)
+        except asyncio.CancelledError:  # the server has waited for GRACE_SECONDS
+            await _turn_away(_Refused(503, "the server ends"), receive, counted, 0)
 
     @contextlib.contextmanager
     def _room(self) -> Iterator[Callable[[int], None]]:
