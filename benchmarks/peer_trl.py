@@ -93,7 +93,9 @@ def build(
     folder = tempfile.mkdtemp()
     # Saved, because TRL makes its reference model from the folder that the policy came from.
     mine.policy.model.save_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="sdpa", trust_remote_code=False
+    )
     model.generation_config = GenerationConfig.from_pretrained(DEBUG_MODEL)
     trainer = TimedTrainer(
         model=model,

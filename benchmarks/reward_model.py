@@ -95,7 +95,11 @@ def main() -> None:
             config = AutoConfig.for_model(family, **COMMON, **sizes, initializer_range=0.05)
             made = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
             made.save_pretrained(Path(folder))
-            peer = AutoModelForSequenceClassification.from_pretrained(folder).eval().to(device)
+            peer = (
+                AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=False)
+                .eval()
+                .to(device)
+            )
             world = World(0, 1, 0, device)
             own = Batches(
                 load_reward_model(folder, Parallel(), world, torch.float32), options.batch, False

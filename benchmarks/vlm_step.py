@@ -53,7 +53,7 @@ def model_folder(folder: Path, tiny: bool) -> None:
     """Writes a model with random weights, tokenizer and processor, of the larger vocabulary."""
     folder.mkdir()
     qwen_folder("qwen2_5_vl", folder)
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     config.text_config.vocab_size = 512
     if not tiny:
         names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")

@@ -21,6 +21,7 @@ from typing import Any
 
 import uvicorn
 
+from torchrft.rewards.server_gate import LIMITS
 from torchrft.types import Score
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -170,9 +171,10 @@ class StubScorer:
 
 
 @contextlib.contextmanager
-def app_server(app: Any) -> Iterator[str]:
-    """The url of an app that uvicorn serves in another thread."""
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="on")
+def app_server(app: Any, **options: Any) -> Iterator[str]:
+    """The url of an app that uvicorn serves in another thread, with the program's limits."""
+    options = {**LIMITS, "log_level": "error", "lifespan": "on", **options}
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, **options)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -184,6 +186,7 @@ def app_server(app: Any) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join(10)
+        assert not thread.is_alive()
 
 
 # ------------------------------------------------------------ the program

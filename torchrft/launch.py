@@ -22,6 +22,7 @@ from ipaddress import ip_address
 from queue import Empty, SimpleQueue
 
 from torchrft.tools.signals import SECONDS_BETWEEN_KEY_PRESSES, exit_on_signal
+from torchrft.tools.text import one_line
 
 Codes = dict[int, int]  # exit codes, by rank
 Address = tuple[str, int]  # of a socket
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> int:
 
 
 def _refuse(text: str, code: int = 2) -> int:
-    print(f"error: {text}", file=sys.stderr)
+    print(f"error: {one_line(text)}", file=sys.stderr)
     return code
 
 

@@ -21,6 +21,7 @@ from torchrft.parallel import ParallelDims, parallelize
 from torchrft.rollout import RolloutEngine, build_engine
 from torchrft.rollout.native.engine import NativeEngine
 from torchrft.tools.distributed import World
+from torchrft.tools.hub import trust_code_of
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -38,7 +39,9 @@ def load_vision(config: JobConfig) -> Vision | None:
 
 def check_models(config: JobConfig) -> None:
     """Raises ValueError for a model of the job that torchrft would compute wrongly, before anything
-    is loaded; see `refuse_unsupported`. All models read the same token ids."""
+    is loaded; see `refuse_unsupported`. All models read the same token ids. From here on, code that
+    comes with the models may run where the config trusts it."""
+    trust_code_of(config.trusted_sources)
     model, native = config.model, config.rollout.engine_type == "native"
     uses = (model.pretrain, native, True), (model.ref_pretrain, False, True)
     for source, cache, head in (*uses, (model.critic_pretrain, False, False)):

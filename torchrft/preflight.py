@@ -149,5 +149,7 @@ def _tokens(config: JobConfig) -> Iterator[str]:
     reward = config.reward
     named = {"[reward] remote_rm_token_env": reward.remote_rm_token_env}
     named |= {f"[reward] judge {one.name!r}: token_env": one.token_env for one in reward.judges}
+    keys = ("VLLM_API_KEY", "HF_TOKEN", "WANDB_API_KEY")
+    named |= {f"environment variable {n}": n for n in keys if os.environ.get(n)}
     for option, variable in named.items():
         yield from _fault(bearer_token, variable, option)

@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _end_of_rank(fault: object, code: int = 1) -> int:
     """Prints the one line with which a rank ends."""
-    from torchrft.config.fields import one_line
+    from torchrft.tools.text import one_line
 
     text, rank = one_line(str(fault)), os.environ.get("RANK")
     several = os.environ.get("WORLD_SIZE", "1") != "1" and rank is not None
@@ -72,7 +72,9 @@ def _end_of_rank(fault: object, code: int = 1) -> int:
 
 def _crash(error: Exception, folder: Path) -> str:
     """What a bug raised, and where; its traceback goes to a file, or is printed if none can be."""
-    lines = "".join(traceback.format_exception(error))
+    from torchrft.tools.text import redact
+
+    lines = redact("".join(traceback.format_exception(error)))
     file = folder / f"rank-{os.environ.get('RANK', '0')}.txt"
     try:
         folder.mkdir(parents=True, exist_ok=True)

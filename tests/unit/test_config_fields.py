@@ -11,15 +11,19 @@ import tomllib
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Annotated
 
 import jsonschema
 import pytest
+import tiny_job
+from pydantic import TypeAdapter, ValidationError
 
 from torchrft.config import choices
 from torchrft.config.availability import unavailable
-from torchrft.config.fields import FIELDS, SECTIONS
+from torchrft.config.fields import FIELDS, SECTIONS, branches
 from torchrft.config.job_config import JobConfig
 from torchrft.config.manager import ConfigError, load
+from torchrft.config.reward_config import TABLES
 
 ROOT = Path(__file__).parents[2]
 schema = SimpleNamespace(**runpy.run_path(str(ROOT / "scripts" / "config_docs.py")))
@@ -38,6 +42,8 @@ FIELD_PROOF: dict[str, str] = {
     "init": UNIT + "models_loader.py::test_random_weights_depend_on_the_seed_only",
     "ref_pretrain": UNIT + "trainer.py::test_reference_model_from_ref_pretrain",
     "critic_pretrain": UNIT + "trainer_algorithms.py::test_critic_options",
+    "trust_remote_code": UNIT
+    + "models_remote_code.py::test_a_job_that_trusts_the_code_trains_the_models_class",
     "fp32_head": UNIT + "models_policy.py::test_fp32_head",
     "freeze_vision": UNIT + "parallel_vision.py::test_freeze_vision_trains_the_language_model_only",
     # data
@@ -414,3 +420,40 @@ def test_the_docs_own_commands_draw_no_warning():
         if words:
             assert load([*words, "--dry_run"]).warnings == (), words
     assert len(jobs) >= 2
+
+
+def numeric_fields():
+    """Those that are one number, also of judges, models and functions."""
+    for kind in (*SECTIONS.values(), *TABLES.values()):
+        for name, info in kind.model_fields.items():
+            adapter = TypeAdapter(Annotated[info.annotation, None, *info.metadata])
+            schema = adapter.json_schema()
+            if {"integer", "number"} & {part.get("type") for part in branches(schema)}:
+                yield pytest.param(adapter, id=f"{kind.__name__}.{name}")
+
+
+@pytest.mark.parametrize("adapter", list(numeric_fields()))
+@pytest.mark.parametrize("value", [1e308, -1e308, 2**63, -(2**63), 10**400, 1e10, 2**33])
+def test_no_number_is_without_bounds(adapter, value):
+    """Beyond them, clocks, 32-bit integers, float32 or the memory overflow within the job."""
+    with pytest.raises(ValidationError):
+        adapter.validate_python(value, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--reward_timeout", "1e8"), "expected number > 0 and <= 1000000.0"),
+        (("--collective_timeout", "1e308"), "expected number > 0 and <= 1000000.0"),
+        (("--max_len", str(2**63)), "must be within 1e9 of 0; expected integer > 0"),
+        (("--rollout_batch_size", str(2**31)), "expected integer > 0 and <= 1000000"),
+        (("--temperature", "1e4"), "expected number > 0 and <= 1000.0"),
+        (("--actor_learning_rate", "1e9"), "expected number > 0 and <= 1"),
+        (("--error_reward", "-1e300"), "must be within 1e9 of 0; expected number"),
+        (("--seed", str(2**32)), "expected integer >= 0 and < 4294967296"),
+    ],
+)
+def test_a_number_beyond_its_bounds_is_one_sentence(flags, said):
+    with pytest.raises(ConfigError) as raised:
+        load(tiny_job.argv(**{flags[0][2:]: flags[1]}))
+    assert raised.value.faults == [f"{' '.join(flags)}: {said}"]

@@ -231,8 +231,10 @@ def wrong_words(name: str) -> list[str]:
     if any("enum" in part for part in branches(FIELDS[name].schema)):
         return ["nonsense", ""]
     words = WRONG[kind_of(name)]
-    is_bounded = any("inimum" in key for part in branches(FIELDS[name].schema) for key in part)
-    return words if is_bounded else [word for word in words if word != "-1"]
+    lowest = ("minimum", "exclusiveMinimum")
+    parts = branches(FIELDS[name].schema)
+    is_positive = any(part.get(key, -1) >= 0 for part in parts for key in lowest)
+    return words if is_positive else [word for word in words if word != "-1"]
 
 
 @pytest.mark.parametrize("name", FIELDS)

@@ -143,15 +143,52 @@ ERRORS = [
             {"engine_type": engine, engine: {option: 1}},
             1,
             f"[rollout] {engine} = {{\"{option}\": 1}} holds '{option}', which must not be there; "
-            "torchrft sets it itself, from pretrain, bf16, engine_tp_size, max_len",
+            "torchrft sets it itself, from pretrain, trust_remote_code, bf16, engine_tp_size",
         )
         for engine, option in (
             ("vllm", "max_model_len"),
             ("vllm", "distributed_executor_backend"),
             ("vllm", "hf_overrides"),
             ("sglang", "tp_size"),
+            ("vllm", "trust_remote_code"),
+            ("sglang", "trust_remote_code"),
             ("sglang", "custom_weight_loader"),
         )
+    ),
+    (
+        {"temperature": 1e-308},
+        1,
+        "[rollout] temperature = 1e-308 makes logits overflow; use at least 0.001",
+    ),
+    *(
+        (
+            {"engine_type": "vllm", "server_urls": [url]},
+            1,
+            f'[rollout] server_urls = ["{shown}"] holds "{shown}": a URL is shown in logs and '
+            "trackers, so it may hold no password or key; put a bearer token into",
+        )
+        for url, shown in (
+            ("http://me:pass@a:1", "http://***@a:1"),
+            ("https://me@a:1", "https://***@a:1"),
+            ("http://a:1/v1?token=pass", "http://a:1/v1?token=***"),
+            ("http://a:1/v1?n=1&api_key=pass&m=2", "http://a:1/v1?n=1&api_key=***&m=2"),
+        )
+    ),
+    (
+        {"engine_type": "vllm", "server_urls": ["me:pass@a:1"]},
+        1,
+        '[rollout] server_urls = ["***@a:1"] holds "***@a:1"; write each as http://host:port',
+    ),
+    (
+        {"engine_type": "vllm", "vllm": {"hf_token": "pass"}},
+        1,
+        '[rollout] vllm = {"hf_token": "***"} holds a secret, hf_token, which config.toml and '
+        "trackers would show; leave it out, and read it from the environment",
+    ),
+    (
+        {"functions": [{"name": "exact_match", "options": {"my_api_key": "pass"}}]},
+        1,
+        "holds a secret, my_api_key, which config.toml and trackers would show",
     ),
     (
         {"images_key": "i", "min_pixels": 100, "max_pixels": 10},

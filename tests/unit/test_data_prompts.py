@@ -167,6 +167,16 @@ PROMPT = '{"prompt": "1"}'
     ("lines", "options", "message"),
     [
         ([PROMPT, '{"prompt": '], {}, "line 2: invalid JSON: Expecting value"),
+        (
+            [PROMPT, '{"prompt": "a", "label": ' + "[" * 900 + "]" * 900 + "}"],
+            {},
+            "line 2: nested more than 64 deep; store it as text",
+        ),
+        (
+            [PROMPT, '{"prompt": "a", "label": ' + '{"a":' * 99_999 + "1" + "}" * 100_000],
+            {},
+            "line 2: nested too deeply; store it as text",
+        ),
         ([PROMPT, "", '{"prompt": NaN}'], {}, "line 3: invalid JSON: NaN is not JSON"),
         (['["a"]'], {}, "line 1: expected a JSON object, got ['a']"),
         (['{"prompt": "\udcff"}'], {}, "line 1: not valid UTF-8 (invalid start byte)"),

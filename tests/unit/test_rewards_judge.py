@@ -179,6 +179,18 @@ def test_seeds_are_the_samples_own():
     assert judge(says).score([]) == []
 
 
+def test_a_regular_expression_that_explodes_has_a_deadline(monkeypatch):
+    """Its answer has no verdict, which names the parser; the next one is judged as ever."""
+    monkeypatch.setattr("torchrft.rewards.verdicts.PARSE_SECONDS", 0.5)
+    own = judge(Says(lambda text, _: text.removeprefix("2+2=")), parser="((?:a|a)*)b$")
+    with contextlib.closing(own):
+        stuck, fine = own.score([request("a" * 60), request("ab")])
+    assert stuck.error is not None
+    assert "found no end: it took more than 0.5 s" in stuck.error
+    assert stuck.metrics["unparsable"] == 1.0
+    assert fine.error == "no verdict in the answer 'ab'"
+
+
 def test_a_parser_of_the_users(tmp_path):
     path = tmp_path / "own.py"
     path.write_text(
@@ -431,7 +443,7 @@ def test_servers_that_are_refused_at_the_start(server):
     server.listed = b"[]"
     with pytest.raises(ValueError, match="answers /v1/models in another form"):
         ServerAnswers(remote(server.url))
-    with pytest.raises(ValueError, match=r"the environment has no token_env = \"UNSET_TOKEN\""):
+    with pytest.raises(ValueError, match=r"token_env = \"UNSET_TOKEN\": the variable is not set"):
         ServerAnswers(remote(server.url, token_env="UNSET_TOKEN"))
     server.close()
     with pytest.raises(ValueError, match=rf"{server.url} does not say what it serves: .*refused"):

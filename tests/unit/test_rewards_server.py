@@ -28,6 +28,7 @@ from torchrft.rewards import server_app
 from torchrft.rewards.remote import RemoteRewards
 from torchrft.rewards.server import main
 from torchrft.rewards.server_app import create_app
+from torchrft.rewards.server_gate import LIMITS
 from torchrft.rewards.source import RewardError, RewardRequest, SampleError
 from torchrft.tools import distributed
 from torchrft.types import Completion, Prompt
@@ -495,6 +496,7 @@ def test_a_training_config_may_be_served(tmp_path, partial, monkeypatch):
     with teardown():
         assert main(["--config", str(tmp_path / "x.toml"), "--port", "5001"]) == 0
         assert (served["host"], served["port"]) == ("127.0.0.1", 5001)
+        assert served.items() >= LIMITS.items()
         words = ["--host", "::1", "--functions", "exact_match,gsm8k"]
         assert main(["--config", str(tmp_path / "x.toml"), *words]) == 0
         assert served["host"] == "::1"

@@ -42,6 +42,12 @@ def behave(response):
         return float("nan")
     if response == "text":
         return "1"
+    if response == "flood":
+        print("seen")
+        for stream in (sys.stdout, sys.stderr):
+            for _ in range(100):
+                stream.write("x" * 100_000)
+        sys.stdout.flush()
     if response == "quit":
         sys.exit(1)
     return float(len(response))
@@ -367,3 +373,13 @@ def number(response):
         values = [tuple(score.parts.values()) for score in made.score([prompt], given)]
         assert values == [(0.25, 100.0 + i) for i in range(4)]
     made.close()
+
+
+def test_a_function_cannot_flood_the_console(own, capfd, caplog):
+    """Of what it prints, the beginning is shown, and how much more there was."""
+    assert [score.value for score in scored(own, "behave", "flood", "flood")] == [5.0, 5.0]
+    shown = capfd.readouterr()
+    assert "seen" in shown.out + shown.err
+    assert len(shown.out + shown.err) < 10_000
+    assert "reward functions printed" in caplog.text
+    assert "bytes more, which are left out" in caplog.text

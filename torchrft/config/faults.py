@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torchrft.config.field_types import LARGEST
 from torchrft.config.fields import did_you_mean, expected, nearest_choice, show
 from torchrft.config.reward_config import TABLES
 
@@ -58,5 +59,8 @@ def field_fault(name: str, detail: Mapping[str, Any], origin: str) -> str:
         return f"{where}{detail['ctx']['error']}; {want}"
     if kind in _PLAIN:
         return f"{where}{_PLAIN[kind]}; {want}"
+    limits = detail.get("ctx", {})
+    if limits.get("le") == LARGEST or limits.get("ge") == -LARGEST:
+        return f"{where}must be within 1e9 of 0; {want}"
     near = nearest_choice(name, value)
     return f"{where}{want}" + (f"; did you mean {near}?" if near else "")

@@ -15,10 +15,17 @@ class Section(BaseModel):
     )
 
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
+LARGEST = 10**9  # of numbers without a bound of their own
+# Beyond these, what is computed from a field overflows somewhere: 32-bit integers, float32, clocks.
+PositiveInt = Annotated[int, Field(gt=0, le=LARGEST)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST)]
+PositiveFloat = Annotated[float, Field(gt=0, le=LARGEST)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=LARGEST)]
+Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
+Count = Annotated[int, Field(gt=0, le=10**6)]  # of what is held in memory at the same time
+LearningRate = Annotated[float, Field(gt=0, le=1)]
+Temperature = Annotated[float, Field(gt=0, le=1e3)]
+Seconds = Annotated[float, Field(gt=0, le=1e6)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 
 from pydantic.fields import FieldInfo
 
+from torchrft.config.field_types import LARGEST
 from torchrft.config.job_config import JobConfig, Section
+from torchrft.tools.text import redact
 
 Schema = dict[str, Any]
 
@@ -70,7 +72,8 @@ def describe(schema: Schema) -> str:
             return f"{len(part['prefixItems'])} values, each {describe(part['prefixItems'][0])}"
         return f"list of {describe(part['items'])}"
     signs = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
-    bounds = " and ".join(f"{sign} {part[key]}" for key, sign in signs.items() if key in part)
+    told = [key for key in signs if key in part and abs(part[key]) != LARGEST]
+    bounds = " and ".join(f"{signs[key]} {part[key]}" for key in told)
     words = {"boolean": "true or false", "string": "text"}
     return words.get(part["type"]) or f"{part['type']} {bounds}".rstrip()
 
@@ -106,18 +109,13 @@ def show(value: Any, limit: int = 90) -> str:
     except (ValueError, RecursionError):  # an integer of thousands of digits, or thousands of lists
         text = f"<{type(value).__name__} too large to show>"
     text = {"NaN": "nan", "Infinity": "inf", "-Infinity": "-inf"}.get(text, text)
+    text = redact(text)
     return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def one_line(text: str) -> str:
-    """`text` with line breaks as spaces and other control characters escaped."""
-    flat = " ".join(text.split())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in flat)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:
     """The known name nearest to `name`, if any is near; case and dashes do not count."""
-    plain = name.lower().replace("-", "_")
+    plain = name[:100].lower().replace("-", "_")
     near = difflib.get_close_matches(plain, list(known), n=1, cutoff=0.6)
     return near[0] if near else None
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torchrft.config.fields import FIELDS, branches, did_you_mean, expected, is_optional, show
+from torchrft.tools.text import redact, shorten
 
 _OWN = {"config_file": "string", "dry_run": "boolean"}
 _NEGATED = {"disable_engine_sleep": "enable_engine_sleep"}
@@ -50,8 +51,7 @@ def parse(argv: list[str]) -> Draft:
     draft = Draft()
     typed: dict[str, str] = {}
     for key, words in _grouped(argv, draft.faults):
-        text = " ".join([f"--{key}", *words])
-        text = text if len(text) <= 120 else text[:117] + "..."
+        text = shorten(redact(" ".join([f"--{key}", *words])), 120)
         name = _resolve(key, text, draft)
         if name is None:
             continue

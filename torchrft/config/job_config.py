@@ -11,14 +11,18 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from torchrft.config.field_types import (
     AdvantageEstimator,
+    Count,
     Fraction,
+    LearningRate,
     NonNegativeFloat,
     NonNegativeInt,
     PolicyLoss,
     PositiveFloat,
     PositiveInt,
     RawText,
+    Seconds,
     Section,
+    Temperature,
     Text,
     TextOrList,
     TwoRates,
@@ -39,6 +43,8 @@ class Model(Section):
     """Folder or hub id of the KL term's reference; by default the policy's initial weights."""
     critic_pretrain: Text | None = None
     """Folder or hub id the critic starts from; by default `pretrain`."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the models and `processor` named here, as this user."""
     fp32_head: bool = False
     """Logits of policy, reference and engine in float32, from the bfloat16 states and weights."""
     freeze_vision: bool = False
@@ -121,9 +127,9 @@ class Training(Section):
 class Optimizer(Section):
     """AdamW and its learning-rate schedule."""
 
-    actor_learning_rate: PositiveFloat = 5e-7
+    actor_learning_rate: LearningRate = 5e-7
     """Peak learning rate of the policy."""
-    critic_learning_rate: PositiveFloat = 9e-6
+    critic_learning_rate: LearningRate = 9e-6
     """Peak learning rate of the critic."""
     lr_warmup_ratio: Fraction = 0.03
     """Share of the schedule's steps over which the learning rate rises linearly from 0."""
@@ -135,7 +141,7 @@ class Optimizer(Section):
     """The learning rate decays to this share of its peak."""
     max_norm: PositiveFloat = 1.0
     """Gradients are clipped to this norm, over all parameters and ranks together."""
-    l2: NonNegativeFloat = 0.0
+    l2: Annotated[float, Field(ge=0, le=10)] = 0.0
     """Decoupled weight decay (AdamW), on matrices only."""
     adam_betas: TwoRates = (0.9, 0.95)
     """AdamW's two decay rates."""
@@ -150,13 +156,13 @@ class Rollout(Section):
 
     engine_type: Literal["vllm", "sglang", "native"] = "vllm"
     """Rollout engine; "native" is torchrft's own, in PyTorch, on any device."""
-    rollout_batch_size: PositiveInt
+    rollout_batch_size: Count
     """Prompts per rollout, over all ranks."""
     micro_rollout_batch_size: PositiveInt = 2
     """Samples per data-parallel rank per forward without gradient (old and reference log-probs)."""
-    n_samples_per_prompt: PositiveInt = 4
+    n_samples_per_prompt: Count = 4
     """Responses sampled per prompt."""
-    temperature: PositiveFloat = 1.0
+    temperature: Temperature = 1.0
     """Sampling temperature; log-probs for training are taken at the same one."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Nucleus sampling: keep the most likely tokens that hold this probability; 1 is off."""
@@ -164,7 +170,7 @@ class Rollout(Section):
     """Sample among the k most likely tokens; 0 is off."""
     truncation_replay: bool = False
     """Training log-probs are over the tokens that `top_p` and `top_k` left at each position."""
-    first_token_temperature: PositiveFloat | None = None
+    first_token_temperature: Temperature | None = None
     """Temperature of a response's first token (FIRE sampling); by default `temperature`."""
     max_new_tokens: PositiveInt | None = None
     """Maximum tokens of a response, if smaller than what max_len leaves."""
@@ -188,7 +194,7 @@ class Rollout(Section):
     """Further arguments of `sglang.Engine`, as a table [rollout.sglang]."""
     server_urls: TextOrList = []
     """Running vLLM or SGLang servers that generate, as http://host:port."""
-    request_timeout: Annotated[float, Field(gt=0, le=1e6)] = 600.0
+    request_timeout: Seconds = 600.0
     """Seconds within which a server must answer a request; past it, others get its work."""
     request_retries: NonNegativeInt = 3
     """Retries of a request that found no connection or ended in a server's error."""
@@ -245,7 +251,7 @@ class Algorithm(Section):
     """Lower clip: the ratio stays above 1 - clip_range. For gspo 3e-4, gmpo 0.4, cispo 1 (none)."""
     clip_range_higher: PositiveFloat = 0.3
     """Upper clip: the ratio stays below 1 + this value. For gspo 4e-4, gmpo 0.4, dapo 0.28."""
-    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    dual_clip: Annotated[float, Field(gt=1, le=1e9)] | None = None
     """Bound of the loss on negative advantages (dual-clip PPO), as a multiple of the advantage."""
     value_clip: PositiveFloat = 0.2
     """Clip of the critic's change."""
@@ -269,7 +275,7 @@ class Algorithm(Section):
     """Clip advantages to plus or minus this; 0 is off."""
     rollout_correction: Literal["none", "token_tis", "seq_tis", "token_mask", "seq_mask"] = "none"
     """Correction of the mismatch between the engine's log-probs and the trainer's."""
-    rollout_correction_cap: Annotated[float, Field(ge=1)] = 2.0
+    rollout_correction_cap: Annotated[float, Field(ge=1, le=1e9)] = 2.0
     """Cap of the importance weight of `rollout_correction`."""
 
     @property
@@ -314,7 +320,7 @@ class Parallel(Section):
     """Ranks over which a replica is sharded; -1 takes all that are left."""
     deepspeed_config: Text | None = None
     """DeepSpeed JSON that fills the fields it has a name for; they may not say otherwise."""
-    collective_timeout: PositiveFloat = 600.0
+    collective_timeout: Seconds = 600.0
     """Seconds after which a wait for another rank ends the job."""
 
 
@@ -377,3 +383,14 @@ class JobConfig(Section):
     evaluation: Evaluation = Evaluation()
     logging: Logging = Logging()
     checkpoint: Checkpoint = Checkpoint()
+
+    @property
+    def trusted_sources(self) -> set[str]:
+        """Folders and hub ids whose own Python code may run."""
+        model, reward = self.model, self.reward
+        sources = [model.pretrain, model.ref_pretrain, model.critic_pretrain, self.data.processor]
+        sources = sources if model.trust_remote_code else []
+        for entry in (*reward.models, *reward.judges):
+            if entry.trust_remote_code:
+                sources += [entry.pretrain, getattr(entry, "tokenizer", None)]
+        return {source for source in sources if source is not None}

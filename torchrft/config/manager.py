@@ -18,22 +18,28 @@ from torchrft.config.availability import missing, unavailable
 from torchrft.config.deepspeed_fields import accumulation_fault, merge, wanted
 from torchrft.config.deepspeed_json import Judged, read_json
 from torchrft.config.faults import field_fault, toml_fault
-from torchrft.config.fields import FIELDS, SECTIONS, did_you_mean, expected, one_line, show
+from torchrft.config.fields import FIELDS, SECTIONS, did_you_mean, expected, show
 from torchrft.config.flags import Draft, parse, wants_help
 from torchrft.config.help import help_text
 from torchrft.config.job_config import JobConfig
 from torchrft.config.needs import idle_fields, silent_fields
 from torchrft.config.start import jsonl_rows, lacks_bf16, start_notes, with_precision
 from torchrft.config.validation import batch_arithmetic, check, data_parallel, smallest_world_size
+from torchrft.tools.text import one_line
 
 __all__ = ["ConfigError", "LoadedConfig", "help_text", "load", "read", "to_toml"]
 
 
+_MOST_FAULTS = 100  # shown at once
+
+
 class ConfigError(Exception):
-    """A config that cannot run; `faults` says why, one line each."""
+    """A config that cannot run; `faults` says why, one line each, the first few of very many."""
 
     def __init__(self, faults: list[str]) -> None:
-        self.faults = [one_line(fault) for fault in faults]
+        self.faults = [one_line(fault) for fault in faults[:_MOST_FAULTS]]
+        if more := len(faults) - len(self.faults):
+            self.faults.append(f"{more} more faults; mend these first")
         super().__init__("\n".join(self.faults))
 
 
@@ -213,6 +219,8 @@ def _build(draft: Draft) -> JobConfig:
     except ValidationError as error:
         for detail in error.errors():
             section, key = str(detail["loc"][0]), str(detail["loc"][1])
+            if len(draft.faults) > _MOST_FAULTS and key not in draft.values:
+                continue  # a list of very many wrong entries
             if detail["type"] == "missing" and len(detail["loc"]) == 2:
                 fault = f"[{section}] {key} is missing; set it there or pass --{key} "
                 fault += f"({expected(key)})"

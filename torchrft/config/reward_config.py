@@ -4,14 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from torchrft.config.field_types import (
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
-    PositiveFloat,
+    Number,
     PositiveInt,
+    Seconds,
     Section,
     Text,
     TextOrList,
@@ -24,7 +25,7 @@ class RewardFunction(Section):
 
     name: Text
     """A registered name, or `path/to/file.py:function`."""
-    weight: float = 1.0
+    weight: Number = 1.0
     """Weight in the sum."""
     options: dict[str, bool | int | float | str | list[str]] = {}
     """The function's keyword-only parameters, by name."""
@@ -43,12 +44,14 @@ class RewardModel(Section):
     """Folder or hub id of a model with a sequence-classification head of one label."""
     name: Text | None = None
     """What parts, recipes and gate call it; by default the last part of `pretrain`."""
-    weight: float = 1.0
+    weight: Number = 1.0
     """Weight in the sum."""
     normalize: bool = False
     """Put the z-score by this source's running mean and deviation into the sum."""
     tokenizer: Text | None = None
     """Folder or hub id of its tokenizer; by default `pretrain`."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model or its tokenizer, as this user."""
     chat_template: Text | None = None
     """Jinja chat template, or file of it, that makes one text of prompt and response; by default
     the tokenizer's own, where it is another than the policy's."""
@@ -61,6 +64,8 @@ class Judge(Section):
     """What parts, recipes and gate call it."""
     pretrain: Text | None = None
     """Folder or hub id of the judge; its tokenizer is there as well."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the judge, as this user."""
     engine: Literal["native", "vllm", "remote"] = "native"
     """What generates: the native engine, vLLM, or an OpenAI-compatible server."""
     server_url: TextOrList = []
@@ -73,23 +78,23 @@ class Judge(Section):
     parser: Text = "last_number"
     """How an answer becomes a number: "last_number", "verdict", a regular expression with one
     group, or `path/to/file.py:function`."""
-    votes: PositiveInt = 1
+    votes: Annotated[int, Field(gt=0, le=1000)] = 1
     """Answers per sample."""
     aggregate: Literal["majority", "mean"] = "majority"
     """How the votes become one number."""
-    temperature: NonNegativeFloat = 0.0
+    temperature: Annotated[float, Field(ge=0, le=1e3)] = 0.0
     """Sampling temperature of the answers."""
     max_new_tokens: PositiveInt = 256
     """Maximum tokens of an answer."""
     max_len: PositiveInt = 4096
     """Maximum tokens of a judge's prompt with its answer."""
-    timeout: PositiveFloat = 120.0
+    timeout: Seconds = 120.0
     """Seconds for one answer of a server, retries included."""
     concurrency: PositiveInt = 16
     """Requests to servers under way at once, per rank."""
     token_env: Text | None = None
     """Environment variable that holds the server's bearer token."""
-    weight: float = 1.0
+    weight: Number = 1.0
     """Weight in the sum."""
     normalize: bool = False
     """Put the z-score by this source's running mean and deviation into the sum."""
@@ -106,9 +111,11 @@ class Judge(Section):
                 f"votes = {self.votes} at temperature = 0 would all be equal; set temperature > 0 "
                 "or votes = 1"
             )
+        if 0 < self.temperature < 1e-3:
+            faults.append(f"temperature = {self.temperature} makes logits overflow; use 0 or 0.001")
         if not served and self.max_new_tokens >= self.max_len:
             faults.append(f"max_new_tokens must be below max_len = {self.max_len}; lower it")
-        idle = ["pretrain", "max_len"] if served else list(_OF_SERVERS)
+        idle = ["pretrain", "trust_remote_code", "max_len"] if served else list(_OF_SERVERS)
         idle += ["aggregate"] if self.votes == 1 else []
         faults += [
             f'{name} has no effect with engine = "{self.engine}" and votes = {self.votes}; leave '
@@ -145,15 +152,15 @@ class Reward(Section):
     """Reward models (by default `pretrain`) run in the inference engine, as pooling models."""
     remote_rm_url: TextOrList = []
     """URL of a reward server, or several of servers that are alike."""
-    remote_rm_weight: float = 1.0
+    remote_rm_weight: Number = 1.0
     """Weight of the remote reward in the sum."""
     remote_rm_normalize: bool = False
     """Put the z-score by the remote reward's running mean and deviation into the sum."""
     remote_rm_protocol: Literal["torchrft", "predecessor"] = "torchrft"
     """Form of request and answer; docs/rewards_remote.md has both."""
-    remote_rm_timeout: PositiveFloat = 300.0
+    remote_rm_timeout: Seconds = 300.0
     """Seconds within which a reward server must answer a request; past it, others get its work."""
-    remote_rm_deadline: PositiveFloat = 1800.0
+    remote_rm_deadline: Seconds = 1800.0
     """Seconds after which rewards that were asked for end the job, retries included."""
     remote_rm_retries: NonNegativeInt = 10
     """Retries of a request after connection errors, 429 and 5xx, from 0.5 s to 30 s apart."""
@@ -163,15 +170,15 @@ class Reward(Section):
     """Requests under way at once, per rank."""
     remote_rm_token_env: Text | None = None
     """Environment variable that holds the server's bearer token."""
-    error_reward: float = 0.0
+    error_reward: Number = 0.0
     """Reward of a source that has no verdict: a rule that hung or crashed, an unreadable judge."""
     max_reward_failures: Fraction = 0.5
     """Share of a source's last samples, of 64 or one rollout, that may end without a verdict."""
-    reward_timeout: PositiveFloat = 10.0
+    reward_timeout: Seconds = 10.0
     """Seconds that a rule in a worker process may take for one sample."""
-    reward_workers: PositiveInt | None = None
+    reward_workers: Annotated[int, Field(gt=0, le=1000)] | None = None
     """Worker processes per rank for rules; by default its share of the CPU cores, at most 8."""
-    reward_memory: PositiveFloat = 2.0
+    reward_memory: Annotated[float, Field(gt=0, le=1e6)] = 2.0
     """GiB that a rule may take in a worker process."""
     source_key: Text | None = None
     """Column that names a row's data source, for `recipes`."""
@@ -179,7 +186,7 @@ class Reward(Section):
     """Which rewards count for a data source, as a table [reward.recipes]; without it, all do."""
     gate: list[Text] = []
     """Rewards of which none may be <= 0, or the whole reward is `gate_reward`."""
-    gate_reward: float = 0.0
+    gate_reward: Number = 0.0
     """The whole reward of a sample that the gate stops."""
     overlong_buffer_len: NonNegativeInt = 0
     """Responses that end within so many tokens of the limit are penalized (DAPO); 0 is off."""

@@ -12,6 +12,7 @@ from torchrft.config.fields import FIELDS, is_set, label, show, value_of
 from torchrft.config.job_config import JobConfig
 from torchrft.config.needs import NEEDS, is_chosen, kl_adapts, policy_loss, sees_images
 from torchrft.tools.http import JsonServer
+from torchrft.tools.text import secret_option
 
 
 class Finding(NamedTuple):
@@ -158,22 +159,34 @@ def _urls(config: JobConfig, world_size: int) -> Iterator[Finding]:
 _OWN = {
     "vllm": "model dtype tensor_parallel_size max_model_len logprobs_mode load_format max_num_seqs "
     "gpu_memory_utilization enable_sleep_mode distributed_executor_backend skip_tokenizer_init "
-    "hf_overrides",  # by which fp32_head is set
+    "trust_remote_code hf_overrides",  # by the latter fp32_head is set
     "sglang": "model_path dtype tp_size context_length load_format max_running_requests "
-    "mem_fraction_static enable_memory_saver custom_weight_loader skip_tokenizer_init",
+    "mem_fraction_static enable_memory_saver custom_weight_loader skip_tokenizer_init "
+    "trust_remote_code",
 }
 
 
 def _engine_tables(config: JobConfig, world_size: int) -> Iterator[Finding]:
     """What torchrft tells an engine itself, and relies on."""
     options = (
-        "pretrain, bf16, engine_tp_size, max_len, max_num_seqs, engine_mem_util, stop or fp32_head"
+        "pretrain, trust_remote_code, bf16, engine_tp_size, max_len, max_num_seqs, "
+        "engine_mem_util, stop or fp32_head"
     )
     for table, names in _OWN.items():
         for name in names.split():
             if name in value_of(config, table):
                 instead = f"torchrft sets it itself, from {options}"
                 yield Finding(f"{table} holds {name!r}, which must not be there; {instead}")
+
+
+def _secrets(config: JobConfig, world_size: int) -> Iterator[Finding]:
+    """The config is written to config.toml and trackers, as it is."""
+    tables = [(name, value_of(config, name)) for name in FIELDS]
+    tables += [("functions", entry.options) for entry in config.reward.functions]
+    for name, table in ((name, table) for name, table in tables if isinstance(table, dict)):
+        for key in (key for key, value in table.items() if secret_option(key, value)):
+            fault = f"holds a secret, {key}, which config.toml and trackers would show"
+            yield Finding(f"{name} {fault}; leave it out, and read it from the environment")
 
 
 def _needs(config: JobConfig, world_size: int) -> Iterator[Finding]:
@@ -194,6 +207,9 @@ def _exclusions(config: JobConfig, world_size: int) -> Iterator[Finding]:
     if config.rollout.async_level and sleeps:
         fault = "exclude each other: the servers generate while the trainer computes"
         yield Finding(f"enable_engine_sleep and async_level = 1 {fault}; leave one out")
+    for name in ("temperature", "first_token_temperature"):
+        if (value_of(config, name) or 1) < 1e-3:
+            yield Finding(f"{name} makes logits overflow; use at least 0.001")
     if data.min_pixels and data.max_pixels and data.min_pixels > data.max_pixels:
         fault = f"is above max_pixels = {data.max_pixels}"
         yield Finding(f"min_pixels {fault}; lower it or raise the other")
@@ -307,5 +323,5 @@ CLIP_USUAL = {"gspo": (1e-4, 0.01), "gmpo": (0.1, 1.0), "cispo": (0.1, math.inf)
 
 RULES: tuple[Callable[[JobConfig, int], Iterator[Finding]], ...] = (
     *(_layout, _on_policy, _batches, _lengths, _rewards, _urls),
-    *(_needs, _engine_tables, _exclusions, _algorithm, _single_samples, _ranges),
+    *(_needs, _engine_tables, _secrets, _exclusions, _algorithm, _single_samples, _ranges),
 )

@@ -88,7 +88,7 @@ def _load(
     required, optional = [data.input_key, *data.metadata_keys], [data.label_key]
     optional += [key] if key else []
     reader = _Reader(data, tokenizer, source, vision)
-    rows = open_source(source, Columns(required, optional, key), name != "prompt_data")
+    rows = open_source(source, Columns(required, optional), name != "prompt_data")
     max_tokens = min(data.prompt_max_len, data.max_len - 1)
     dataset = PromptDataset()
     too_long: list[int] = []

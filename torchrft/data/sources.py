@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+from torchrft.tools.http import DEEPEST, is_deeper
 from torchrft.tools.hub import hub_fault
 
 if TYPE_CHECKING:  # imported where used: it takes a second, and JSON files do without it
@@ -31,11 +32,10 @@ class Row(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Those that every row must have, those that rows may have, and the one of encoded images."""
+    """Those that every row must have, and those that rows may have."""
 
     required: list[str]
     optional: list[str]
-    encoded: str | None
 
 
 class JsonRecords:
@@ -56,6 +56,8 @@ class JsonRecords:
         for number, where, record in self._records():
             if not isinstance(record, dict):
                 raise ValueError(f"{where}: expected a JSON object, got {record!r:.80}")
+            if is_deeper(record, DEEPEST + 1):
+                raise ValueError(f"{where}: nested more than {DEEPEST} deep; store it as text")
             _check_columns(self._required, record, where)
             self._seen.update(dict.fromkeys(record))
             yield Row(number, where, record)
@@ -92,8 +94,9 @@ class Table:
         dataset = dataset.select_columns([n for n in self.column_names if n in wanted])
         dataset = dataset.with_format(None)  # one that was saved would hand out arrays for lists
         for name, feature in dataset.features.items():
-            # As the files have them: a damaged image would end the reading of all rows.
-            if columns.encoded and (encoded := _undecoded(feature)) != feature:
+            # As the files have them: `datasets` would open pictures of any format, and a damaged
+            # one would end the reading of all rows.
+            if (encoded := _undecoded(feature)) != feature:
                 dataset = dataset.cast_column(name, encoded)
         self._dataset = dataset
 
@@ -163,7 +166,7 @@ def glance(source: str, required: list[str]) -> None:
         if not file.metadata.num_rows:
             raise ValueError(f"{location}: holds no rows")
     elif path.is_file() or (path.suffix in FILE_SUFFIXES and not path.is_dir()):
-        next(iter(open_source(source, Columns(required, [], None), False)))
+        next(iter(open_source(source, Columns(required, []), False)))
     else:
         _check_place(location, path)
 
@@ -268,6 +271,8 @@ def _parse_json(text: bytes, where: str) -> Any:
         return json.loads(text.decode("utf-8-sig"), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not valid UTF-8 ({error.reason})") from error
+    except RecursionError as error:
+        raise ValueError(f"{where}: nested too deeply; store it as text") from error
     except ValueError as error:
         raise ValueError(f"{where}: invalid JSON: {error}") from error
 

@@ -20,8 +20,15 @@ from transformers import (
 )
 
 from torchrft.models import attention
-from torchrft.models.support import attention_of, auto_class, refuse_unsupported, with_attention
-from torchrft.tools.hub import hub_fault
+from torchrft.models.support import (
+    attention_of,
+    auto_class,
+    from_config,
+    refuse_unsupported,
+    register_code,
+    with_attention,
+)
+from torchrft.tools.hub import hub_fault, trusts_code_of
 from torchrft.tools.logging import logger
 
 
@@ -36,10 +43,15 @@ def load_config(source: str) -> PreTrainedConfig:
 
 def read_config(source: str, what: str) -> PreTrainedConfig:
     """The config as it is in `source`, which is a `what`, for errors. Raises as `load_config`."""
-    try:  # without asking at the terminal whether to run code that lies there
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trusts_code_of(source))
     except Exception as error:  # the classes of configs raise what they like
         raise ValueError(_not_found(source, "config.json", error, what)) from error
+    _tell_of_code(source, getattr(config, "auto_map", None))
+    if trusts_code_of(source):
+        register_code(config, source)
+    else:
+        _forget_code_of_parts(config)
     if getattr(config, "quantization_config", None):
         raise ValueError(
             f'{what} "{source}" has quantized weights (quantization_config in its config.json), '
@@ -68,18 +80,17 @@ def load_model(
     config = load_config(source)
     if use != "engine":
         refuse_unsupported(config, head=use == "policy")
-    auto = auto_class(config)
     if init == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model: PreTrainedModel = auto.from_config(config, dtype=dtype)
+            model: PreTrainedModel = from_config(config, dtype=dtype)
             return model
     options = {
         "dtype": dtype,
         "attn_implementation": attention_of(config, "eager" if use == "engine" else attention.NAME),
     }
     try:
-        return read_weights(auto, source, "pretrain =", config, **options)
+        return read_weights(auto_class(config), source, "pretrain =", config, **options)
     except OSError as error:
         remedy = '; [model] init = "random" makes fresh ones'
         raise ValueError(_not_found(source, "weights", error) + remedy) from error
@@ -94,10 +105,9 @@ def read_weights(
     Raises OSError where there are no weights, ValueError for a damaged file, other shapes and
     missing weights.
     """
+    options |= {"output_loading_info": True, "trust_remote_code": trusts_code_of(source)}
     try:
-        model, info = auto.from_pretrained(
-            source, config=config, output_loading_info=True, **options
-        )
+        model, info = auto.from_pretrained(source, config=config, **options)
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f'the weights of {what} "{source}" do not load: {error}') from error
     buffers = dict(persistent_buffers(model)).keys() & info["missing_keys"]
@@ -124,7 +134,7 @@ def expected_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMo
     """On the meta device: names, shapes, ties and dtypes of what `from_pretrained(dtype=dtype)`
     holds. Some tensors stay float32 in a bfloat16 model (`_keep_in_fp32_modules_strict`)."""
     with torch.device("meta"):
-        model: Any = auto_class(config).from_config(copy.deepcopy(config), dtype=dtype)
+        model: Any = from_config(copy.deepcopy(config), dtype=dtype)
     kept = [pattern.replace("*", ".*") for pattern in model._keep_in_fp32_modules_strict or ()]
     for name, tensor in (*model.named_parameters(), *persistent_buffers(model)):
         if tensor.is_floating_point() and any(re.search(pattern, name) for pattern in kept):
@@ -146,7 +156,7 @@ def empty_model(
     """A model of that config on `device`, its weights still to be filled in (they are 0)."""
     config = with_attention(config, attention.NAME)
     with parameters_on_meta():  # where drawing them costs nothing
-        model: Any = auto_class(config).from_config(config, dtype=dtype)
+        model: Any = from_config(config, dtype=dtype)
     cast_buffers(model, dtype)
     materialize(model.modules(), torch.device(device))
     return model.to(device)
@@ -166,9 +176,10 @@ def materialize(modules: Iterable[nn.Module], device: torch.device) -> None:
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """The tokenizer. Raises ValueError when there is none or it has no end-of-sequence token."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trusts_code_of(source))
     except Exception as error:  # its files may hold anything
         raise ValueError(_not_found(source, "tokenizer", error)) from error
+    _tell_of_code(source, tokenizer.init_kwargs.get("auto_map"))
     if len(tokenizer.get_vocab()) == len(tokenizer.get_added_vocab()):
         # For some architectures transformers makes an empty tokenizer when there are no files.
         raise ValueError(_not_found(source, "tokenizer"))
@@ -214,6 +225,22 @@ def parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+def _tell_of_code(source: str, auto_map: object) -> None:
+    if auto_map and not trusts_code_of(source):
+        logger.warning(
+            f'"{source}" comes with Python code, which does not run: transformers has classes of '
+            "its own for this model; trust_remote_code = true runs the code instead"
+        )
+
+
+def _forget_code_of_parts(config: PreTrainedConfig) -> None:
+    """Of towers, say: transformers would ask whether to run it, as it makes their models."""
+    for name in config.sub_configs:
+        if isinstance(part := getattr(config, name, None), PreTrainedConfig):
+            part.__dict__.pop("auto_map", None)
+            _forget_code_of_parts(part)
 
 
 def _not_found(

@@ -20,7 +20,7 @@ from torchrft.config.job_config import Parallel
 from torchrft.models import attention
 from torchrft.models.loader import read_config, read_weights
 from torchrft.models.sharded import ShardedWeights
-from torchrft.models.support import refuse_unsupported
+from torchrft.models.support import from_config, refuse_unsupported
 from torchrft.parallel import ParallelDims, parallelize
 from torchrft.tools.distributed import World
 from torchrft.tools.hub import hub_fault
@@ -162,13 +162,12 @@ def load_reward_model(
     ValueError for a source that is no sequence-classification model of one label, or lacks weights.
     """
     config = reward_config(source)
-    build = AutoModelForSequenceClassification.from_config
+    auto = AutoModelForSequenceClassification
     several = world.world_size > 1 and not whole
-    sharded = ShardedWeights.of(source, partial(build, config)) if several else None
+    sharded = ShardedWeights.of(source, partial(from_config, config, auto)) if several else None
     if sharded is not None:
         loaded: Any = sharded.model(dtype)
     else:
-        auto = AutoModelForSequenceClassification
         try:
             loaded = read_weights(auto, source, "the reward model", config, dtype=dtype)
         except OSError as error:

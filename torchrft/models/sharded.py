@@ -24,7 +24,7 @@ from torchrft.models.loader import (
     parameters_on_meta,
     persistent_buffers,
 )
-from torchrft.models.support import auto_class, refuse_unsupported
+from torchrft.models.support import from_config, refuse_unsupported
 from torchrft.tools.logging import logger
 
 Build = Callable[..., PreTrainedModel]
@@ -68,7 +68,7 @@ class ShardedWeights:
         if build is None:
             config = load_config(source)
             refuse_unsupported(config, head=False)
-            build = partial(auto_class(config).from_config, config)
+            build = partial(from_config, config)
         weights = cls(source, files, build)
         for aliases in weights._aliases():
             held = sorted(aliases & weights.names.keys())

@@ -17,10 +17,14 @@ from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AttentionInterface,
     AttentionMaskInterface,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PreTrainedConfig,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from torchrft.tools.hub import trusts_code_of
 
 _NAME = "torchrft_probe"
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -39,6 +43,47 @@ def sees_images(config: PreTrainedConfig) -> bool:
 def auto_class(config: PreTrainedConfig) -> Any:
     """The Auto class that makes the whole model of that config, its vision tower included."""
     return AutoModelForImageTextToText if sees_images(config) else AutoModelForCausalLM
+
+
+def from_config(config: PreTrainedConfig, auto: Any = None, **options: Any) -> Any:
+    """A new model of that config, by an Auto class: by default `auto_class` of it.
+
+    Its class may be code that came with the config if that is trusted, else it is transformers'.
+    """
+    auto = auto or auto_class(config)
+    return auto.from_config(
+        config, trust_remote_code=trusts_code_of(config.name_or_path), **options
+    )
+
+
+def register_code(config: PreTrainedConfig, source: str) -> None:
+    """Makes the body known that came with a trusted config of a class of its own: where a model
+    with a head makes it, transformers would ask whether it may.
+
+    Raises ValueError for code that does not load.
+    """
+    body = (getattr(config, "auto_map", None) or {}).get("AutoModel")
+    if body and not type(config).__module__.startswith("transformers."):
+        AutoModel.register(type(config), _load_class(body, source), exist_ok=True)
+
+
+def _load_class(reference: str, source: str) -> Any:
+    try:
+        return get_class_from_dynamic_module(reference, source)
+    except Exception as error:  # the code may raise anything
+        told = f"does not load: {type(error).__name__}: {error}"
+        raise ValueError(f'the code of "{source}" {told}') from error
+
+
+def _model_class(config: PreTrainedConfig) -> Any:
+    """The class that `from_config` makes a model of. Raises ValueError if there is none."""
+    auto = auto_class(config)
+    custom = (getattr(config, "auto_map", None) or {}).get(auto.__name__)
+    if custom and trusts_code_of(config.name_or_path):
+        return _load_class(custom, config.name_or_path)
+    if type(config) not in auto._model_mapping:
+        raise ValueError(f"a {config.model_type} model is no causal language model: take another")
+    return auto._model_mapping[type(config)]
 
 
 def attention_of(config: PreTrainedConfig, name: str) -> str | dict[str, str]:
@@ -90,10 +135,7 @@ def refuse_unsupported(
     Raises ValueError for a model that would give other log-probs than transformers' own forward of
     each sample alone, and for a max_len beyond the limit.
     """
-    mapping = auto_class(config)._model_mapping
-    if kind is None and type(config) not in mapping:
-        raise ValueError(f"a {config.model_type} model is no causal language model: take another")
-    kind = kind or mapping[type(config)]
+    kind = kind or _model_class(config)
     key = kind, config.to_json_string(use_diff=False)
     if key not in _VERDICTS:
         _VERDICTS[key] = _judge(config, kind)

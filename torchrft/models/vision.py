@@ -20,9 +20,9 @@ from transformers import AutoProcessor, PreTrainedConfig, PreTrainedModel
 
 from torchrft.models.attention import Layout, handed, padded
 from torchrft.models.loader import load_config
-from torchrft.models.support import auto_class, sees_images
+from torchrft.models.support import from_config, sees_images
 from torchrft.models.tokenizer import without_second_bos
-from torchrft.tools.hub import hub_fault
+from torchrft.tools.hub import hub_fault, trusts_code_of
 from torchrft.tools.images import Image, ImageError
 from torchrft.types import Prompt
 
@@ -62,6 +62,19 @@ class _PromptImages:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
+def load_processor(source: str, remedy: str) -> Any:
+    """The processor of a folder or hub id. Raises ValueError, with `remedy`, where none loads."""
+    try:
+        return AutoProcessor.from_pretrained(source, trust_remote_code=trusts_code_of(source))
+    except (OSError, ValueError, ImportError, AttributeError) as error:
+        first = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ValueError(
+            hub_fault(source, error)
+            or f'no image processor can be made from "{source}": {first} ({remedy}; most need '
+            "`pip install pillow torchvision`)"
+        ) from error
+
+
 class Vision:
     """The processor of a model and what its language model has to know of images.
 
@@ -84,7 +97,7 @@ class Vision:
         self.processor, self.min_pixels, self.max_pixels = processor, min_pixels, max_pixels
         self.source: str | None = None
         with torch.device("meta"):  # for its methods: positions depend on its config alone
-            model: Any = auto_class(config).from_config(config)
+            model: Any = from_config(config)
         refuse_without_images(model)
         self.image_token_id = int(config.image_token_id)
         self.placeholder: str | None = getattr(processor, "image_token", None)  # of one, in a text
@@ -111,15 +124,7 @@ class Vision:
                 "leave images_key, mixed_mm_data and processor out, or take a vision-language model"
             )
         source = processor or pretrain
-        try:
-            made = AutoProcessor.from_pretrained(source, trust_remote_code=False)
-        except (OSError, ValueError, ImportError, AttributeError) as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise ValueError(
-                hub_fault(source, error)
-                or f'no image processor can be made from "{source}": {first} (name one by '
-                "`processor`; most need `pip install pillow torchvision`)"
-            ) from error
+        made = load_processor(source, "name one by `processor`")
         if getattr(made, "image_processor", None) is None:
             raise ValueError(f'"{source}" holds no image processor; name a folder by `processor`')
         vision = cls(made, config, min_pixels, max_pixels)

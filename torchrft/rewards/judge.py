@@ -14,9 +14,9 @@ from torchrft.models.tokenizer import affixes, encode, render_chat
 from torchrft.models.vision import Vision
 from torchrft.rewards.judge_server import ServerAnswers
 from torchrft.rewards.judge_template import Content, JudgeTemplate
-from torchrft.rewards.registry import as_float
+from torchrft.rewards.registry import RuleFault
 from torchrft.rewards.source import RewardError, RewardRequest, RewardResult, SampleError
-from torchrft.rewards.verdicts import aggregate, parser_of
+from torchrft.rewards.verdicts import Parsing, Stuck, aggregate, parser_of
 from torchrft.tools.images import Image
 from torchrft.tools.seeds import derive_seed
 from torchrft.types import Completion, Prompt, SamplingParams
@@ -124,7 +124,7 @@ class Judge:
     def __init__(self, entry: Entry, template: JudgeTemplate, answers: Answers, seed: int) -> None:
         self.name, self.entry, self.template = entry.name, entry, template
         self.answers, self.seed = answers, seed
-        self.parse = parser_of(entry.parser)
+        self.parse = Parsing(entry.parser)
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raises ValueError for the first row that leaves a variable of the template empty."""
@@ -158,7 +158,11 @@ class Judge:
         if answers is None:
             error = "with the sample in it, the template is longer than the judge reads"
             return RewardResult(0.0, metrics={"unparsable": 0.0, "too_long": 1.0}, error=error)
-        votes = [self._vote(row, answer) for answer in answers]
+        try:
+            votes = [self._vote(row, answer) for answer in answers]
+        except Stuck as stuck:
+            error = f"parser = {self.entry.parser!r:.200} found no end: {stuck}"
+            return RewardResult(0.0, metrics={"unparsable": 1.0, "too_long": 0.0}, error=error)
         values = [vote for vote in votes if vote is not None]
         metrics = {"unparsable": 1 - len(values) / len(votes), "too_long": 0.0}
         if not values:
@@ -169,18 +173,13 @@ class Judge:
     def _vote(self, row: int, answer: str) -> float | None:
         where = f"reward source {self.name!r}, prompt row {row}: parser = {self.entry.parser!r}"
         try:
-            value = self.parse(answer)
-        except Exception as error:
-            raise RewardError(f"{where} raised {type(error).__name__}: {error}") from error
-        if value is None:
-            return None
-        number = as_float(value)
-        if not abs(number) < float("inf"):
-            raise RewardError(f"{where} must give a finite number or None, got {value!r:.80}")
-        return number
+            return self.parse(answer)
+        except RuleFault as fault:
+            raise RewardError(f"{where} {fault.text}") from fault
 
     def close(self) -> None:
         self.answers.close()
+        self.parse.close()
 
 
 def build_judge(entry: Entry, config: JobConfig, make_engine: MakeEngine) -> Judge:

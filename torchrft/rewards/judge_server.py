@@ -1,6 +1,5 @@
 """A judge on a server that speaks OpenAI's chat protocol, as vLLM, SGLang and others do."""
 
-import os
 import re
 import threading
 import time
@@ -12,7 +11,7 @@ from typing import Any
 from torchrft.config.reward_config import Judge as Entry
 from torchrft.rewards.judge_template import Content
 from torchrft.rewards.source import RewardError
-from torchrft.tools.http import FAILURES, JsonServer, ServerError, parse
+from torchrft.tools.http import FAILURES, JsonServer, ServerError, bearer_token, parse
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 10.0  # seconds before a request is sent again
 _START = 10.0  # seconds in which a server must say what it serves
@@ -30,9 +29,7 @@ class ServerAnswers:
 
     def __init__(self, entry: Entry) -> None:
         where = f"judge {entry.name!r}"
-        token = None if entry.token_env is None else os.environ.get(entry.token_env)
-        if entry.token_env is not None and not token:
-            raise ValueError(f'{where}: the environment has no token_env = "{entry.token_env}"')
+        token = bearer_token(entry.token_env, f"{where}: token_env")
         self.entry, self.next, self.lock = entry, 0, threading.Lock()
         urls = [url.rstrip("/").removesuffix("/v1") for url in entry.server_url]
         self.servers = [JsonServer(url, "server_url", token) for url in urls]

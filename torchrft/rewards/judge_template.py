@@ -6,7 +6,8 @@ import secrets
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, StrictUndefined, Template, TemplateError, meta
+from jinja2 import StrictUndefined, Template, TemplateError, meta
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from torchrft.rewards.text import text_or_file
 from torchrft.tools.images import Image
@@ -31,8 +32,8 @@ class JudgeTemplate:
         self.name = name
         text = text_or_file(source, f"judge {name!r}: template")
         self.mark = f"<{secrets.token_hex(16)}>"  # of the pictures: no response can hold it
-        environment = Environment(undefined=StrictUndefined, finalize=_not_none)
-        strict = Environment(undefined=StrictUndefined, finalize=_not_empty)
+        environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, finalize=_not_none)
+        strict = ImmutableSandboxedEnvironment(undefined=StrictUndefined, finalize=_not_empty)
         try:
             parsed = environment.parse(text)
             self.shown = meta.find_undeclared_variables(parsed)

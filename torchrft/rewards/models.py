@@ -27,7 +27,7 @@ from torchrft.rewards.text import chat_text, text_or_file
 from torchrft.rewards.vision_model import VisionModel
 from torchrft.tools import distributed
 from torchrft.tools.distributed import World
-from torchrft.tools.hub import hub_fault
+from torchrft.tools.hub import hub_fault, trusts_code_of
 from torchrft.types import Prompt
 
 _LONGEST = 32768  # tokens of a sample that an engine makes room for, where its own limit is higher
@@ -57,7 +57,7 @@ class Reader:
         self.source = entry.tokenizer or entry.pretrain
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(
-                self.source, trust_remote_code=False
+                self.source, trust_remote_code=trusts_code_of(self.source)
             )
         except Exception as error:  # its files may hold anything
             raise ValueError(

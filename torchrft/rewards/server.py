@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 import tomllib
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from torchrft.config.job_config import JobConfig
 from torchrft.config.manager import ConfigError, load
 from torchrft.tools.http import bearer_token
 from torchrft.tools.logging import logger, setup_logging
+from torchrft.tools.text import one_line
 
 if TYPE_CHECKING:
     from torchrft.rewards.scorer import Scorer
@@ -61,8 +63,10 @@ def _scorer(path: str, flags: list[str]) -> Scorer:
     from torchrft.models.loader import load_tokenizer
     from torchrft.reward_builder import build_rewards
     from torchrft.tools import distributed
+    from torchrft.tools.hub import trust_code_of
 
     config, has_policy = _config(path, flags)
+    trust_code_of(config.trusted_sources)
     tokenizer = load_tokenizer(config.model.pretrain) if has_policy else None
     dtype = torch.bfloat16 if config.training.bf16 else torch.float32
     scorer = build_rewards(config, distributed.setup(), dtype, tokenizer)
@@ -76,7 +80,7 @@ def _scorer(path: str, flags: list[str]) -> Scorer:
 
 
 def serve(argv: Sequence[str] | None = None) -> None:
-    """Serves until SIGINT or SIGTERM.
+    """Serves until SIGINT or SIGTERM, after which requests have 10 seconds to end.
 
     Raises ConfigError or ValueError for what cannot be served.
     """
@@ -86,6 +90,7 @@ def serve(argv: Sequence[str] | None = None) -> None:
         import uvicorn
 
         from torchrft.rewards.server_app import create_app
+        from torchrft.rewards.server_gate import LIMITS
     except ModuleNotFoundError as error:
         raise ValueError(
             f"the reward server needs {error.name}: pip install 'torchrft[server]'"
@@ -98,7 +103,7 @@ def serve(argv: Sequence[str] | None = None) -> None:
     zipped = options.host not in _LOOPBACK
     app = create_app(scorer, token, options.max_request_mb << 20, zipped)
     logger.info(f"serving {', '.join(scorer.sources)} at http://{options.host}:{options.port}")
-    uvicorn.run(app, host=options.host, port=options.port, log_level="warning")
+    uvicorn.run(app, host=options.host, port=options.port, log_level="warning", **LIMITS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,10 +112,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         serve(argv)
     except (ConfigError, ValueError) as error:
         for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+            print(f"error: {one_line(line)}", file=sys.stderr)
         return 2
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a reward that hangs in its thread is not waited for

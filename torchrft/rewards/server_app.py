@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import prometheus_client as prometheus
 from fastapi import FastAPI, HTTPException, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.security import HTTPBearer
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, FailFast, Field, model_validator
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.middleware.gzip import GZipMiddleware
-from starlette.types import ASGIApp, Receive, Scope, Send
 
+from torchrft.rewards.server_gate import Gate, error_answer
 from torchrft.rewards.source import RewardError, SampleError
-from torchrft.tools.http import gunzip
+from torchrft.tools.http import DEEPEST, is_deeper
 from torchrft.tools.images import Image, ImageError, from_base64
 from torchrft.tools.logging import logger
 from torchrft.types import Completion, FinishReason, Prompt, Score
@@ -30,9 +29,21 @@ if TYPE_CHECKING:
     from torchrft.rewards.scorer import Scorer
 
 _WAITING = 256  # requests; further ones are sent away for a while
+_MOST_SAMPLES = 1 << 16  # of a request
 # Lists beyond the common ones, and the arguments of functions that they fill.
 _OWN = {"token_ids": "token_ids", "finish_reasons": "finish_reason"}
 _MODELS_OWN = ("messages", "prompt_token_ids", *_OWN)
+
+
+class _FirstFault(FailFast):
+    """For lists whose first wrong entry ends the looking: there may be a million."""
+
+    def __hash__(self) -> int:  # types that have an alternative need one
+        return id(self)
+
+
+T = TypeVar("T")
+List = Annotated[list[T], _FirstFault()]
 
 
 class ScoreRequest(BaseModel):
@@ -43,27 +54,27 @@ class ScoreRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    prompts: list[str]
+    prompts: List[str]
     """Prompts as the model saw them."""
-    responses: list[str] | None = None
+    responses: List[str] | None = None
     """What the model answered."""
-    query: list[str] | None = Field(None, validation_alias=AliasChoices("query", "queries"))
+    query: List[str] | None = Field(None, validation_alias=AliasChoices("query", "queries"))
     """Prompts with their responses."""
-    labels: list[Any] | None = Field(None, validation_alias=AliasChoices("labels", "references"))
+    labels: List[Any] | None = Field(None, validation_alias=AliasChoices("labels", "references"))
     """The prompts' labels, any JSON."""
-    images: list[list[str] | None] | None = None
+    images: List[List[str] | None] | None = None
     """The prompts' images, each an encoded file (PNG, JPEG, ...) in base64."""
-    metadata: list[dict[str, Any] | None] | None = None
+    metadata: List[dict[str, Any] | None] | None = None
     """Further columns of the prompts' rows."""
-    messages: list[list[dict[str, Any]]] | None = None
+    messages: List[List[dict[str, Any]]] | None = None
     """The chats that the prompts were made from."""
-    prompt_token_ids: list[list[int]] | None = None
+    prompt_token_ids: List[List[int]] | None = None
     """The prompts' token ids."""
-    token_ids: list[list[int]] | None = None
+    token_ids: List[List[int]] | None = None
     """The responses' token ids."""
-    finish_reasons: list[FinishReason] | None = None
+    finish_reasons: List[FinishReason] | None = None
     """How the responses ended."""
-    rows: list[int] | None = None
+    rows: List[int] | None = None
     """The prompts' row numbers, for messages."""
 
     @model_validator(mode="after")
@@ -71,6 +82,8 @@ class ScoreRequest(BaseModel):
         lengths = {name: len(value) for name, value in self if value is not None}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"the lists must be equally long, but there are {lengths}")
+        if len(self.prompts) > _MOST_SAMPLES:
+            raise ValueError(f"{len(self.prompts)} samples are more than {_MOST_SAMPLES}")
         if self.responses is None and self.query is None:
             raise ValueError("responses are missing")
         if self.responses is None:
@@ -80,8 +93,12 @@ class ScoreRequest(BaseModel):
         return self
 
     def samples(self) -> tuple[list[Prompt], list[Completion]]:
-        """What the scorer is asked about. Raises ImageError for what is no image."""
+        """What the scorer is asked about. Raises ImageError for what is no image, and SampleError
+        for what is nested too deeply."""
         places = range(len(self.prompts))
+        for name in ("labels", "metadata", "messages"):
+            if is_deeper(getattr(self, name), DEEPEST + 1):
+                raise SampleError(f"{name}: nested more than {DEEPEST} deep")
         of = partial(_each, len(places))
         prompts = [
             Prompt(row, text, tuple(ids), label, metadata or {}, tuple(chat), tuple(images or ()))
@@ -144,75 +161,6 @@ class HealthAnswer(BaseModel):
     sources: list[str]
     takes: list[str]
     authorized: bool
-
-
-def _error(status: int, text: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    """An ErrorAnswer; lone surrogates, which a request may hold, have no UTF-8."""
-    text = text.encode(errors="backslashreplace").decode()
-    return JSONResponse({"error": text}, status, headers)
-
-
-class Gate:
-    """Asks for the token and bounds the body, before anything reads it; unpacks gzip; counts.
-
-    Args: token, None for an open server; limit, bytes of a body, as sent and decompressed.
-    """
-
-    def __init__(
-        self, app: ASGIApp, token: str | None, limit: int, count: Callable[[int], None]
-    ) -> None:
-        self.app, self.limit, self.count = app, limit, count
-        self.expected = None if token is None else b"Bearer " + token.encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-
-        async def counted(message: Any) -> None:
-            if message["type"] == "http.response.start":
-                self.count(message["status"])
-            await send(message)
-
-        headers = dict(scope["headers"])
-        given = headers.get(b"authorization", b"")
-        allowed = self.expected is None or hmac.compare_digest(given, self.expected)
-        scope.setdefault("state", {})["authorized"] = allowed
-        body = await self._read(receive, keep=allowed)
-        encoding = headers.get(b"content-encoding", b"identity").strip().lower()
-        fault: tuple[int, str] | None = None
-        if not allowed and scope["path"] != "/health":
-            fault = 401, "this server needs its bearer token"
-        elif body is None:
-            fault = 413, f"a request may have {self.limit} bytes; send fewer samples in one"
-        elif encoding == b"gzip" and body:
-            try:
-                body = gunzip(body, self.limit)
-            except ValueError as error:
-                fault = 413 if "more than" in str(error) else 400, f"the body is {error}"
-        elif encoding not in (b"identity", b"gzip"):
-            fault = 415, f"Content-Encoding must be gzip, not {encoding.decode('latin-1')}"
-        if fault is not None:
-            extra = {"WWW-Authenticate": "Bearer"} if fault[0] == 401 else None
-            return await _error(*fault, extra)(scope, receive, counted)
-        scope["headers"] = [pair for pair in scope["headers"] if pair[0] != b"content-encoding"]
-        unread = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def replay() -> Any:
-            return unread.pop() if unread else await receive()
-
-        await self.app(scope, replay, counted)
-
-    async def _read(self, receive: Receive, keep: bool) -> bytes | None:
-        """The body; None for one that is too large. Much of that is taken in nevertheless, or the
-        client would not get to the answer."""
-        parts, size, more = [], 0, True
-        while more and size <= 8 * self.limit:
-            message = await receive()
-            part, more = message.get("body", b""), message.get("more_body", False)
-            size += len(part)
-            if keep and size <= self.limit:
-                parts.append(part)
-        return b"".join(parts) if size <= self.limit else None
 
 
 class _Service:
@@ -294,12 +242,12 @@ class _Service:
 async def _malformed(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     told = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
-    return _error(422, "; ".join(told))
+    return error_answer(422, "; ".join(told))
 
 
 async def _refused(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, AnyHTTPException)
-    return _error(error.status_code, str(error.detail), error.headers)
+    return error_answer(error.status_code, str(error.detail), dict(error.headers or {}))
 
 
 def create_app(

@@ -1,5 +1,6 @@
 """From a judge's answers to a number."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -7,6 +8,9 @@ from statistics import fmean
 from typing import Any, Literal
 
 from torchrft.config.registry import Registry
+from torchrft.rewards.registry import RuleFault, as_float
+from torchrft.rewards.source import RewardResult
+from torchrft.rewards.workers import Task, WorkerPool
 
 Parser = Callable[[str], float | None]  # None: there is no verdict in the answer
 
@@ -21,6 +25,56 @@ _VERDICT = re.compile(rf"(?i)\bverdict\b[^\w.−-]*({_NUMBER.pattern}|\w+)")
 _WORDS = dict.fromkeys(("yes", "true", "correct", "pass"), 1.0) | dict.fromkeys(
     ("no", "false", "incorrect", "fail"), 0.0
 )
+
+
+PARSE_SECONDS = 10.0  # for one answer
+
+
+class Stuck(Exception):
+    """A parser has not come to an end."""
+
+
+class Parsing:
+    """A judge's parser. The user's own run in a worker process: regular expressions may explode.
+
+    Raises ValueError as `parser_of`; when called Stuck, and as `_checked`.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.parser = parser_of(name)
+        self.pool: WorkerPool | None = None
+        if "(" in name or ".py:" in name:
+            task = Task(f"{__file__}:parse", {"parser": name}, tolerant=False)
+            self.pool = WorkerPool([task], 1, PARSE_SECONDS, 2 << 30)
+
+    def __call__(self, answer: str) -> float | None:
+        if self.pool is None:
+            return _checked(self.parser, answer)
+        [result] = self.pool.run(0, [{"response": answer}], False, PARSE_SECONDS)
+        if result.error is not None:
+            raise Stuck(result.error)
+        return None if result.metrics["none"] else result.score
+
+    def close(self) -> None:
+        if self.pool is not None:
+            self.pool.close()
+
+
+def parse(response: str, *, parser: str) -> RewardResult:
+    """What a parser says of an answer, as a worker process is asked for it."""
+    value = _checked(parser_of(parser), response)
+    return RewardResult(0.0 if value is None else value, metrics={"none": float(value is None)})
+
+
+def _checked(parser: Parser, answer: str) -> float | None:
+    """Raises RuleFault for an exception, and for what is no finite number and not None."""
+    try:
+        value = parser(answer)
+    except Exception as error:
+        raise RuleFault(0, f"raised {type(error).__name__}: {error}") from error
+    if value is not None and not math.isfinite(as_float(value)):
+        raise RuleFault(0, f"must give a finite number or None, got {value!r:.80}")
+    return None if value is None else as_float(value)
 
 
 def parser_of(name: str) -> Parser:

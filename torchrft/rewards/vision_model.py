@@ -7,13 +7,12 @@ from itertools import islice
 from typing import Any
 
 import torch
-from transformers import AutoProcessor
 
 from torchrft.config.reward_config import RewardModel as Entry
 from torchrft.models.reward_model import HostWeights, RewardModel
+from torchrft.models.vision import load_processor
 from torchrft.rewards.source import RewardRequest, RewardResult, SampleError
 from torchrft.rewards.text import chat_text, text_or_file
-from torchrft.tools.hub import hub_fault
 from torchrft.types import Prompt
 
 
@@ -31,14 +30,7 @@ class VisionModel:
     def __init__(self, name: str, entry: Entry, model: RewardModel, offload: bool) -> None:
         self.name, self.model, self.lock = name, model, threading.Lock()
         source = entry.tokenizer or entry.pretrain
-        try:
-            self.processor: Any = AutoProcessor.from_pretrained(source, trust_remote_code=False)
-        except (OSError, ValueError, ImportError) as error:
-            raise ValueError(
-                hub_fault(source, error)
-                or f'the reward model "{entry.pretrain}" sees images, but "{source}" holds no '
-                f"processor that transformers can read: {error}"
-            ) from error
+        self.processor = load_processor(source, "name one by `tokenizer`, beside the reward model")
         given = entry.chat_template
         own = self.processor.chat_template or self.processor.tokenizer.chat_template
         self.template = own if given is None else text_or_file(given, "chat_template")

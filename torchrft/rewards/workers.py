@@ -71,7 +71,7 @@ class _Run:
 class _Worker:
     """A process and what it is doing; `job` None is idle, or still starting."""
 
-    def __init__(self, tasks: Sequence[Task], memory: int) -> None:
+    def __init__(self, tasks: Sequence[Task], memory: int, output: int) -> None:
         self.connection, theirs = Pipe()
         with socket.socket(fileno=os.dup(self.connection.fileno())) as ours:
             for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # of a message's parts
@@ -86,6 +86,8 @@ class _Worker:
             [sys.executable, "-c", code],
             pass_fds=fds,
             stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
             env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
             start_new_session=True,
         )
@@ -128,6 +130,7 @@ class WorkerPool:
         self.max_failures = max_failures
         self.workers: list[_Worker] = []
         self.lock = threading.Lock()
+        self.output: Any = None  # an Output, once there are workers
 
     def run(self, task: int, rows: Rows, together: bool, seconds: float) -> list[RewardResult]:
         """Results of `tasks[task]` for `rows`, one by one or all `together` within `seconds`.
@@ -135,15 +138,17 @@ class WorkerPool:
         Where a worker had to be killed or died, the results have an `error`. Raises RuleFault for a
         bug in the rule, and RewardError if workers do not start or too many samples fail.
         """
-        from torchrft.tools import progress  # which the workers, that import this, do without
+        from torchrft.rewards.output import Output  # workers, which import this, do without
+        from torchrft.tools import progress
 
         size = len(rows) if together else min(len(rows) // (4 * self.count), _MOST)
         starts = range(0, len(rows), max(size, 1))
         jobs = deque(_Job(range(len(rows))[first : first + max(size, 1)]) for first in starts)
         run = _Run(task, rows, together, seconds, jobs, {})
         with self.lock:
+            self.output = self.output or Output()
             while len(self.workers) < min(self.count, len(jobs)):
-                self.workers.append(_Worker(self.tasks, self.memory))
+                self.workers.append(_Worker(self.tasks, self.memory, self.output.fd))
             try:
                 while len(run.results) < len(rows):
                     progress.at(len(run.results), len(rows), "samples")
@@ -154,12 +159,17 @@ class WorkerPool:
                     worker.kill()
                     self.workers.remove(worker)
                 raise
+            finally:
+                self.output.end_call()
         return [run.results[place] for place in range(len(rows))]
 
     def close(self) -> None:
         """Ends all workers."""
         while self.workers:
             self.workers.pop().kill()
+        if self.output is not None:
+            self.output.close()
+            self.output = None
 
     def _assign(self, run: _Run) -> None:
         for number, worker in enumerate(self.workers):
@@ -222,7 +232,7 @@ class WorkerPool:
         rest = [place for place in job.places[job.done :] if place not in lost]
         if rest:
             run.jobs.appendleft(_Job(rest))
-        self.workers[number] = _Worker(self.tasks, self.memory)
+        self.workers[number] = _Worker(self.tasks, self.memory, self.output.fd)
 
     def _count_failures(self, run: _Run, reason: str) -> None:
         """Says the first failure, and each doubling, at once; raises RewardError for too many."""

@@ -4,7 +4,7 @@ import os
 import time
 from typing import Any
 
-from torchrft.tools.http import FAILURES, JsonServer, ServerError, parse
+from torchrft.tools.http import FAILURES, JsonServer, ServerError, bearer_token, parse
 
 __all__ = ["Server", "ServerError"]
 
@@ -20,7 +20,8 @@ class Server(JsonServer):
     """
 
     def __init__(self, url: str, timeout: float, retries: int) -> None:
-        super().__init__(url, "server_urls", os.environ.get("VLLM_API_KEY"))
+        variable = "VLLM_API_KEY" if os.environ.get("VLLM_API_KEY") else None
+        super().__init__(url, "server_urls", bearer_token(variable, "the token of server_urls"))
         self.timeout, self.retries = timeout, retries
         self.outstanding = 0
         self.failure: str | None = None  # why it is left out

@@ -26,6 +26,7 @@ from torchrft.rollout.canary import Canary, WeightSyncError
 from torchrft.rollout.engine import check_prompts, completion, neighbors
 from torchrft.rollout.weight_sync import buckets
 from torchrft.tools.distributed import get_rank, get_world_size
+from torchrft.tools.hub import trusts_code_of
 from torchrft.types import Completion, Prompt, SamplingParams
 
 _BUCKET = 2**30  # bytes sent at a time: a hand-over needs up to three times as much memory
@@ -282,6 +283,7 @@ def start_sglang(
     arguments: dict[str, Any] = {
         "model_path": pretrain,
         "load_format": "dummy",
+        "trust_remote_code": trusts_code_of(pretrain),
         "dtype": str(dtype).removeprefix("torch."),
         "context_length": max_len,
         "max_running_requests": rollout.max_num_seqs,

@@ -22,6 +22,7 @@ from torchrft.rollout.engine import check_prompts, completion, neighbors
 from torchrft.rollout.fused_weights import Places
 from torchrft.rollout.vllm_model import head_dtypes, load, scale_logits
 from torchrft.tools.distributed import DataRanks
+from torchrft.tools.hub import trusts_code_of
 from torchrft.tools.logging import logger
 from torchrft.tools.progress import Counted
 from torchrft.tools.seeds import rng_state, set_rng_state
@@ -275,6 +276,7 @@ def start(
         "max_model_len": max_len,
         "max_num_seqs": rollout.max_num_seqs,
         "seed": 0,
+        "trust_remote_code": trusts_code_of(pretrain),
     }
     memory = rollout.engine_mem_util
     device = {"enforce_eager": True} if on_cpu else {"gpu_memory_utilization": memory}

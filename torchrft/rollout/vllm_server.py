@@ -19,6 +19,7 @@ from torchrft.rollout.canary import Canary, WeightSyncError, fingerprint
 from torchrft.rollout.fused_weights import Places
 from torchrft.rollout.vllm_model import load, scale_logits
 from torchrft.rollout.weight_sync import layout
+from torchrft.tools.hub import trust_code_of
 
 
 class Extension:
@@ -35,7 +36,7 @@ class Extension:
             "model": str(model.model),
             "dtype": str(model.dtype).removeprefix("torch."),
             "max_len": model.max_model_len,
-            "layout": layout(expected_model(model.hf_config, model.dtype)),
+            "layout": layout(_expected(model)),
             "logprobs_mode": str(getattr(model.logprobs_mode, "value", model.logprobs_mode)),
             "backend": transfer.backend if transfer else None,
             "sees_folder": os.path.exists(probe),
@@ -77,7 +78,7 @@ class FileTransfer(base.WeightTransferEngine[base.WeightTransferInitInfo, Files]
 
     def receive_weights(self, update_info: Files) -> None:
         """Raises WeightSyncError for a tensor that the model does not hold as it was sent."""
-        expected = expected_model(self.model_config.hf_config, self.model_config.dtype)
+        expected = _expected(self.model_config)
         # First without the model, which does not recover from a load that breaks off.
         for _ in Canary(expected, lambda name: []).watch(_read(update_info)):
             pass
@@ -95,6 +96,12 @@ class FileTransfer(base.WeightTransferEngine[base.WeightTransferInitInfo, Files]
 
     def shutdown(self) -> None:
         pass
+
+
+def _expected(model: Any) -> Any:
+    """What the trainer sends for a vLLM ModelConfig; the server was told whether code may run."""
+    trust_code_of([model.hf_config.name_or_path] if model.trust_remote_code else [])
+    return expected_model(model.hf_config, model.dtype)
 
 
 def _read(files: Files) -> Iterator[tuple[str, Tensor]]:

@@ -14,6 +14,8 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
+from torchrft.tools.text import redact, remember_secret
+
 FAILURES = (OSError, http.client.HTTPException)
 """What `JsonServer.exchange` raises when no whole answer came; TimeoutError is one of them."""
 
@@ -46,7 +48,13 @@ class JsonServer:
         except ValueError:
             usable = False
         if not usable:
-            raise ValueError(f'{option} holds "{url}"; write each as http://host:port')
+            raise ValueError(redact(f'{option} holds "{url}"; write each as http://host:port'))
+        if (shown := redact(f'"{url}"')) != f'"{url}"':
+            raise ValueError(
+                f"{option} holds {shown}: a URL is shown in logs and trackers, so it may hold no "
+                "password or key; put a bearer token into an environment variable "
+                "(remote_rm_token_env, token_env of a judge, VLLM_API_KEY)"
+            )
         self.url = url
         self._address = parts.netloc.rpartition("@")[2]
         self._folder = parts.path
@@ -135,10 +143,19 @@ class JsonServer:
 
 
 def bearer_token(variable: str | None, option: str) -> str | None:
-    """The token in an environment variable. Raises ValueError, naming `option`, if none is."""
-    token = None if variable is None else os.environ.get(variable, "").strip()
-    if token == "":
+    """The token in an environment variable. It shows in no message from then on.
+
+    Raises ValueError, naming `option`, if none is set or it cannot be sent as a header.
+    """
+    if variable is None:
+        return None
+    token = os.environ.get(variable, "").strip()
+    if not token:
         raise ValueError(f'{option} = "{variable}": the variable is not set')
+    remember_secret(token)
+    if token.split() != [token] or not token.isprintable():
+        fault = "its token has a line break, a blank or a control character in it; correct it"
+        raise ValueError(f'{option} = "{variable}": {fault}')
     return token
 
 
@@ -154,6 +171,20 @@ def gunzip(data: bytes, limit: int) -> bytes:
     if not unzip.eof or unzip.unused_data:
         raise ValueError("no valid gzip: it ends early or late")
     return content
+
+
+DEEPEST = 64
+"""Lists and objects within each other, of labels and other columns of a row."""
+
+
+def is_deeper(value: Any, limit: int = DEEPEST) -> bool:
+    """Whether lists and objects lie more than `limit` deep within each other: what copies, sends or
+    prints them may end in a RecursionError."""
+    level = [value]
+    for _ in range(limit + 1):
+        level = [one for one in level if isinstance(one, list | dict)]
+        level = [v for one in level for v in (one.values() if isinstance(one, dict) else one)]
+    return bool(level)
 
 
 def parse(content: bytes) -> Any:

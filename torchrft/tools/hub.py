@@ -1,6 +1,24 @@
-"""Why a model or dataset of the Hugging Face hub could not be read."""
+"""Whose code may run, and why a model or dataset of the Hugging Face hub could not be read."""
 
+from collections.abc import Iterable
 from pathlib import Path
+
+_TRUSTED: set[str] = set()  # folders and hub ids
+
+
+def trust_code_of(sources: Iterable[str]) -> None:
+    """From now on, in this process, Python code that comes with these models may run: theirs alone.
+
+    Args: sources, the folders and hub ids whose tables say `trust_remote_code = true`.
+    """
+    _TRUSTED.clear()
+    _TRUSTED.update(sources)
+
+
+def trusts_code_of(source: str) -> bool:
+    """What every loader passes on as `trust_remote_code`. Unset, transformers asks at the terminal,
+    and runs the code when told yes."""
+    return source in _TRUSTED
 
 
 def hub_fault(source: str, error: BaseException, kind: str = "model") -> str | None:
@@ -11,14 +29,20 @@ def hub_fault(source: str, error: BaseException, kind: str = "model") -> str | N
     """
     from huggingface_hub import is_offline_mode
 
+    chain = [error]  # libraries wrap what the hub said in errors of their own
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
+        chain.append(cause)
+    if kind == "model" and any("trust_remote_code" in str(one) for one in chain):
+        return (
+            f'"{source}" needs Python code that comes with it, which does not run unasked: read '
+            "it, then set trust_remote_code = true in the table that names the model ([model], or "
+            "an entry of [reward] models or judges)"
+        )
     path = Path(source).expanduser()
     if path.is_dir():
         return None
     if path.is_file() or source.startswith((".", "/", "~")) or source.count("/") > 1:
         return f'"{source}" is no folder here: correct the path'
-    chain = [error]  # libraries wrap what the hub said in errors of their own
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
-        chain.append(cause)
     names = {base.__name__ for one in chain for base in type(one).__mro__}
     page, option = ("datasets/", "--repo-type dataset ") if kind == "dataset" else ("", "")
     if "GatedRepoError" in names or "gated dataset" in str(error):

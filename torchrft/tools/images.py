@@ -15,7 +15,10 @@ if TYPE_CHECKING:  # imported where used: jobs without images do without it
     from PIL.Image import Image as Picture
 
 MAX_PIXELS = 89_478_485  # above it Pillow itself warns of a decompression bomb
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+"""What is opened. Pillow knows more, and starts other programs for some: Ghostscript for EPS."""
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*")
+_OTHER = f"is none of {', '.join(FORMATS)}: save it as one of them"
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
 
 
@@ -57,19 +60,23 @@ class Image:
     def data_uri(self) -> str:
         """The encoded picture as a data URI. Raises ImageError if it is none that can be read."""
         from PIL import Image as Pillow
+        from PIL import UnidentifiedImageError
 
         data = self.read()
         try:
-            with Pillow.open(io.BytesIO(data)) as picture:
+            with Pillow.open(io.BytesIO(data), formats=FORMATS) as picture:
                 kind = picture.get_format_mimetype() or "image/png"
-        except OSError as error:
+        except UnidentifiedImageError as error:
+            raise ImageError(f"{self.name} {_OTHER}") from error
+        except Exception as error:  # as in `open`
             raise ImageError(f"{self.name} cannot be decoded ({error})") from error
         return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
     def open(self) -> Picture:
-        """The picture in RGB, upright, on white where it is transparent.
+        """The picture in RGB, upright, on white where it is transparent; a GIF's first frame.
 
-        Raises ImageError if it is missing, damaged, animated or too large to be decoded.
+        Raises ImageError if it is missing, damaged, animated or too large to be decoded, or none
+        of FORMATS.
         """
         from PIL import Image as Pillow
         from PIL import ImageOps, UnidentifiedImageError
@@ -78,16 +85,14 @@ class Image:
         self._refuse_special()
         try:
             source: Any = self.path if self.data is None else io.BytesIO(self.data)
-            with Pillow.open(source) as picture:
+            with Pillow.open(source, formats=FORMATS) as picture:
                 # Phones put a second picture behind the first (MPO), which is the one meant.
-                if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":
+                if picture.format not in ("MPO", "GIF") and getattr(picture, "n_frames", 1) > 1:
                     raise ImageError(f"{what} is animated or has pages: save the one that is meant")
                 if picture.width * picture.height > MAX_PIXELS:
                     size = f"{picture.width} x {picture.height}"
                     raise ImageError(f"{what} has {size} pixels, more than {MAX_PIXELS}")
                 upright = ImageOps.exif_transpose(picture)
-                if upright.mode == "F":
-                    raise ImageError(f"{what} holds floating-point pixels: save it with 8 bits")
                 if upright.mode.startswith("I"):  # 16 bits, which RGB would clip to white
                     upright = upright.convert("I").point(lambda value: value * (1 / 257))
                     upright = upright.convert("L")
@@ -101,7 +106,7 @@ class Image:
         except FileNotFoundError as error:
             raise ImageError(f"{what} does not exist") from error
         except UnidentifiedImageError as error:
-            raise ImageError(f"{what} cannot be decoded (no format of pictures)") from error
+            raise ImageError(f"{what} {_OTHER}") from error
         except Exception as error:  # decoders raise what they like on damaged files
             why = getattr(error, "strerror", None) or error
             raise ImageError(f"{what} cannot be decoded ({why})") from error

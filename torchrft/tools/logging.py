@@ -9,6 +9,8 @@ from functools import cache
 from rich.console import Console
 from rich.logging import RichHandler
 
+from torchrft.tools.text import LONGEST, redact, shorten
+
 logger = logging.getLogger("torchrft")
 
 
@@ -23,6 +25,14 @@ def on_terminal() -> bool:
     return sys.stdout.isatty() and sys.stderr.isatty()
 
 
+class _Formatter(logging.Formatter):
+    """Lines without secrets, and of a bounded length."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        most = 20_000 if record.exc_info else LONGEST  # a traceback is a page or two
+        return shorten(redact(super().format(record)), most)
+
+
 def setup_logging(rank: int = 0) -> None:
     """Send torchrft's log to the terminal, or as plain lines to stderr.
 
@@ -35,10 +45,10 @@ def setup_logging(rank: int = 0) -> None:
     logger.handlers.clear()
     line = "%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"
     handler: logging.Handler = logging.StreamHandler(sys.stderr)
-    formatter = logging.Formatter(f"%(asctime)s %(levelname)s {line}", "%Y-%m-%d %H:%M:%S")
+    formatter = _Formatter(f"%(asctime)s %(levelname)s {line}", "%Y-%m-%d %H:%M:%S")
     if on_terminal():
         handler = RichHandler(console=terminal(), show_path=False)
-        formatter = logging.Formatter(line, "%H:%M:%S")
+        formatter = _Formatter(line, "%H:%M:%S")
     handler.setFormatter(formatter)
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)

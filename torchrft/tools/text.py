@@ -1,0 +1,61 @@
+"""Text for people: errors, log lines and trackers. Short, on one line, and without secrets."""
+
+import os
+import re
+
+LONGEST = 2000  # characters of an error or a log line
+_SECRET = r"(?:api[_-]?key|access[_-]?key|token|secret|passw(?:or)?d|pwd|credentials?|signature)"
+_OPTION = r"(?:api_?key|(?:access|auth|hf|bearer)_?token|secret|password)"
+_SCHEME = r"[a-z][\w+.-]*://"
+_USER = r"""[^"'\s:/@]*:(?!//|\d*[/?#])[^"'\s]*"""  # name:password, and no host:port/
+_SECRETS = (  # the text before a secret, the secret, and what follows
+    re.compile(rf"""(?i)(["'](?:{_SCHEME})?){_USER}(@)"""),
+    re.compile(rf"""(?i)(\b{_SCHEME})(?:[^\s"'/?#]*|{_USER})(@)"""),
+    re.compile(rf"""(?i)([?&](?:[\w-]*[_-])?(?:{_SECRET}|key|auth|sig)=)[^\s&#"']+()"""),
+    re.compile(rf"""(?i)({_OPTION}["']?\s*[:=]\s*["'])[^"'\n]*()"""),
+)
+_NAMES = re.compile(r"(?i)(?:.*_)?(?:API_KEY|TOKEN|SECRET|PASSWORD)")  # of environment variables
+_known: set[str] = set()
+
+
+def remember_secret(value: str) -> None:
+    """From now on `redact` takes this text out, as it does what variables like HF_TOKEN hold."""
+    _known.add(value)
+
+
+def redact(text: str) -> str:
+    """`text` with "***" in place of secrets: this process's tokens, and those of URLs and options.
+
+    >>> redact("http://me:pass@host:1/score?api_key=abc&n=1")
+    'http://***@host:1/score?api_key=***&n=1'
+    """
+    named = {value.strip() for name, value in os.environ.items() if _NAMES.fullmatch(name)}
+    for secret in sorted((value for value in named | _known if len(value) >= 8), key=len)[::-1]:
+        text = text.replace(secret, "***")
+    for pattern in _SECRETS:
+        text = pattern.sub(r"\1***\2", text)
+    return text
+
+
+def secret_option(name: str, value: object) -> bool:
+    """Whether an option of that name and value is a secret, as `api_key = "sk-1"`."""
+    return isinstance(value, str) and bool(re.fullmatch(rf"(?i)(.*_)?{_OPTION}", name))
+
+
+def shorten(text: str, limit: int = LONGEST) -> str:
+    """`text`, or its beginning and end with the number of characters between them.
+
+    >>> shorten("a" * 50 + "z" * 50, 40)
+    'aaaaaaaaaaaaaaaaaaaa... (70 more characters) ...zzzzzzzzzz'
+    """
+    if len(text) <= limit:
+        return text
+    first, last = limit // 2, limit // 4
+    return f"{text[:first]}... ({len(text) - first - last} more characters) ...{text[-last:]}"
+
+
+def one_line(text: str) -> str:
+    """`text` for a person: shortened, redacted, with line breaks as spaces and other control
+    characters escaped."""
+    flat = " ".join(shorten(redact(text)).split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in flat)
