@@ -371,6 +371,7 @@ NEED_CASES = {
     "reward_timeout": (5.0, FUNCTION, {}),
     "reward_workers": (5, FUNCTION, {}),
     "reward_memory": (5.0, FUNCTION, {}),
+    "allow_unsafe_code": (True, {"functions": ["code"]}, FUNCTION),
     "error_reward": (-1.0, FUNCTION, {"reward_pretrain": "r"}),
     "reward_model_offload": (True, {"reward_pretrain": "r"}, FUNCTION),
     "rm_use_engine": (True, {"reward_pretrain": "r"}, {"judges": [JUDGE]}),

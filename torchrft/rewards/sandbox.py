@@ -1,88 +1,293 @@
-"""Runs a program of unknown intent with its tests, in a process with limits.
+"""A process with limits for a program of unknown intent, and a conversation with it.
 
-docs/rewards.md says what is guaranteed.
+docs/rewards.md says what is guaranteed in each form of isolation.
 """
 
 import json
 import os
+import re
 import secrets
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
+from typing import Any
 
-_MEMORY = 2**30  # bytes of address space
+_MEMORY = 2**30  # bytes of address space of a process
+_SUM = 2**31  # bytes in memory of all processes together
 _FILE = 2**24  # bytes of any file written
+_SCRATCH = 2**26  # bytes of all files in /tmp
+_TASKS = 128  # processes and threads
+_ANSWER = 2**25  # bytes of an answer
+_LOOK = 0.05  # seconds between looks at memory and processes
+_NOBODY = 65534
+_PATH = os.defpath + ":/usr/sbin:/sbin"
 
-# Takes its orders from standard input before the program runs. The key signs the verdict, so that a
-# program which prints or ends the process passes nothing.
-_HARNESS = """
-import json, os, resource, sys
-seconds, memory, size, networked, key, program, tests = json.load(sys.stdin)
-verdict = os.dup(1)
-nowhere = os.open(os.devnull, os.O_RDWR)
-for fd in (0, 1, 2):
-    os.dup2(nowhere, fd)
-for limit, value in (
-    (resource.RLIMIT_CPU, int(seconds) + 1), (resource.RLIMIT_AS, memory),
-    (resource.RLIMIT_FSIZE, size), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_NOFILE, 64),
-):
-    resource.setrlimit(limit, (value, value))
-if networked:
-    def refuse(event, arguments):
-        if event.split(".")[0] in ("socket", "ctypes", "subprocess") or event in (
-            "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn"):
-            raise PermissionError(event + " is not allowed")
-    import socket, subprocess, ctypes
-    sys.addaudithook(refuse)
-def run(tests, write=os.write, fd=verdict, key=key):
-    scope = {"__name__": "__main__"}
-    exec(compile(program, "response", "exec"), scope)
-    passed = 0
-    for test in tests:
-        try:
-            exec(compile(test, "test", "exec"), scope)
-            passed += 1
-        except Exception:
-            pass
-    write(fd, (key + " " + str(passed)).encode())
-del key, verdict
-run(tests)
+_CHILD = Path(__file__).with_name("sandbox_child.py")
+_SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/etc/alternatives", "/etc/ld.so.cache", "/nix/store")
+# Builds a root of its own from read-only folders. The shell stays process 1, with capabilities, so
+# that the program, which has none, cannot keep the namespace alive when its starter is killed.
+_ROOT = f"""set -e
+mount -t tmpfs -o size={_SCRATCH},mode=755 none "$0"
+cd "$0"
+mkdir dev proc tmp
+mount -t tmpfs -o size={_SCRATCH} none tmp
+while [ "$1" != -- ]; do
+    if [ -d "$1" ]; then mkdir -p ".$1"; else mkdir -p ".${{1%/*}}"; : > ".$1"; fi
+    mount --rbind -o ro,nosuid,nodev "$1" ".$1"
+    shift
+done
+shift
+for device in null zero random urandom; do
+    : > dev/$device
+    mount --bind /dev/$device dev/$device
+done
+mkdir dev/shm
+mount --bind tmp dev/shm
+mount -t proc -o ro,nosuid,nodev,noexec proc proc 2> /dev/null || true
+mount -o remount,ro none .
+pivot_root . .
+umount -l .
+cd /tmp
+setpriv --no-new-privs --bounding-set=-all --inh-caps=-all "$@"
+exit $?
 """
+_ENDING = "setpriv --pdeathsig KILL"  # what it becomes ends with the process that starts it
+_NAMESPACES = (
+    f"{_ENDING} unshare --user --map-root-user --net --ipc --uts --pid --mount --fork --kill-child"
+)
+_BWRAP = """bwrap --unshare-user --unshare-pid --unshare-net --unshare-ipc --unshare-uts
+--die-with-parent --cap-drop ALL --proc /proc --dev /dev --chdir /tmp"""
+_NSJAIL = f"""{_ENDING} nsjail -Mo -Q --keep_env --time_limit 0 --cwd /tmp
+-m none:/tmp:tmpfs:size={_SCRATCH} -B /dev/null -B /dev/zero -B /dev/urandom
+--rlimit_as hard --rlimit_cpu hard --rlimit_fsize hard --rlimit_nofile hard --rlimit_nproc hard
+--rlimit_stack hard"""
+_TOOLS: dict[str, tuple[str, ...]] = {
+    "bubblewrap": ("bwrap",),
+    "nsjail": ("setpriv", "nsjail"),
+    "namespaces": ("setpriv", "unshare", "mount", "pivot_root"),
+    "none": (),
+}
+_PROBE = "import socket; print(sum(name != 'lo' for _, name in socket.if_nameindex()), 'outside')"
+
+
+@dataclass(frozen=True, slots=True)
+class Isolation:
+    """A way to start a process: a command in front of its own, and whom it runs as.
+
+    `name` is "bubblewrap", "nsjail", "namespaces" or "none"; {folder} in `command` is an empty one.
+    """
+
+    name: str
+    command: tuple[str, ...] = ()
+    user: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_safe(self) -> bool:
+        return self.name != "none"
+
+    def start(self, arguments: list[str], folder: str, **streams: Any) -> subprocess.Popen[bytes]:
+        """Starts Python in a session of its own, with no more environment than it needs."""
+        if self.user:
+            os.chown(folder, self.user["user"], self.user["group"])
+        return subprocess.Popen(
+            [folder if word == "{folder}" else word for word in (*self.command, *arguments)],
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
+            env={"PATH": _PATH, "OPENBLAS_NUM_THREADS": "1"}
+            | {"HOME": "/tmp" if self.is_safe else folder},
+            start_new_session=True,
+            **self.user,
+            **streams,
+        )
+
+
+def _view() -> list[str]:
+    """The folders and files of this machine that a program sees: those that Python needs."""
+    python = os.path.dirname(os.path.realpath(sys.executable))
+    paths = [*_SYSTEM, sys.prefix, sys.base_prefix, python]
+    paths = [path for path in dict.fromkeys(paths) if os.path.exists(path)]
+    return [path for path in paths if not any(path.startswith(f"{each}/") for each in paths)]
+
+
+def _isolations() -> Iterator[Isolation]:
+    """All that may do on this machine, the best first."""
+    view = _view()
+    commands = {
+        "bubblewrap": [
+            *(*_BWRAP.split(), "--size", str(_SCRATCH), "--tmpfs", "/tmp"),
+            *("--size", str(_SCRATCH), "--tmpfs", "/dev/shm", "--remount-ro", "/dev"),
+            *(word for path in view for word in ("--ro-bind", path, path)),
+            *("--remount-ro", "/"),
+        ],
+        "nsjail": [*_NSJAIL.split(), *(word for path in view for word in ("-R", path)), "--"],
+        "namespaces": [*_NAMESPACES.split(), "sh", "-c", _ROOT, "{folder}", *view, "--"],
+        "none": _ENDING.split() if shutil.which("setpriv") else [],
+    }
+    # Root becomes nobody where nobody can start this Python.
+    nobody = {"user": _NOBODY, "group": _NOBODY, "extra_groups": []}
+    search = os.environ.get("PATH", "") + os.pathsep + _PATH
+    for name, command in commands.items():
+        tools = {tool: shutil.which(tool, path=search) for tool in _TOOLS[name]}
+        if all(tools.values()):
+            words = tuple(tools.get(word) or word for word in command)
+            if os.geteuid() == 0:
+                yield Isolation(name, words, nobody)
+            yield Isolation(name, words)
 
 
 @cache
-def _isolation() -> tuple[str, ...]:
-    """A command that takes the network and sight of other processes away; empty if it may not."""
-    words = "unshare --user --map-root-user --net --ipc --pid --fork --kill-child"
-    command = tuple(words.split())
-    if shutil.which("unshare") is None:
-        return ()
-    probe = subprocess.run([*command, "true"], capture_output=True)
-    return command if probe.returncode == 0 else ()
+def isolation() -> Isolation:
+    """The best isolation that works on this machine, for this user; it takes a try to know."""
+    return next(filter(_works, _isolations()), Isolation("none"))
 
 
-def run_tests(program: str, tests: Sequence[str], seconds: float) -> int:
-    """How many of `tests`, Python source that raises to fail, pass after `program` has run.
-
-    0 as well if it cannot be compiled, ends the process, or takes more than `seconds` in all.
-    """
-    isolation, key = _isolation(), secrets.token_hex(16)
-    orders = json.dumps([seconds, _MEMORY, _FILE, not isolation, key, program, list(tests)])
+def _works(way: Isolation) -> bool:
     with tempfile.TemporaryDirectory(prefix="torchrft-code-") as folder:
+        arguments = [sys.executable, "-I", "-B", "-S", "-c", _PROBE]
         try:
-            done = subprocess.run(
-                [*isolation, sys.executable, "-I", "-B", "-c", _HARNESS],
-                input=orders.encode(),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                cwd=folder,
-                env={"PATH": os.defpath, "HOME": folder, "OPENBLAS_NUM_THREADS": "1"},
-                timeout=seconds,
-            )
-        except subprocess.TimeoutExpired:
-            return 0
-    signed, _, passed = done.stdout.decode(errors="replace").partition(" ")
-    return int(passed) if signed == key and passed.isdecimal() else 0
+            process = way.start(arguments, folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+            said, _ = process.communicate(timeout=30)
+        except (OSError, subprocess.SubprocessError):
+            return False
+    return said == b"0 outside\n" if way.is_safe else said.endswith(b"outside\n")
+
+
+class NoAnswer(Exception):
+    """The program gave none: it failed, ended, took too long or too much."""
+
+
+class Sandbox:
+    """A program in a process of its own, until `seconds` from now; a context manager."""
+
+    def __init__(self, program: str, seconds: float) -> None:
+        self.program, self.seconds = program, seconds
+        self.deadline = time.monotonic() + seconds
+        self.process: subprocess.Popen[bytes] | None = None
+        self.is_script, self.started = False, ExitStack()
+
+    def ask(self, question: Mapping[str, Any]) -> Any:
+        """What the process answers to a question, as JSON holds it; NoAnswer if it does not.
+
+        A question is {"stdin": text}, {"call": expression, "setup": statements, "name": function}
+        or {"run": statements}. Scripts and calls have processes of their own.
+        """
+        is_script, token = "stdin" in question, secrets.token_hex(8)
+        if self.process is None or is_script != self.is_script:
+            self.close()
+            self.is_script = is_script
+            self._start()
+        try:
+            self._send([token, question])
+            reply = json.loads(self._receive())
+            # An answer names its question, so that none counts that was there before.
+            if not isinstance(reply, list) or reply[:1] != [token]:
+                raise ValueError("an answer to nothing")
+        except (OSError, ValueError, RecursionError, MemoryError) as error:
+            self.started.close()
+            raise NoAnswer from error
+        if len(reply) != 2:
+            raise NoAnswer
+        return reply[1]
+
+    def _start(self) -> None:
+        way, self.received = isolation(), bytearray()
+        folder = tempfile.mkdtemp(prefix="torchrft-code-")
+        self.started.callback(_remove, folder)
+        self.socket, theirs = socket.socketpair()
+        self.started.enter_context(self.socket)
+        with theirs:
+            arguments = [sys.executable, "-I", "-B", "-X", "utf8", "-c", _CHILD.read_text()]
+            self.process = way.start(arguments, folder, stdin=theirs, stdout=theirs)
+        self.started.callback(_kill, self.process, way)
+        seconds = int(self.seconds) + 1
+        limits = {"RLIMIT_CPU": seconds, "RLIMIT_AS": _MEMORY, "RLIMIT_FSIZE": _FILE}
+        limits |= {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": 64}
+        release = [int(number) for number in re.findall(r"\d+", os.uname().release)[:2]]
+        if way.is_safe and release >= [5, 14]:  # before, all processes of the user counted
+            limits["RLIMIT_NPROC"] = _TASKS
+        with suppress(OSError):  # it has ended, which the first question will find
+            self._send([self.program, limits])
+
+    def _send(self, message: Any) -> None:
+        self.socket.settimeout(max(self.deadline - time.monotonic(), 1e-3))
+        self.socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def _receive(self) -> bytes:
+        """A line; raises OSError if none comes within the limits."""
+        while (end := self.received.find(b"\n")) < 0:
+            left = self.deadline - time.monotonic()
+            self.socket.settimeout(min(max(left, 1e-3), _LOOK))
+            try:
+                data = self.socket.recv(2**20)
+            except TimeoutError:
+                if left <= 0 or self._is_too_large():
+                    raise
+                continue
+            self.received += data
+            if not data or len(self.received) > _ANSWER:
+                raise ConnectionError
+        line = bytes(self.received[:end])
+        del self.received[: end + 1]
+        return line
+
+    def _is_too_large(self) -> bool:
+        """Whether all processes together take more than they may."""
+        tasks = pages = 0
+        for pid in _family(self.process.pid) if self.process else ():
+            with suppress(OSError):
+                tasks += len(os.listdir(f"/proc/{pid}/task"))
+                pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        return tasks > _TASKS or pages * os.sysconf("SC_PAGE_SIZE") > _SUM
+
+    def close(self) -> None:
+        """Ends all of its processes and removes its files."""
+        self.started.close()
+        self.process = None
+
+    def __enter__(self) -> "Sandbox":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _kill(process: subprocess.Popen[bytes], way: Isolation) -> None:
+    family = _family(process.pid)
+    # The first process of a namespace takes all others along, wherever they have hidden.
+    for pid in reversed(family[:2] if way.is_safe else family):
+        with suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+    with suppress(OSError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _family(pid: int) -> list[int]:
+    """A process and all its descendants."""
+    pids = [pid]
+    for each in pids:  # grows as it goes
+        if len(pids) > 8 * _TASKS:
+            break
+        for path in Path(f"/proc/{each}/task").glob("*/children"):
+            with suppress(OSError):
+                pids += map(int, path.read_text().split())
+    return pids
+
+
+def _remove(folder: str) -> None:
+    """Removes a folder however deep it is, and whatever permissions are in it."""
+    try:
+        shutil.rmtree(folder)
+    except (OSError, RecursionError):
+        # The tools of the system go down by descriptors, for which no path is too long.
+        subprocess.run(["chmod", "-R", "u+rwx", folder], stderr=subprocess.DEVNULL)
+        subprocess.run(["rm", "-rf", folder])
