@@ -68,11 +68,38 @@ def test_no_isolation_gives_no_reward_away(name, unsafe):
     assert earned(ASSERTS, ADD) == 1.0
 
 
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        (ADD, 2),
+        ("def add(a, b):\n    return 3", 1),
+        ("def add(a, b) return", 0),
+        ("import sys\nsys.exit(0)", 0),
+        ("add = lambda a, b: a + b\nx = ' ' * 2**31", 0),
+        ("import socket\nsocket.create_connection(('127.0.0.1', 9))\n" + ADD, 0),
+        ("import subprocess\nsubprocess.run('true')\n" + ADD, 2),
+        ("input()\n" + ADD, 0),
+        ("open('x', 'w').write('y')\n" + ADD, 2),
+        ("with open('x', 'wb') as file:\n    file.write(b'z' * 2**25)\n" + ADD, 0),
+        ("print('z' * 10**7)\n" + ADD, 2),
+    ],
+)
+def test_what_becomes_of_programs(program, expected):
+    assert passed(program, ASSERTS) == expected
+    assert not Path("x").exists()
+
+
+def test_a_program_without_end_is_ended():
+    assert passed("def add(a, b):\n    while True: pass", ASSERTS, 1.0) == 0
+
+
 def test_partial_counts_tests():
     half = "def add(a, b):\n    return 3"
     assert (earned(ASSERTS, half), earned(ASSERTS, half, partial=True)) == (0.0, 0.5)
-    late = ADD.replace("return", "while a < 0: pass\n    return")
-    assert earned(ASSERTS, late, seconds=1.0, partial=True) == 0.5  # the first was in time
+    ends = ADD.replace("return", "if a < 0: quit()\n    return")
+    assert earned([*ASSERTS, ASSERTS[0]], ends, partial=True) == 2 / 3
+    dies = "import os\n" + ADD.replace("return", "if a < 0: os._exit(0)\n    return")
+    assert earned([*ASSERTS, ASSERTS[0]], dies, partial=True) == 1 / 3
     outputs = {"inputs": ["1", "2", "3"], "outputs": ["1", "4", "9"]}
     assert earned(outputs, "print(int(input()) ** 2 % 5)", partial=True) == 2 / 3
 
@@ -123,8 +150,6 @@ NEEDS_OBJECTS = [
     "s = Stack()\nn = len(s.items())\ns.push(1)\nassert n == 0",
     "assert f(1).__class__ == int",
     "assert ().__class__.__base__.__subclasses__()",
-    "assert open('/etc/passwd').read()",
-    "assert eval('1')",
     "assert '{0.__class__}'.format(f(1)) == ''",
     "for i in range(10**9):\n    assert f(i) == i",
     "assert False",
@@ -249,7 +274,7 @@ def test_every_isolation_of_this_machine(name, monkeypatch, tmp_path):
             "        socket.create_connection(('127.0.0.1', port))\n    except OSError:\n"
             "        return False\n    return True\n"
             "def environment():\n    return dict(os.environ)\n"
-            "def deep():\n    for i in range(3000):\n"
+            "def deep():\n    for i in range(500):\n"
             "        os.mkdir('d' * 9)\n        os.chdir('d' * 9)\n"
             "    os.mkdir('shut', 0)\n    return True\n"
         )
@@ -327,16 +352,15 @@ def test_a_sandbox_ends_with_its_worker(safe):
     assert not Path(f"/proc/{pid}").exists()
 
 
-@pytest.mark.parametrize("name", ["d", "d" * 250])
-def test_folders_of_any_depth_are_removed(name, tmp_path):
+def test_folders_of_any_depth_are_removed(tmp_path):
     folder = tmp_path / "x"
     folder.mkdir()
     start = os.getcwd()
     os.chdir(folder)
     try:
-        for _ in range(1200):
-            os.mkdir(name)
-            os.chdir(name)
+        for _ in range(1100):
+            os.mkdir("d" * 9)
+            os.chdir("d" * 9)
         os.mkdir("shut", 0o000)
     finally:
         os.chdir(start)

@@ -280,7 +280,9 @@ class _Split(ast.NodeTransformer):
                 return node
         if {each.id for each in ast.walk(node) if _is_name(each)} & (self.bound - _bound(node)):
             raise Unreadable(ast.unparse(node))
-        if _is_class(node) or (isinstance(node, ast.Attribute) and _is_class(node.value)):
+        attributes = [each for each in ast.walk(node) if isinstance(each, ast.Attribute)]
+        is_member = isinstance(node, ast.Attribute) and _is_class(node.value)
+        if _is_class(node) or is_member or any(each.attr[:2] == "__" for each in attributes):
             raise Unreadable(ast.unparse(node))
         self.reader._need(node)
         source = ast.unparse(node)

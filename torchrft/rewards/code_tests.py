@@ -85,7 +85,8 @@ def _pair(case: Mapping[str, Any]) -> Check:
     given, wanted, more = case["input"], case["output"], case.get("metadata")
     more = _parsed(more, "{") if isinstance(more, str) else more
     kind, name = case.get("type") or case.get("testtype"), case.get("fn_name")
-    name = name or case.get("func_name") or (isinstance(more, Mapping) and more.get("func_name"))
+    name = name or case.get("func_name")
+    name = more.get("func_name") if not name and isinstance(more, Mapping) else name
     if kind is not None and kind not in (*_CALLS, *_SCRIPTS):
         raise LabelError(f"has a case of type {kind!r}: use 'stdin' or 'functional'")
     if kind in _SCRIPTS or not (name or kind):
@@ -135,11 +136,13 @@ def _is_word(written: str, wanted: str) -> bool:
 
 def _is_number(written: str, wanted: str) -> bool:
     """Whether two words are one number: exactly if a whole one is wanted, else up to 1e-6."""
+    if "_" in written + wanted:  # which Python reads in numbers, and nobody prints
+        return False
     try:
         answer, number = Decimal(written), Decimal(wanted)
         if number == number.to_integral_value() and not {*wanted.lower()} & {*".e"}:
             return answer == number
-        return "_" not in written and math.isclose(answer, number, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
+        return math.isclose(answer, number, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
     except (ArithmeticError, ValueError):
         return False
 

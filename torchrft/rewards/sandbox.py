@@ -28,6 +28,7 @@ _SCRATCH = 2**26  # bytes of all files in /tmp
 _TASKS = 128  # processes and threads
 _ANSWER = 2**25  # bytes of an answer
 _LOOK = 0.05  # seconds between looks at memory and processes
+_LONGEST_END = 10.0  # seconds that the kernel may take to end what is killed
 _NOBODY = 65534
 _PATH = os.defpath + ":/usr/sbin:/sbin"
 
@@ -38,20 +39,11 @@ _SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/etc/alternatives", "/etc/ld.so.ca
 _ROOT = f"""set -e
 mount -t tmpfs -o size={_SCRATCH},mode=755 none "$0"
 cd "$0"
-mkdir dev proc tmp
-mount -t tmpfs -o size={_SCRATCH} none tmp
-while [ "$1" != -- ]; do
-    if [ -d "$1" ]; then mkdir -p ".$1"; else mkdir -p ".${{1%/*}}"; : > ".$1"; fi
-    mount --rbind -o ro,nosuid,nodev "$1" ".$1"
-    shift
-done
+mkdir dev etc proc
+for file in etc/ld.so.cache dev/null dev/zero dev/random dev/urandom; do : > $file; done
+printf %s "$1" > etc/fstab
 shift
-for device in null zero random urandom; do
-    : > dev/$device
-    mount --bind /dev/$device dev/$device
-done
-mkdir dev/shm
-mount --bind tmp dev/shm
+mount --all --fstab etc/fstab --target-prefix "$0"
 mount -t proc -o ro,nosuid,nodev,noexec proc proc 2> /dev/null || true
 mount -o remount,ro none .
 pivot_root . .
@@ -60,6 +52,10 @@ cd /tmp
 setpriv --no-new-privs --bounding-set=-all --inh-caps=-all "$@"
 exit $?
 """
+_SCRATCHES = [f"none {path} tmpfs size={_SCRATCH},X-mount.mkdir" for path in ("/tmp", "/dev/shm")]
+_DEVICES = [
+    f"{path} {path} none bind" for path in ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+]
 _ENDING = "setpriv --pdeathsig KILL"  # what it becomes ends with the process that starts it
 _NAMESPACES = (
     f"{_ENDING} unshare --user --map-root-user --net --ipc --uts --pid --mount --fork --kill-child"
@@ -118,6 +114,13 @@ def _view() -> list[str]:
     return [path for path in paths if not any(path.startswith(f"{each}/") for each in paths)]
 
 
+def _fstab(view: list[str]) -> str:
+    """The mounts of a root of its own, in the form of /etc/fstab."""
+    paths = [path.replace("\\", "\\134").replace(" ", "\\040") for path in view]
+    shown = [f"{path} {path} none rbind,ro,nosuid,nodev,X-mount.mkdir" for path in paths]
+    return "\n".join([*_SCRATCHES, *shown, *_DEVICES, ""])
+
+
 def _isolations() -> Iterator[Isolation]:
     """All that may do on this machine, the best first."""
     view = _view()
@@ -129,7 +132,7 @@ def _isolations() -> Iterator[Isolation]:
             *("--remount-ro", "/"),
         ],
         "nsjail": [*_NSJAIL.split(), *(word for path in view for word in ("-R", path)), "--"],
-        "namespaces": [*_NAMESPACES.split(), "sh", "-c", _ROOT, "{folder}", *view, "--"],
+        "namespaces": [*_NAMESPACES.split(), "sh", "-c", _ROOT, "{folder}", _fstab(view)],
         "none": _ENDING.split() if shutil.which("setpriv") else [],
     }
     # Root becomes nobody where nobody can start this Python.
@@ -262,10 +265,13 @@ class Sandbox:
 
 def _kill(process: subprocess.Popen[bytes], way: Isolation) -> None:
     family = _family(process.pid)
-    # The first process of a namespace takes all others along, wherever they have hidden.
-    for pid in reversed(family[:2] if way.is_safe else family):
-        with suppress(OSError):
+    # The first process of a namespace takes all others along, wherever they have hidden, and is
+    # the last to end; its starter waits for it.
+    for pid in family[1:2] if way.is_safe else family[::-1]:
+        with suppress(OSError, subprocess.TimeoutExpired):
             os.kill(pid, signal.SIGKILL)
+            if way.is_safe:
+                process.wait(_LONGEST_END)
     with suppress(OSError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -100,6 +100,8 @@ def call(scope, names, question):
 
 
 def main():
+    with contextlib.suppress(PermissionError):  # it leads a session already
+        os.setsid()  # so that killing the group does not reach what started this process
     channel, nowhere = os.dup(0), os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(nowhere, fd)
