@@ -59,7 +59,7 @@ HONEST = {
     "constants and loops": (
         "xs, want = [3, 1, 2], [1, 2, 3]\nassert order(xs) == want\n"
         "for n, total in [(0, 0), (3, 3)]:\n    assert len(order(range(n))) == total\n"
-        "result = order([2, 1])\nassert result[0] == 1\nassert isinstance(result, list)",
+        "a, b = order([2, 1])\nassert (a, b) == (1, 2)\nresult = order([2, 1])\nassert result[0] == 1\nassert isinstance(result, list)",
         "def order(xs):\n    return sorted(xs)",
     ),
     "tests of pytest": (

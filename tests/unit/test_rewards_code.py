@@ -153,6 +153,8 @@ NEEDS_OBJECTS = [
     "assert '{0.__class__}'.format(f(1)) == ''",
     "for i in range(10**9):\n    assert f(i) == i",
     "assert False",
+    "assert list(map(f, [1])) == [1]",
+    "assert f(1) is f",
     "while f(1):\n    pass",
 ]
 
@@ -312,7 +314,9 @@ def test_what_a_program_starts_ends_with_it(program, safe):
     before, start = _namespaces(), time.monotonic()
     assert passed(program, ["assert 1"], 1.5) == 0
     assert time.monotonic() - start < 20
-    assert _namespaces() <= before
+    while _namespaces() - before:  # the kernel is at it
+        assert time.monotonic() - start < 60
+        time.sleep(0.01)
 
 
 def _namespaces():

@@ -133,9 +133,10 @@ class AssertReader:
 
     def _bind(self, target: ast.expr, value: ast.expr, node: ast.stmt) -> None:
         match target, value:
-            case ast.Name(name), _ if self.is_asked(value):
-                self.names.pop(name, None)
-                self.variables[name] = _makes_object(value)
+            case ast.Name() | ast.Tuple(), _ if self.is_asked(value):
+                for name in _bound(target):
+                    self.names.pop(name, None)
+                    self.variables[name] = _makes_object(value)
                 self._send(ast.Assign([target], value, lineno=0))
             case ast.Name(name), _:
                 split = _Split(self, deepcopy(value))
@@ -282,7 +283,11 @@ class _Split(ast.NodeTransformer):
             raise Unreadable(ast.unparse(node))
         attributes = [each for each in ast.walk(node) if isinstance(each, ast.Attribute)]
         is_member = isinstance(node, ast.Attribute) and _is_class(node.value)
-        if _is_class(node) or is_member or any(each.attr[:2] == "__" for each in attributes):
+        # A name by itself is a function or a class, unless it is written like a constant.
+        is_object = (
+            _is_name(node) and node.id not in self.reader.variables and not node.id.isupper()
+        )
+        if is_object or is_member or any(each.attr[:2] == "__" for each in attributes):
             raise Unreadable(ast.unparse(node))
         self.reader._need(node)
         source = ast.unparse(node)

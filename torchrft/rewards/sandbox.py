@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets
+import select
 import shutil
 import signal
 import socket
@@ -128,6 +129,7 @@ def _isolations() -> Iterator[Isolation]:
         "bubblewrap": [
             *(*_BWRAP.split(), "--size", str(_SCRATCH), "--tmpfs", "/tmp"),
             *("--size", str(_SCRATCH), "--tmpfs", "/dev/shm", "--remount-ro", "/dev"),
+            *("--remount-ro", "/proc"),  # files of /proc/sys belong to root, which the job may be
             *(word for path in view for word in ("--ro-bind", path, path)),
             *("--remount-ro", "/"),
         ],
@@ -266,12 +268,11 @@ class Sandbox:
 def _kill(process: subprocess.Popen[bytes], way: Isolation) -> None:
     family = _family(process.pid)
     # The first process of a namespace takes all others along, wherever they have hidden, and is
-    # the last to end; its starter waits for it.
+    # the last to end.
     for pid in family[1:2] if way.is_safe else family[::-1]:
-        with suppress(OSError, subprocess.TimeoutExpired):
-            os.kill(pid, signal.SIGKILL)
-            if way.is_safe:
-                process.wait(_LONGEST_END)
+        with suppress(OSError), open(os.pidfd_open(pid), "rb", 0) as handle:
+            signal.pidfd_send_signal(handle.fileno(), signal.SIGKILL)
+            select.select([handle], [], [], _LONGEST_END)
     with suppress(OSError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
