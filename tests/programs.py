@@ -58,6 +58,7 @@ HONEST = {
                   "def up(n):\n    i = 0\n    while i < n:\n        yield i\n        i += 1"),
     "constants and loops": (
         "xs, want = [3, 1, 2], [1, 2, 3]\nassert order(xs) == want\n"
+        "n = 9\nassert [n for n in order([2, 1])] == [1, 2]\n"
         "for n, total in [(0, 0), (3, 3)]:\n    assert len(order(range(n))) == total\n"
         "a, b = order([2, 1])\nassert (a, b) == (1, 2)\nresult = order([2, 1])\nassert result[0] == 1\nassert isinstance(result, list)",
         "def order(xs):\n    return sorted(xs)",
@@ -191,6 +192,8 @@ HOSTILE = {
     "endless recursion": (ASSERTS, "import sys\nsys.setrecursionlimit(10**9)\ndef add(a, b):\n    return add(b, a)"),
     "not a number": (["assert add(1, 2) == 3", "assert not add(1, 2) < 3"], "def add(a, b):\n    return float('nan')"),
     "a huge answer": (ASSERTS, "def add(a, b):\n    return 'x' * 2**26"),
+    "a byte now and then": (
+        ASSERTS, "import os, time\nwhile True:\n    os.write(3, b'[')\n    time.sleep(0.01)"),
     "a deep answer": (ASSERTS, TOKENS + TELL + "import os\ndef add(a, b):\n"
                       "    data = ('[\"' + tokens()[0] + '\", ' + '[' * 10**5 + ']' * 10**5 + ']\\n').encode()\n"
                       "    os.write(3, data)\n    return 0"),
@@ -208,6 +211,10 @@ HOSTILE = {
         ASSERTS, "import os\nseen = []\nfor base, folders, files in os.walk('/'):\n    folders[:] = [f for f in folders"
         " if f not in ('usr', 'lib', 'proc', 'dev') and 'python' not in f]\n    seen += files\n"
         "    if 'programs.py' in files or 'shadow' in files:\n        add = lambda a, b: a + b"),
+    "methods of its own without arguments": (
+        "assert name(1).isupper() and len(name(1)) == 2\nassert name(1).lower() == 'ab'",
+        "class S(str):\n    isupper = lambda s: True\n    lower = lambda s: 'ab'\n"
+        "name = lambda x: S('xy')"),
     "methods of its own": ("assert name(1).startswith('abc')\nassert name(2).count('x') == 1",
                            "class S(str):\n    startswith = lambda *a: True\n    count = lambda *a: 1\nname = S"),
     "an expectation in its input": ("xs = [1, 2]\nassert flip(xs) == xs[::-1]", "def flip(xs):\n    xs.clear()\n    return []"),

@@ -32,7 +32,7 @@ _NODES = (
     *(ast.Lambda, ast.arguments, ast.arg, ast.JoinedStr, ast.FormattedValue),
 )
 _UNDER_TEST = ("solution", "typing")  # modules whose names the program has, or that do nothing
-_LONGEST = 10_000  # turns of a loop
+_LONGEST = 1_000  # turns of a loop
 
 
 class Unreadable(ValueError):
@@ -143,9 +143,7 @@ class AssertReader:
                 self._code(split.condition, len(split.calls))
                 used = {each.id for each in ast.walk(value) if _is_name(each)}
                 if split.calls and used & self.variables.keys():
-                    raise Unreadable(
-                        ast.unparse(node)
-                    )  # a state that may have passed when it counts
+                    raise Unreadable(ast.unparse(node))  # its state may change until it counts
                 self.variables.pop(name, None)
                 self.names[name] = value
             case (ast.Tuple(targets), ast.Tuple(values) | ast.List(values)) if len(targets) == len(
@@ -192,13 +190,15 @@ class AssertReader:
 
     def _inlined(self, node: ast.expr) -> ast.expr:
         """A copy with constants in place of their names, and with functions of `math` by theirs."""
-        return _Inline(self).visit(deepcopy(node))
+        return _Inline(self, _bound(node)).visit(deepcopy(node))
 
     def is_asked(self, node: ast.expr, bound: Set[str] = frozenset()) -> bool:
         """Whether an expression is up to the program: what it begins with is its name."""
         while isinstance(node, ast.Call | ast.Attribute | ast.Subscript):
             node = node.func if isinstance(node, ast.Call) else node.value
-        return _is_name(node) and node.id not in _NAMES.keys() | self.sources.keys() | bound
+        if not _is_name(node) or node.id in bound:
+            return False
+        return node.id in self.variables or node.id not in _NAMES.keys() | self.sources.keys()
 
     def _code(self, node: ast.expr, answers: int) -> CodeType:
         """Compiles a condition that reads nothing but answers and plain data."""
@@ -233,10 +233,12 @@ def _makes_object(node: ast.expr) -> bool:
 
 
 class _Inline(ast.NodeTransformer):
-    def __init__(self, reader: AssertReader) -> None:
-        self.reader = reader
+    def __init__(self, reader: AssertReader, bound: Set[str]) -> None:
+        self.reader, self.bound = reader, bound
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
+        if node.id in self.bound:
+            return node
         name = self.reader.modules.get(node.id, "")
         if name in _NAMES:
             return ast.Name(name, ast.Load())
@@ -273,13 +275,21 @@ class _Split(ast.NodeTransformer):
             return self.generic_visit(node)
         match node:
             # A method of data is called on the answer: the program could lend it one of its own.
-            case ast.Call(ast.Attribute(base, method) as function) if (
-                method in _METHODS and self._is_asked(base) and self._is_data(base)
+            case ast.Call(ast.Attribute(base, method) as function, args, keywords) if (
+                self._is_asked(base)
+                and self._is_data(base)
+                and (method in _METHODS or args or keywords)
             ):
+                if method not in _METHODS:
+                    raise Unreadable(ast.unparse(node))
                 function.value = self.visit(base)
                 node.args = [self.visit(each) for each in node.args]
                 return node
-        if {each.id for each in ast.walk(node) if _is_name(each)} & (self.bound - _bound(node)):
+        names = [each.id for each in ast.walk(node) if _is_name(each)]
+        of_program = {*names} - _NAMES.keys() - self.reader.sources.keys() - _bound(node)
+        # What Python has built in, a program can replace; it is the program's own if it gets data.
+        is_builtin = len(of_program) > 1 and any(hasattr(builtins, name) for name in of_program)
+        if is_builtin or of_program & self.bound:
             raise Unreadable(ast.unparse(node))
         attributes = [each for each in ast.walk(node) if isinstance(each, ast.Attribute)]
         is_member = isinstance(node, ast.Attribute) and _is_class(node.value)

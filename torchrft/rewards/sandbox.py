@@ -228,18 +228,18 @@ class Sandbox:
 
     def _receive(self) -> bytes:
         """A line; raises OSError if none comes within the limits."""
+        self.socket.settimeout(_LOOK)
+        look = time.monotonic() + _LOOK
         while (end := self.received.find(b"\n")) < 0:
-            left = self.deadline - time.monotonic()
-            self.socket.settimeout(min(max(left, 1e-3), _LOOK))
-            try:
+            now = time.monotonic()
+            if now > self.deadline or (now > look and self._is_too_large()):
+                raise TimeoutError
+            look = now + _LOOK if now > look else look
+            with suppress(TimeoutError):
                 data = self.socket.recv(2**20)
-            except TimeoutError:
-                if left <= 0 or self._is_too_large():
-                    raise
-                continue
-            self.received += data
-            if not data or len(self.received) > _ANSWER:
-                raise ConnectionError
+                self.received += data
+                if not data or len(self.received) > _ANSWER:
+                    raise ConnectionError
         line = bytes(self.received[:end])
         del self.received[: end + 1]
         return line
