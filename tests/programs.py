@@ -138,34 +138,38 @@ HOSTILE = {
         "class S(str):\n    __eq__ = lambda s, o: True\nclass L(list):\n    __eq__ = lambda s, o: True\n"
         "i = 0\ndef add(a, b):\n    global i\n    i += 1\n    return [S('x'), L([1])][i % 2]"),
     "builtins replaced": (
-        ["assert sorted(add(1, 2)) == [3]", "assert abs(add(1, 2) - 3) < 1e-6", "assert all(add(1, 2))"],
-        "import builtins\nbuiltins.sorted = lambda x: [3]\nbuiltins.abs = lambda x: 0\n"
-        "builtins.all = lambda x: True\nbuiltins.isinstance = lambda *x: True\n"
+        ASSERTS, "import builtins\nbuiltins.exec = builtins.eval = lambda *a: 3\n"
+        "builtins.abs = lambda x: 0\nbuiltins.all = lambda x: True\n"
+        "builtins.isinstance = lambda *x: True\ndef add(a, b):\n    return 9"),
+    "functions of the tests replaced": (
+        ["assert sorted(add(1, 2)) == [3]", "assert all(x > 5 for x in add(1, 2))"],
+        "import builtins\nbuiltins.sorted = lambda x: [3]\nbuiltins.all = lambda x: True\n"
         "def add(a, b):\n    return [0]"),
-    "compile without assertions": (
+    "compile with optimization": (
         ASSERTS, "import builtins\nold = builtins.compile\n"
-        "builtins.compile = lambda *a, **k: old('True', 't', a[2])\nbuiltins.exec = lambda *a: None\n"
-        "builtins.eval = lambda *a: True\ndef add(a, b):\n    return 0"),
+        "builtins.compile = lambda *a, **k: old(*a, optimize=2)\ndef add(a, b):\n    return 9"),
     "tests read in frames": (
         ASSERTS, FRAMES + "import re\ndef add(a, b):\n    text = repr([f.f_locals for f in frames()])\n"
-        "    found = re.findall(r'== (-?\\d+)', text)\n    return int(found[0]) if found else None"),
+        "    found = re.findall(rf'add\\({a}, {b}\\) == (-?\\d+)', text)\n"
+        "    return int(found[0]) if found else None"),
     "tests changed in frames": (
-        ASSERTS, FRAMES + "def add(a, b):\n    for f in frames():\n"
-        "        for value in [*f.f_locals.values(), *f.f_globals.values()]:\n"
-        "            if isinstance(value, dict) and 'call' in value:\n"
-        "                value['call'] = 'True'\n                value['expected'] = None\n"
-        "            if isinstance(value, list):\n                value[:] = ['pass']\n    return 0"),
+        ASSERTS, FRAMES + "for f in frames():\n    for value in [*f.f_locals.values()]:\n"
+        "        if isinstance(value, dict) and 'call' in value:\n            value['call'] = '3'\n"
+        "        if isinstance(value, list):\n            value[:] = ['pass'] * len(value)\n"
+        "def add(a, b):\n    return 9"),
     "keys in frames": (
-        ASSERTS, TELL + FRAMES + "for f in frames():\n    for value in f.f_locals.values():\n"
-        "        if isinstance(value, (str, bytes)):\n            tell(2, [str(value)])\nadd = None"),
+        ASSERTS, FRAMES + "import os\nfor f in frames():\n    given = f.f_locals\n"
+        "    key = given.get('key') or given.get('token')\n    if key:\n"
+        "        os.write(given.get('fd', 3), f'{key} 2'.encode())\n        os._exit(0)\nadd = None"),
     "keys in globals": (
-        ASSERTS, TELL + "import __main__, sys\nfor m in list(sys.modules.values()):\n"
-        "    for value in list(vars(m).values()):\n        if isinstance(value, str) and len(value) < 99:\n"
-        "            tell(2, [value])\nadd = None"),
+        ASSERTS, "import os, sys\nrun = getattr(sys.modules['__main__'], 'run', None)\nif run:\n"
+        "    write, fd, key = run.__defaults__\n    write(fd, f'{key} 2'.encode())\n    os._exit(0)\n"
+        "add = None"),
     "keys in gc": (
-        ASSERTS, TELL + "import gc\nfor thing in gc.get_objects():\n    if isinstance(thing, (list, tuple)):\n"
-        "        for value in thing:\n            if isinstance(value, str) and len(value) in (16, 32):\n"
-        "                tell(2, [value])\nadd = None"),
+        ASSERTS, "import gc, os\nfor thing in gc.get_objects():\n"
+        "    if isinstance(thing, tuple) and len(thing) == 3 and isinstance(thing[2], str):\n"
+        "        if len(thing[2]) == 32:\n            os.write(thing[1], f'{thing[2]} 2'.encode())\n"
+        "            os._exit(0)\nadd = None"),
     "an answer of its own": (ASSERTS, TOKENS + TELL + "def add(a, b):\n    tell(7, tokens())\n    return 8"),
     "answers before it is asked": (ASSERTS, TELL + "for i in range(99):\n    tell(3)\n    tell(True)\nadd = None"),
     "the verdict of old": (ASSERTS, "import os\nfor fd in range(64):\n    try:\n        os.write(fd, b'0 2')\n"
