@@ -165,7 +165,7 @@ def _is_same(answer: Any, wanted: Any) -> bool:
 
 
 def _of_source(sources: Sequence[str], forgeable: bool) -> list[list[Check]]:
-    reader, tests = AssertReader(), []
+    reader, tests = AssertReader(), list[list[Check]]()
     try:
         works = [
             any(not isinstance(node, _IDLE) for node in ast.parse(source).body)

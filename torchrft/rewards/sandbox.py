@@ -38,17 +38,16 @@ _SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/etc/alternatives", "/etc/ld.so.ca
 # Builds a root of its own from read-only folders. The shell stays process 1, with capabilities, so
 # that the program, which has none, cannot keep the namespace alive when its starter is killed.
 _ROOT = f"""set -e
-mount -t tmpfs -o size={_SCRATCH},mode=755 none "$0"
-cd "$0"
+mount -n -t tmpfs -o size={_SCRATCH},mode=755 none /sys
+cd /sys
 mkdir dev etc proc
 for file in etc/ld.so.cache dev/null dev/zero dev/random dev/urandom; do : > $file; done
-printf %s "$1" > etc/fstab
-shift
-mount --all --fstab etc/fstab --target-prefix "$0"
-mount -t proc -o ro,nosuid,nodev,noexec proc proc 2> /dev/null || true
-mount -o remount,ro none .
+printf %s "$0" > etc/fstab
+mount -n --all --fstab etc/fstab --target-prefix /sys
+mount -n -t proc -o ro,nosuid,nodev,noexec proc proc 2> /dev/null || true
+mount -n -o remount,ro none .
 pivot_root . .
-umount -l .
+umount -n -l .
 cd /tmp
 setpriv --no-new-privs --bounding-set=-all --inh-caps=-all "$@"
 exit $?
@@ -80,7 +79,7 @@ _PROBE = "import socket; print(sum(name != 'lo' for _, name in socket.if_nameind
 class Isolation:
     """A way to start a process: a command in front of its own, and whom it runs as.
 
-    `name` is "bubblewrap", "nsjail", "namespaces" or "none"; {folder} in `command` is an empty one.
+    `name` is "bubblewrap", "nsjail", "namespaces" or "none".
     """
 
     name: str
@@ -92,11 +91,12 @@ class Isolation:
         return self.name != "none"
 
     def start(self, arguments: list[str], folder: str, **streams: Any) -> subprocess.Popen[bytes]:
-        """Starts Python in a session of its own, with no more environment than it needs."""
-        if self.user:
-            os.chown(folder, self.user["user"], self.user["group"])
+        """Starts Python in a session of its own, with no more environment than it needs.
+
+        A safe one brings an empty folder of its own, and does not see `folder`.
+        """
         return subprocess.Popen(
-            [folder if word == "{folder}" else word for word in (*self.command, *arguments)],
+            [*self.command, sys.executable, "-I", "-B", *arguments],
             stderr=subprocess.DEVNULL,
             cwd=folder,
             env={"PATH": _PATH, "OPENBLAS_NUM_THREADS": "1"}
@@ -134,7 +134,7 @@ def _isolations() -> Iterator[Isolation]:
             *("--remount-ro", "/"),
         ],
         "nsjail": [*_NSJAIL.split(), *(word for path in view for word in ("-R", path)), "--"],
-        "namespaces": [*_NAMESPACES.split(), "sh", "-c", _ROOT, "{folder}", _fstab(view)],
+        "namespaces": [*_NAMESPACES.split(), "sh", "-c", _ROOT, _fstab(view)],
         "none": _ENDING.split() if shutil.which("setpriv") else [],
     }
     # Root becomes nobody where nobody can start this Python.
@@ -156,13 +156,16 @@ def isolation() -> Isolation:
 
 
 def _works(way: Isolation) -> bool:
-    with tempfile.TemporaryDirectory(prefix="torchrft-code-") as folder:
-        arguments = [sys.executable, "-I", "-B", "-S", "-c", _PROBE]
-        try:
-            process = way.start(arguments, folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
-            said, _ = process.communicate(timeout=30)
-        except (OSError, subprocess.SubprocessError):
-            return False
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
+    try:
+        with way.start(["-S", "-c", _PROBE], "/", **streams) as process:
+            try:
+                said, _ = process.communicate(timeout=30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                return False
+    except OSError:  # nobody may not start it
+        return False
     return said == b"0 outside\n" if way.is_safe else said.endswith(b"outside\n")
 
 
@@ -205,12 +208,16 @@ class Sandbox:
 
     def _start(self) -> None:
         way, self.received = isolation(), bytearray()
-        folder = tempfile.mkdtemp(prefix="torchrft-code-")
-        self.started.callback(_remove, folder)
+        folder = "/"
+        if not way.is_safe:
+            folder = tempfile.mkdtemp(prefix="torchrft-code-")
+            self.started.callback(_remove, folder)
+            if way.user:
+                os.chown(folder, _NOBODY, _NOBODY)
         self.socket, theirs = socket.socketpair()
         self.started.enter_context(self.socket)
         with theirs:
-            arguments = [sys.executable, "-I", "-B", "-X", "utf8", "-c", _CHILD.read_text()]
+            arguments = ["-X", "utf8", "-c", _CHILD.read_text()]
             self.process = way.start(arguments, folder, stdin=theirs, stdout=theirs)
         self.started.callback(_kill, self.process, way)
         seconds = int(self.seconds) + 1

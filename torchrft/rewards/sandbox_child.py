@@ -48,7 +48,10 @@ def encode(value):
 def limit(limits):
     """Sets the limits of this process, by the names of module `resource`."""
     for name, value in limits.items():
-        resource.setrlimit(getattr(resource, name), (value, value))
+        kind = getattr(resource, name)
+        most = resource.getrlimit(kind)[1]
+        value = value if most == resource.RLIM_INFINITY else min(value, most)
+        resource.setrlimit(kind, (value, value))
 
 
 def module(name):
@@ -107,14 +110,14 @@ def main():
         os.dup2(nowhere, fd)
     asked = os.fdopen(channel, "rb")
     program, limits = json.loads(asked.readline())
-    scope = names = None
+    scope, names = {}, {}
     for line in asked:
         token, question = json.loads(line)
         try:
             if "stdin" in question:
                 answer = run_script(program, question["stdin"], limits)
             else:
-                if scope is None:
+                if not names:
                     limit(limits)
                     scope = load(program)
                     names = {"math": math, "inf": math.inf, "nan": math.nan} | scope
