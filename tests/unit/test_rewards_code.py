@@ -127,7 +127,8 @@ def test_partial_counts_tests():
         ("1.5", "inf", False),
         ("", "", True),
         ("", "x", False),
-        ("1_0.0", "10.0", False),
+        ("10.0", "1_0.0", False),
+        ("5", "\uff15", False),
     ],
 )
 def test_outputs(wanted, written, is_equal):

@@ -136,7 +136,8 @@ def _is_word(written: str, wanted: str) -> bool:
 
 def _is_number(written: str, wanted: str) -> bool:
     """Whether two words are one number: exactly if a whole one is wanted, else up to 1e-6."""
-    if "_" in written + wanted:  # which Python reads in numbers, and nobody prints
+    # Python reads underscores and the digits of all scripts in numbers, which nobody prints.
+    if "_" in written or not written.isascii():
         return False
     try:
         answer, number = Decimal(written), Decimal(wanted)
