@@ -276,7 +276,7 @@ def test_every_isolation_of_this_machine(name, monkeypatch, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.1)
         program = (
-            "import os, socket\ndef reach(port):\n    try:\n"
+            "import ctypes, os, socket\ndef reach(port):\n    try:\n"
             "        socket.create_connection(('127.0.0.1', port))\n    except OSError:\n"
             "        return False\n    return True\n"
             "def environment():\n    return dict(os.environ)\n"
@@ -294,6 +294,8 @@ def test_every_isolation_of_this_machine(name, monkeypatch, tmp_path):
             if way.is_safe:
                 assert ask("os.path.exists('/etc/passwd') or os.path.exists('/home')") is False
                 assert ask("os.getpid() < 99 and os.listdir('/tmp')") == []
+                # In a namespace of its own a program would have capabilities again.
+                assert ask("ctypes.CDLL(None).unshare(0x10000000)") == -1
                 assert ask("[open('/tmp/x', 'w').write('y')]") == [1]
                 for path in ("/x", "/usr/x", sys.prefix + "/x", "/proc/sys/kernel/core_pattern"):
                     with pytest.raises(NoAnswer):

@@ -86,7 +86,10 @@ def rule_sources(reward: Reward) -> list[RuleSource]:
     does not load, a parameter that nobody can fill, and options that do not fit.
     """
     rules = [checked_rule(entry) for entry in reward.functions]
-    if check_isolation(reward) == "none":
+    isolation = check_isolation(reward)
+    if isolation and isolation != "none":
+        logger.info(f"[reward] programs run in a sandbox: {isolation}")
+    elif isolation:
         logger.warning(
             "[reward] allow_unsafe_code = true: programs run without isolation, with the files, "
             "network and processes of this machine in their reach"
@@ -111,9 +114,9 @@ def check_isolation(reward: Reward) -> str:
     """Return the isolation of programs, "" if there are none to run; ValueError for none at all."""
     if not any(entry.name == "code" for entry in reward.functions):
         return ""
-    from torchrft.rewards.sandbox import isolation  # which jobs without programs do without
+    from torchrft.rewards import sandbox  # which jobs without programs do without
 
-    name = isolation().name
+    name = sandbox.isolation().name
     if name == "none" and not reward.allow_unsafe_code:
         raise ValueError(
             "reward function 'code': this machine lets nobody isolate a program: neither bwrap nor "

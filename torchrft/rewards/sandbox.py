@@ -44,6 +44,7 @@ mkdir dev etc proc
 for file in etc/ld.so.cache dev/null dev/zero dev/random dev/urandom; do : > $file; done
 printf %s "$0" > etc/fstab
 mount -n --all --fstab etc/fstab --target-prefix /sys
+echo 0 > /proc/sys/user/max_user_namespaces || true
 mount -n -t proc -o ro,nosuid,nodev,noexec proc proc 2> /dev/null || true
 mount -n -o remount,ro none .
 pivot_root . .
@@ -61,7 +62,7 @@ _NAMESPACES = (
     f"{_ENDING} unshare --user --map-root-user --net --ipc --uts --pid --mount --fork --kill-child"
 )
 _BWRAP = """bwrap --unshare-user --unshare-pid --unshare-net --unshare-ipc --unshare-uts
---die-with-parent --cap-drop ALL --proc /proc --dev /dev --chdir /tmp"""
+--disable-userns --die-with-parent --cap-drop ALL --proc /proc --dev /dev --chdir /tmp"""
 _NSJAIL = f"""{_ENDING} nsjail -Mo -Q --keep_env --time_limit 0 --cwd /tmp
 -m none:/tmp:tmpfs:size={_SCRATCH} -B /dev/null -B /dev/zero -B /dev/urandom
 --rlimit_as hard --rlimit_cpu hard --rlimit_fsize hard --rlimit_nofile hard --rlimit_nproc hard
