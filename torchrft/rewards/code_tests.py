@@ -18,8 +18,8 @@ _CALLS = ("functional", "function_call", "function", "call")
 _SCRIPTS = ("stdin", "stdin_stdout", "standard_input")
 _WRAPPINGS = ("ground_truth", "input_output", "test_cases", "tests", "test_list", "test")
 _LOADED = {"call": "None", "setup": [], "name": None}
-_IDLE = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-_IDLE += (ast.Assign, ast.Import, ast.ImportFrom)
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+_IDLE = (*_FUNCTIONS, ast.ClassDef, ast.Assign, ast.Import, ast.ImportFrom)  # tests nothing
 
 
 def read_tests(label: Any, forgeable: bool = False) -> list[list[Check]]:

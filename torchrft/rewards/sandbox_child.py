@@ -110,7 +110,9 @@ def main():
         os.dup2(nowhere, fd)
     asked = os.fdopen(channel, "rb")
     program, limits = json.loads(asked.readline())
-    scope, names = {}, {}
+    scope: dict[str, object] = {}
+    names: dict[str, object] = {}
+    answer: object
     for line in asked:
         token, question = json.loads(line)
         try:
@@ -131,9 +133,9 @@ def main():
             if os.getpid() != parent:
                 raise
             text = json.dumps([token])
-        text = (text + "\n").encode()
-        while text:
-            text = text[os.write(channel, text) :]
+        data = (text + "\n").encode()
+        while data:
+            data = data[os.write(channel, data) :]
 
 
 parent = os.getpid()
