@@ -333,6 +333,14 @@ def _namespaces():
     return names
 
 
+def test_a_process_that_ends_while_it_is_looked_at_is_no_fault(monkeypatch):
+    def glob(path, pattern):
+        raise FileNotFoundError(str(path))
+
+    monkeypatch.setattr(Path, "glob", glob)
+    assert sandbox._family(os.getpid()) == [os.getpid()]
+
+
 def test_memory_and_processes_are_bounded_in_sum(safe, monkeypatch):
     monkeypatch.setattr(sandbox, "_SUM", 2**28)
     hungry = "import os, time\nos.fork(), os.fork()\nx = b'x' * 2**27\ntime.sleep(60)"

@@ -292,8 +292,8 @@ def _family(pid: int) -> list[int]:
     for each in pids:  # grows as it goes
         if len(pids) > 8 * _TASKS:
             break
-        for path in Path(f"/proc/{each}/task").glob("*/children"):
-            with suppress(OSError):
+        with suppress(OSError):  # it has ended, perhaps while it is looked at
+            for path in Path(f"/proc/{each}/task").glob("*/children"):
                 pids += map(int, path.read_text().split())
     return pids
 
