@@ -177,6 +177,7 @@ FIELD_PROOF: dict[str, str] = {
     "reward_timeout": UNIT + "rewards_workers.py::test_what_fails_costs_its_sample_only",
     "reward_workers": UNIT + "rewards_workers.py::test_several_workers_work",
     "reward_memory": UNIT + "rewards_workers.py::test_what_fails_costs_its_sample_only",
+    "allow_unsafe_code": UNIT + "rewards_code.py::test_no_isolation_is_refused",
     "source_key": UNIT + "trainer_rewards.py::test_a_column_chooses_the_rewards_of_a_row",
     "recipes": UNIT + "trainer_rewards.py::test_a_column_chooses_the_rewards_of_a_row",
     "gate": UNIT + "rewards.py::test_the_gate_is_all_or_nothing",

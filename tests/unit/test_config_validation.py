@@ -408,6 +408,7 @@ NEED_CASES = {
     "reward_timeout": (5.0, FUNCTION, {}),
     "reward_workers": (5, FUNCTION, {}),
     "reward_memory": (5.0, FUNCTION, {}),
+    "allow_unsafe_code": (True, {"functions": ["code"]}, FUNCTION),
     "error_reward": (-1.0, FUNCTION, {"reward_pretrain": "r"}),
     "max_reward_failures": (0.1, FUNCTION, {"reward_pretrain": "r"}),
     "reward_model_offload": (True, {"reward_pretrain": "r"}, FUNCTION),

@@ -35,7 +35,7 @@ def completion(text="4", prompt_index=0, sample_index=0):
 def scorer(*names, isolate=True, **weights):
     entries = [RewardFunction(name=name, isolate=isolate) for name in names]
     entries += [RewardFunction(name=name, weight=weight) for name, weight in weights.items()]
-    return build_scorer(Reward(functions=entries))
+    return build_scorer(Reward(functions=entries, allow_unsafe_code=True))
 
 
 @pytest.mark.parametrize(
@@ -548,7 +548,11 @@ def test_labels_are_looked_at_before_the_run(rule, options, good, bad, text):
     recipes = {"source_key": "kind", "recipes": {"a": [rule], "b": ["length"]}}
     other = {"name": "length", "options": {"target": 1, "limit": 2}}
     made = build_scorer(
-        Reward(functions=[RewardFunction(**entry), RewardFunction(**other)], **recipes)
+        Reward(
+            functions=[RewardFunction(**entry), RewardFunction(**other)],
+            allow_unsafe_code=True,
+            **recipes,
+        )
     )
     made.check([prompt(1, good, kind="a"), prompt(2, bad, kind="b")])  # where it does not count
     with pytest.raises(

@@ -1,21 +1,20 @@
 """The rules that come with torchrft: what they say of which answers."""
 
-import socket
 import sys
-from pathlib import Path
 
 import pytest
 from answers import ANSWERS, HOSTILE
 
 from torchrft.config.reward_config import Reward, RewardFunction
-from torchrft.rewards import RewardError, build_scorer, sandbox
+from torchrft.rewards import RewardError, build_scorer
 from torchrft.types import Completion, Prompt
 
 
 def judge(rule, samples, timeout=60.0, **options):
     """Scores of (label, response) pairs."""
     functions = [RewardFunction(name=rule, options=options)]
-    scorer = build_scorer(Reward(functions=functions, reward_timeout=timeout, reward_workers=2))
+    workers = {"reward_timeout": timeout, "reward_workers": 2}
+    scorer = build_scorer(Reward(functions=functions, allow_unsafe_code=True, **workers))
     prompts = [Prompt(row, "", (1,), label) for row, (label, _) in enumerate(samples)]
     completions = [
         Completion(row, 0, (1,) * len(response[:50]), (0.0,), response, "stop")
@@ -174,52 +173,6 @@ RIGHT = "Like so:\n```python\ndef add(a, b):\n    return a + b\n```"
 
 def code(body):
     return f"```python\n{body}\n```"
-
-
-@pytest.mark.parametrize("isolated", [True, False])
-def test_code(isolated, monkeypatch, tmp_path):
-    if not isolated:
-        monkeypatch.setattr(sandbox, "_isolation", lambda: ())
-    for body, expected in (
-        ("def add(a, b):\n    return a + b", 2),
-        ("def add(a, b):\n    return 3", 1),
-        ("def add(a, b):\n    while True: pass", 0),
-        ("def add(a, b) return", 0),
-        ("import sys\nsys.exit(0)", 0),
-        ("import os\nos._exit(0)", 0),
-        ("import os\nprint('0 2')\nos.write(1, b'0 2')\nos._exit(0)", 0),
-        ("add = lambda a, b: a + b\nx = ' ' * 2**31", 0),
-        ("import socket\nsocket.create_connection(('127.0.0.1', 9))\nadd = lambda a, b: a + b", 0),
-        ("import subprocess\nadd = lambda a, b: a + b", 2),
-        ("input()\nadd = lambda a, b: a + b", 0),
-        ("open('x', 'w').write('y')\nadd = lambda a, b: a + b", 2),
-        ("print('z' * 10**7)\nadd = lambda a, b: a + b", 2),
-    ):
-        assert sandbox.run_tests(body, TESTS, 5.0 if "while" not in body else 0.5) == expected, body
-    assert not Path("x").exists()
-
-
-@pytest.mark.parametrize("isolated", [True, False])
-def test_code_has_no_network(isolated, monkeypatch):
-    """A server that waits at this machine is not reached, although the address is right."""
-    if isolated and not sandbox._isolation():
-        pytest.skip("this machine lets nobody have a network of their own")
-    if not isolated:
-        monkeypatch.setattr(sandbox, "_isolation", lambda: ())
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        server.settimeout(0.1)
-        program = (
-            f"import socket\nsocket.create_connection(('127.0.0.1', {server.getsockname()[1]}))"
-        )
-        assert sandbox.run_tests(program, ["pass"], 10.0) == 0
-        with pytest.raises(TimeoutError):
-            server.accept()
-    assert sandbox.run_tests("", ["pass"], 10.0) == 1
-
-
-def test_code_does_not_see_the_environment(monkeypatch):
-    monkeypatch.setenv("SECRET", "1")
-    assert sandbox.run_tests("import os", ["assert 'SECRET' not in os.environ"], 10.0) == 1
 
 
 def test_the_code_rule():

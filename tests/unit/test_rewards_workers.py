@@ -195,7 +195,9 @@ def test_ranks_of_a_machine_share_its_cores(monkeypatch):
     for cores, ranks, share in ((16, 4, 4), (96, 2, 8), (2, 8, 1)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cores=cores: set(range(cores)))
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-        scorer = build_scorer(Reward(functions=[RewardFunction(name="code")]))
+        scorer = build_scorer(
+            Reward(functions=[RewardFunction(name="code")], allow_unsafe_code=True)
+        )
         assert scorer.sources["code"].pool.count == share
 
 

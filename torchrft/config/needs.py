@@ -64,6 +64,10 @@ def truncates(config: JobConfig) -> bool:
     return config.rollout.top_p < 1 or config.rollout.top_k > 0
 
 
+def _runs_programs(config: JobConfig) -> bool:
+    return any(entry.name == "code" for entry in config.reward.functions)
+
+
 def sees_images(config: JobConfig) -> bool:
     return config.data.images_key is not None or config.data.mixed_mm_data
 
@@ -161,6 +165,7 @@ NEEDS: tuple[Need, ...] = (
     *_on("reward_running_norm", "reward_running_norm_minus_mean"),
     *_on("functions", "reward_timeout", "reward_workers", "reward_memory"),
     *_need("functions, judges or remote_rm_url", _judges, "error_reward", "max_reward_failures"),
+    *_need('functions with "code"', _runs_programs, "allow_unsafe_code"),
     *_need(_OUTSIDE, _models_here, "reward_model_offload"),
     *_need(_BESIDE, _scalar_models, "rm_use_engine"),
     *_on("remote_rm_url", *(f"remote_rm_{name}" for name in _REMOTE.split())),

@@ -180,6 +180,8 @@ class Reward(Section):
     """Worker processes per rank for rules; by default its share of the CPU cores, at most 8."""
     reward_memory: Annotated[float, Field(gt=0, le=1e6)] = 2.0
     """GiB that a rule may take in a worker process."""
+    allow_unsafe_code: bool = False
+    """Let `code` run programs where no isolation works: they may then do what this user may."""
     source_key: Text | None = None
     """Column that names a row's data source, for `recipes`."""
     recipes: dict[str, list[Text]] = {}

@@ -12,6 +12,7 @@ from torchrft.rewards.registry import LabelError, MissingPackage, Rule, RuleFaul
 from torchrft.rewards.rules import BUILT_IN, BuiltIn
 from torchrft.rewards.source import RewardError, RewardRequest, RewardResult, SampleError
 from torchrft.rewards.workers import GRACE, Task, WorkerPool
+from torchrft.tools.logging import logger
 
 if TYPE_CHECKING:
     from torchrft.types import Prompt
@@ -85,6 +86,14 @@ def rule_sources(reward: Reward) -> list[RuleSource]:
     does not load, a parameter that nobody can fill, and options that do not fit.
     """
     rules = [checked_rule(entry) for entry in reward.functions]
+    isolation = check_isolation(reward)
+    if isolation and isolation != "none":
+        logger.info(f"[reward] programs run in a sandbox: {isolation}")
+    elif isolation:
+        logger.warning(
+            "[reward] allow_unsafe_code = true: programs run without isolation, with the files, "
+            "network and processes of this machine in their reach"
+        )
     isolated = [entry for entry in reward.functions if _is_isolated(entry)]
     timeout, pool = reward.reward_timeout, None
     if isolated:
@@ -100,6 +109,22 @@ def rule_sources(reward: Reward) -> list[RuleSource]:
         else:
             sources.append(RuleSource(name, rule, timeout))
     return sources
+
+
+def check_isolation(reward: Reward) -> str:
+    """Return the isolation of programs, "" if there are none to run; ValueError for none at all."""
+    if not any(entry.name == "code" for entry in reward.functions):
+        return ""
+    from torchrft.rewards import sandbox  # which jobs without programs do without
+
+    name = sandbox.isolation().name
+    if name == "none" and not reward.allow_unsafe_code:
+        raise ValueError(
+            "reward function 'code': this machine lets nobody isolate a program: neither bwrap nor "
+            "nsjail nor unshare works; install bubblewrap and allow user namespaces, or set "
+            "allow_unsafe_code = true, with which programs may do all that this user may"
+        )
+    return name
 
 
 def checked_rule(entry: RewardFunction) -> Rule:

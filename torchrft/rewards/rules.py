@@ -1,9 +1,8 @@
 """Rule rewards that come with torchrft. They judge the response alone, never the prompt."""
 
-import ast
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import lru_cache
@@ -11,11 +10,10 @@ from typing import Any
 
 from torchrft.rewards.answer import TAIL, answer_part, last_box
 from torchrft.rewards.choice import chosen_letter, label_letter
-from torchrft.rewards.labels import label_text, stored
+from torchrft.rewards.labels import label_text
 from torchrft.rewards.math_equal import is_equal, is_readable, plain
 from torchrft.rewards.program import program_of
 from torchrft.rewards.registry import LabelError, MissingPackage, register
-from torchrft.rewards.sandbox import run_tests
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,42 +266,38 @@ def gsm8k(response: str, label: Any) -> float:
     return float(is_equal(_gold_gsm8k(label), _answer(answer_part(response).rpartition("####")[2])))
 
 
-def _takes_time(seconds: float = 5.0, partial: bool = False) -> None:
+def _takes_time(seconds: float = 5.0, **options: Any) -> None:
     if seconds <= 0:
         raise ValueError(f"option seconds = {seconds}: use more than 0")
+    from torchrft.rewards import code_tests, sandbox  # noqa: F401
+
+    sandbox.isolation()  # here, so that no sample's deadline pays for the try
 
 
-_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-_IDLE = (*_FUNCTIONS, ast.ClassDef, ast.Assign, ast.Import, ast.ImportFrom)  # tests nothing
+def _tests(label: Any, allow_forgeable_tests: bool = False, **options: Any) -> list[Any]:
+    from torchrft.rewards.code_tests import read_tests  # which jobs without programs do without
 
-
-def _tests(label: Any, **options: Any) -> list[str]:
-    label = stored(label) if isinstance(label, str) else label
-    if isinstance(label, Mapping) and "ground_truth" in label:
-        return _tests(label["ground_truth"])
-    tests = [label] if isinstance(label, str) else label
-    if (
-        not isinstance(tests, list)
-        or not tests
-        or not all(isinstance(test, str) and test.strip() for test in tests)
-    ):
-        raise LabelError(f"the label {label!r:.80} is no test, nor a list of tests")
-    try:
-        nodes = [node for test in tests for node in ast.parse(test).body]
-    except (SyntaxError, ValueError) as error:
-        raise LabelError(f"the label {label!r:.80} is no Python: {error}") from error
-    if all(isinstance(node, _IDLE) for node in nodes):
-        raise LabelError(f"the label {label!r:.80} tests nothing: it only defines")
-    return tests
+    return read_tests(label, allow_forgeable_tests)
 
 
 @_built_in("code", bounded=False, check=_takes_time, label=_tests)
-def code(response: str, label: Any, *, seconds: float = 5.0, partial: bool = False) -> float:
+def code(
+    response: str,
+    label: Any,
+    *,
+    seconds: float = 5.0,
+    partial: bool = False,
+    allow_forgeable_tests: bool = False,
+) -> float:
     """1 if the last Python block of the answer part passes all tests of the label, in a sandbox.
 
-    The label is Python source with assertions, or a list of such, each a test. With `partial` the
-    reward is the share of tests passed. `seconds` bounds all of them together.
+    The label is Python source with assertions, a list of such, each a test, or inputs and outputs;
+    docs/rewards.md has its forms. With `partial` the reward is the share of tests passed. `seconds`
+    bounds all of them together. `allow_forgeable_tests` runs tests that need the program's objects
+    in its interpreter, where it can make them pass.
     """
-    tests = _tests(label)
-    passed = run_tests(program_of(answer_part(response)), tests, seconds)
+    from torchrft.rewards.code_tests import passed_tests
+
+    tests = _tests(label, allow_forgeable_tests)
+    passed = passed_tests(program_of(answer_part(response)), tests, seconds, partial)
     return passed / len(tests) if partial else float(passed == len(tests))

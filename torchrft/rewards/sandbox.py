@@ -1,88 +1,308 @@
-"""Runs a program of unknown intent with its tests, in a process with limits.
+"""A process with limits for a program of unknown intent, and a conversation with it.
 
-docs/rewards.md says what is guaranteed.
+docs/rewards.md says what is guaranteed in each form of isolation.
 """
 
 import json
 import os
+import re
 import secrets
+import select
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
+from typing import Any
 
-_MEMORY = 2**30  # bytes of address space
+_MEMORY = 2**30  # bytes of address space of a process
+_SUM = 2**31  # bytes in memory of all processes together
 _FILE = 2**24  # bytes of any file written
+_SCRATCH = 2**26  # bytes of all files in /tmp
+_TASKS = 128  # processes and threads
+_ANSWER = 2**25  # bytes of an answer
+_LOOK = 0.05  # seconds between looks at memory and processes
+_LONGEST_END = 10.0  # seconds that the kernel may take to end what is killed
+_NOBODY = 65534
+_PATH = os.defpath + ":/usr/sbin:/sbin"
 
-# Takes its orders from standard input before the program runs. The key signs the verdict, so that a
-# program which prints or ends the process passes nothing.
-_HARNESS = """
-import json, os, resource, sys
-seconds, memory, size, networked, key, program, tests = json.load(sys.stdin)
-verdict = os.dup(1)
-nowhere = os.open(os.devnull, os.O_RDWR)
-for fd in (0, 1, 2):
-    os.dup2(nowhere, fd)
-for limit, value in (
-    (resource.RLIMIT_CPU, int(seconds) + 1), (resource.RLIMIT_AS, memory),
-    (resource.RLIMIT_FSIZE, size), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_NOFILE, 64),
-):
-    resource.setrlimit(limit, (value, value))
-if networked:
-    def refuse(event, arguments):
-        if event.split(".")[0] in ("socket", "ctypes", "subprocess") or event in (
-            "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn"):
-            raise PermissionError(event + " is not allowed")
-    import socket, subprocess, ctypes
-    sys.addaudithook(refuse)
-def run(tests, write=os.write, fd=verdict, key=key):
-    scope = {"__name__": "__main__"}
-    exec(compile(program, "response", "exec"), scope)
-    passed = 0
-    for test in tests:
-        try:
-            exec(compile(test, "test", "exec"), scope)
-            passed += 1
-        except Exception:
-            pass
-    write(fd, (key + " " + str(passed)).encode())
-del key, verdict
-run(tests)
+_CHILD = Path(__file__).with_name("sandbox_child.py")
+_SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/etc/alternatives", "/etc/ld.so.cache", "/nix/store")
+# Builds a root of its own from read-only folders. The shell stays process 1, with capabilities, so
+# that the program, which has none, cannot keep the namespace alive when its starter is killed.
+_ROOT = f"""set -e
+mount -n -t tmpfs -o size={_SCRATCH},mode=755 none /sys
+cd /sys
+mkdir dev etc proc
+for file in etc/ld.so.cache dev/null dev/zero dev/random dev/urandom; do : > $file; done
+printf %s "$0" > etc/fstab
+mount -n --all --fstab etc/fstab --target-prefix /sys
+echo 0 > /proc/sys/user/max_user_namespaces || true
+mount -n -t proc -o ro,nosuid,nodev,noexec proc proc 2> /dev/null || true
+mount -n -o remount,ro none .
+pivot_root . .
+umount -n -l .
+cd /tmp
+setpriv --no-new-privs --bounding-set=-all --inh-caps=-all "$@"
+exit $?
 """
+_SCRATCHES = [f"none {path} tmpfs size={_SCRATCH},X-mount.mkdir" for path in ("/tmp", "/dev/shm")]
+_DEVICES = [
+    f"{path} {path} none bind" for path in ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+]
+_ENDING = "setpriv --pdeathsig KILL"  # what it becomes ends with the process that starts it
+_NAMESPACES = (
+    f"{_ENDING} unshare --user --map-root-user --net --ipc --uts --pid --mount --fork --kill-child"
+)
+_BWRAP = """bwrap --unshare-user --unshare-pid --unshare-net --unshare-ipc --unshare-uts
+--disable-userns --die-with-parent --cap-drop ALL --proc /proc --dev /dev --chdir /tmp"""
+_NSJAIL = f"""{_ENDING} nsjail -Mo -Q --keep_env --time_limit 0 --cwd /tmp
+-m none:/tmp:tmpfs:size={_SCRATCH} -B /dev/null -B /dev/zero -B /dev/urandom
+--rlimit_as hard --rlimit_cpu hard --rlimit_fsize hard --rlimit_nofile hard --rlimit_nproc hard
+--rlimit_stack hard"""
+_TOOLS: dict[str, tuple[str, ...]] = {
+    "bubblewrap": ("bwrap",),
+    "nsjail": ("setpriv", "nsjail"),
+    "namespaces": ("setpriv", "unshare", "mount", "pivot_root"),
+    "none": (),
+}
+_PROBE = "import socket; print(sum(name != 'lo' for _, name in socket.if_nameindex()), 'outside')"
+
+
+@dataclass(frozen=True, slots=True)
+class Isolation:
+    """A way to start a process: a command in front of its own, and whom it runs as.
+
+    `name` is "bubblewrap", "nsjail", "namespaces" or "none".
+    """
+
+    name: str
+    command: tuple[str, ...] = ()
+    user: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_safe(self) -> bool:
+        return self.name != "none"
+
+    def start(self, arguments: list[str], folder: str, **streams: Any) -> subprocess.Popen[bytes]:
+        """Starts Python in a session of its own, with no more environment than it needs.
+
+        A safe one brings an empty folder of its own, and does not see `folder`.
+        """
+        return subprocess.Popen(
+            [*self.command, sys.executable, "-I", "-B", *arguments],
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
+            env={"PATH": _PATH, "OPENBLAS_NUM_THREADS": "1"}
+            | {"HOME": "/tmp" if self.is_safe else folder},
+            start_new_session=True,
+            **self.user,
+            **streams,
+        )
+
+
+def _view() -> list[str]:
+    """The folders and files of this machine that a program sees: those that Python needs."""
+    python = os.path.dirname(os.path.realpath(sys.executable))
+    paths = [*_SYSTEM, sys.prefix, sys.base_prefix, python]
+    paths = [path for path in dict.fromkeys(paths) if os.path.exists(path)]
+    return [path for path in paths if not any(path.startswith(f"{each}/") for each in paths)]
+
+
+def _fstab(view: list[str]) -> str:
+    """The mounts of a root of its own, in the form of /etc/fstab."""
+    paths = [path.replace("\\", "\\134").replace(" ", "\\040") for path in view]
+    shown = [f"{path} {path} none rbind,ro,nosuid,nodev,X-mount.mkdir" for path in paths]
+    return "\n".join([*_SCRATCHES, *shown, *_DEVICES, ""])
+
+
+def _isolations() -> Iterator[Isolation]:
+    """All that may do on this machine, the best first."""
+    view = _view()
+    commands = {
+        "bubblewrap": [
+            *(*_BWRAP.split(), "--size", str(_SCRATCH), "--tmpfs", "/tmp"),
+            *("--size", str(_SCRATCH), "--tmpfs", "/dev/shm", "--remount-ro", "/dev"),
+            *("--remount-ro", "/proc"),  # files of /proc/sys belong to root, which the job may be
+            *(word for path in view for word in ("--ro-bind", path, path)),
+            *("--remount-ro", "/"),
+        ],
+        "nsjail": [*_NSJAIL.split(), *(word for path in view for word in ("-R", path)), "--"],
+        "namespaces": [*_NAMESPACES.split(), "sh", "-c", _ROOT, _fstab(view)],
+        "none": _ENDING.split() if shutil.which("setpriv") else [],
+    }
+    # Root becomes nobody where nobody can start this Python.
+    nobody = {"user": _NOBODY, "group": _NOBODY, "extra_groups": []}
+    search = os.environ.get("PATH", "") + os.pathsep + _PATH
+    for name, command in commands.items():
+        tools = {tool: shutil.which(tool, path=search) for tool in _TOOLS[name]}
+        if all(tools.values()):
+            words = tuple(tools.get(word) or word for word in command)
+            if os.geteuid() == 0:
+                yield Isolation(name, words, nobody)
+            yield Isolation(name, words)
 
 
 @cache
-def _isolation() -> tuple[str, ...]:
-    """A command that takes the network and sight of other processes away; empty if it may not."""
-    words = "unshare --user --map-root-user --net --ipc --pid --fork --kill-child"
-    command = tuple(words.split())
-    if shutil.which("unshare") is None:
-        return ()
-    probe = subprocess.run([*command, "true"], capture_output=True)
-    return command if probe.returncode == 0 else ()
+def isolation() -> Isolation:
+    """The best isolation that works on this machine, for this user; it takes a try to know."""
+    return next(filter(_works, _isolations()), Isolation("none"))
 
 
-def run_tests(program: str, tests: Sequence[str], seconds: float) -> int:
-    """How many of `tests`, Python source that raises to fail, pass after `program` has run.
+def _works(way: Isolation) -> bool:
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
+    try:
+        with way.start(["-S", "-c", _PROBE], "/", **streams) as process:
+            try:
+                said, _ = process.communicate(timeout=30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                return False
+    except OSError:  # nobody may not start it
+        return False
+    return said == b"0 outside\n" if way.is_safe else said.endswith(b"outside\n")
 
-    0 as well if it cannot be compiled, ends the process, or takes more than `seconds` in all.
-    """
-    isolation, key = _isolation(), secrets.token_hex(16)
-    orders = json.dumps([seconds, _MEMORY, _FILE, not isolation, key, program, list(tests)])
-    with tempfile.TemporaryDirectory(prefix="torchrft-code-") as folder:
+
+class NoAnswer(Exception):
+    """The program gave none: it failed, ended, took too long or too much."""
+
+
+class Sandbox:
+    """A program in a process of its own, until `seconds` from now; a context manager."""
+
+    def __init__(self, program: str, seconds: float) -> None:
+        self.program, self.seconds = program, seconds
+        self.deadline = time.monotonic() + seconds
+        self.process: subprocess.Popen[bytes] | None = None
+        self.is_script, self.started = False, ExitStack()
+
+    def ask(self, question: Mapping[str, Any]) -> Any:
+        """What the process answers to a question, as JSON holds it; NoAnswer if it does not.
+
+        A question is {"stdin": text}, {"call": expression, "setup": statements, "name": function}
+        or {"run": statements}. Scripts and calls have processes of their own.
+        """
+        is_script, token = "stdin" in question, secrets.token_hex(8)
+        if self.process is None or is_script != self.is_script:
+            self.close()
+            self.is_script = is_script
+            self._start()
         try:
-            done = subprocess.run(
-                [*isolation, sys.executable, "-I", "-B", "-c", _HARNESS],
-                input=orders.encode(),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                cwd=folder,
-                env={"PATH": os.defpath, "HOME": folder, "OPENBLAS_NUM_THREADS": "1"},
-                timeout=seconds,
-            )
-        except subprocess.TimeoutExpired:
-            return 0
-    signed, _, passed = done.stdout.decode(errors="replace").partition(" ")
-    return int(passed) if signed == key and passed.isdecimal() else 0
+            self._send([token, question])
+            reply = json.loads(self._receive())
+            # An answer names its question, so that none counts that was there before.
+            if not isinstance(reply, list) or reply[:1] != [token]:
+                raise ValueError("an answer to nothing")
+        except (OSError, ValueError, RecursionError, MemoryError) as error:
+            self.started.close()
+            raise NoAnswer from error
+        if len(reply) != 2:
+            raise NoAnswer
+        return reply[1]
+
+    def _start(self) -> None:
+        way, self.received = isolation(), bytearray()
+        folder = "/"
+        if not way.is_safe:
+            folder = tempfile.mkdtemp(prefix="torchrft-code-")
+            self.started.callback(_remove, folder)
+            if way.user:
+                os.chown(folder, _NOBODY, _NOBODY)
+        self.socket, theirs = socket.socketpair()
+        self.started.enter_context(self.socket)
+        with theirs:
+            arguments = ["-X", "utf8", "-c", _CHILD.read_text()]
+            self.process = way.start(arguments, folder, stdin=theirs, stdout=theirs)
+        self.started.callback(_kill, self.process, way)
+        seconds = int(self.seconds) + 1
+        limits = {"RLIMIT_CPU": seconds, "RLIMIT_AS": _MEMORY, "RLIMIT_FSIZE": _FILE}
+        limits |= {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": 64}
+        release = [int(number) for number in re.findall(r"\d+", os.uname().release)[:2]]
+        if way.is_safe and release >= [5, 14]:  # before, all processes of the user counted
+            limits["RLIMIT_NPROC"] = _TASKS
+        with suppress(OSError):  # it has ended, which the first question will find
+            self._send([self.program, limits])
+
+    def _send(self, message: Any) -> None:
+        self.socket.settimeout(max(self.deadline - time.monotonic(), 1e-3))
+        self.socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def _receive(self) -> bytes:
+        """A line; raises OSError if none comes within the limits."""
+        self.socket.settimeout(_LOOK)
+        look = time.monotonic() + _LOOK
+        while (end := self.received.find(b"\n")) < 0:
+            now = time.monotonic()
+            if now > self.deadline or (now > look and self._is_too_large()):
+                raise TimeoutError
+            look = now + _LOOK if now > look else look
+            with suppress(TimeoutError):
+                data = self.socket.recv(2**20)
+                self.received += data
+                if not data or len(self.received) > _ANSWER:
+                    raise ConnectionError
+        line = bytes(self.received[:end])
+        del self.received[: end + 1]
+        return line
+
+    def _is_too_large(self) -> bool:
+        """Whether all processes together take more than they may."""
+        tasks = pages = 0
+        for pid in _family(self.process.pid) if self.process else ():
+            with suppress(OSError):
+                tasks += len(os.listdir(f"/proc/{pid}/task"))
+                pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        return tasks > _TASKS or pages * os.sysconf("SC_PAGE_SIZE") > _SUM
+
+    def close(self) -> None:
+        """Ends all of its processes and removes its files."""
+        self.started.close()
+        self.process = None
+
+    def __enter__(self) -> "Sandbox":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _kill(process: subprocess.Popen[bytes], way: Isolation) -> None:
+    family = _family(process.pid)
+    # The first process of a namespace takes all others along, wherever they have hidden, and is
+    # the last to end.
+    for pid in family[1:2] if way.is_safe else family[::-1]:
+        with suppress(OSError), open(os.pidfd_open(pid), "rb", 0) as handle:
+            signal.pidfd_send_signal(handle.fileno(), signal.SIGKILL)
+            select.select([handle], [], [], _LONGEST_END)
+    with suppress(OSError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _family(pid: int) -> list[int]:
+    """A process and all its descendants."""
+    pids = [pid]
+    for each in pids:  # grows as it goes
+        if len(pids) > 8 * _TASKS:
+            break
+        with suppress(OSError):  # it has ended, perhaps while it is looked at
+            for path in Path(f"/proc/{each}/task").glob("*/children"):
+                pids += map(int, path.read_text().split())
+    return pids
+
+
+def _remove(folder: str) -> None:
+    """Removes a folder however deep it is, and whatever permissions are in it."""
+    try:
+        shutil.rmtree(folder)
+    except (OSError, RecursionError):
+        # The tools of the system go down by descriptors, for which no path is too long.
+        subprocess.run(["chmod", "-R", "u+rwx", folder], stderr=subprocess.DEVNULL)
+        subprocess.run(["rm", "-rf", folder])

@@ -7,7 +7,7 @@ from torchrft.config.job_config import JobConfig
 from torchrft.config.reward_config import Judge
 from torchrft.rewards.judge_template import JudgeTemplate
 from torchrft.rewards.registry import MissingPackage
-from torchrft.rewards.rule_source import checked_rule
+from torchrft.rewards.rule_source import check_isolation, checked_rule
 from torchrft.rewards.text import text_or_file
 from torchrft.rewards.verdicts import parser_of
 
@@ -19,6 +19,7 @@ def reward_faults(config: JobConfig) -> list[str]:
     """
     checks: list[Callable[[], object]] = [
         *(partial(checked_rule, entry) for entry in config.reward.functions),
+        partial(check_isolation, config.reward),
         *(partial(_check_judge, judge) for judge in config.reward.judges),
         *(
             partial(text_or_file, entry.chat_template, f'models "{entry.pretrain}": chat_template')

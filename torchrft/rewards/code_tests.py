@@ -1,0 +1,239 @@
+"""Reads the tests of a program from a label, in the forms of public data sets, and judges it."""
+
+import ast
+import json
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from decimal import Decimal
+from functools import partial
+from typing import Any
+
+from torchrft.rewards.code_asserts import AssertReader, Check, Unreadable
+from torchrft.rewards.registry import LabelError
+from torchrft.rewards.sandbox import NoAnswer, Sandbox
+
+_TOLERANCE = 1e-6  # relative or absolute, of numbers that are not whole
+_CALLS = ("functional", "function_call", "function", "call")
+_SCRIPTS = ("stdin", "stdin_stdout", "standard_input")
+_WRAPPINGS = ("ground_truth", "input_output", "test_cases", "tests", "test_list", "test")
+_LOADED = {"call": "None", "setup": [], "name": None}
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+_IDLE = (*_FUNCTIONS, ast.ClassDef, ast.Assign, ast.Import, ast.ImportFrom)  # tests nothing
+
+
+def read_tests(label: Any, forgeable: bool = False) -> list[list[Check]]:
+    """Return the tests of a label, each as its checks.
+
+    `forgeable` admits Python that only the program's own interpreter can run. Raises LabelError for
+    a label that is no test, and without `forgeable` for one that a program could forge.
+
+    >>> len(read_tests({"inputs": ["1", "2"], "outputs": ["2", "4"]}))
+    2
+    """
+    try:
+        cases = _cases(label)
+        if isinstance(cases, list) and cases and all(isinstance(case, Mapping) for case in cases):
+            return [[_pair(case)] for case in cases]
+        is_source = isinstance(cases, list) and all(isinstance(case, str) for case in cases)
+        if not is_source or not all(map(str.strip, cases)) or not cases:
+            raise LabelError("is no test, nor a list of tests")
+        return _of_source(cases, forgeable)
+    except LabelError as error:
+        raise LabelError(f"the label {label!r:.80} {error}") from error
+
+
+def _cases(label: Any) -> Any:
+    """The label without its wrapping: a list of sources, or of mappings, one for each case."""
+    if isinstance(label, str):
+        label = _parsed(label, "[{")
+        if isinstance(label, str):
+            return [label]
+    if not isinstance(label, Mapping):
+        return label
+    if "inputs" in label and "outputs" in label:
+        given, wanted = label["inputs"], label["outputs"]
+        if not (isinstance(given, list) and isinstance(wanted, list)) or len(given) != len(wanted):
+            raise LabelError("needs lists of as many inputs as outputs")
+        pairs = zip(given, wanted, strict=True)
+        return [{**label, "input": text, "output": output} for text, output in pairs]
+    if "input" in label and "output" in label:
+        return [label]
+    cases = _cases(next((label[key] for key in _WRAPPINGS if label.get(key)), None))
+    if not isinstance(cases, list) or not all(isinstance(case, str) for case in cases):
+        return cases
+    imports, setup = label.get("test_imports") or [], label.get("test_setup_code") or ""
+    before = [*([imports] if isinstance(imports, str) else imports), *([setup] if setup else [])]
+    if label.get("entry_point") and any("def check(" in case for case in cases):
+        cases = ["\n".join([*cases, f"check({label['entry_point']})"])]
+    return before + cases
+
+
+def _parsed(text: str, first: str = "") -> Any:
+    """What a text holds as JSON or as Python's literals, if it starts with one of `first`."""
+    if not first or text.lstrip()[:1] in tuple(first):
+        for read in (json.loads, ast.literal_eval):
+            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                return read(text)
+    return text
+
+
+def _pair(case: Mapping[str, Any]) -> Check:
+    """A check of an input with its output, of the standard streams or of a function."""
+    if "input" not in case or "output" not in case:
+        raise LabelError(f"has a case without input or output, with {', '.join(map(str, case))}")
+    given, wanted, more = case["input"], case["output"], case.get("metadata")
+    more = _parsed(more, "{") if isinstance(more, str) else more
+    kind, name = case.get("type") or case.get("testtype"), case.get("fn_name")
+    name = name or case.get("func_name")
+    name = more.get("func_name") if not name and isinstance(more, Mapping) else name
+    if kind is not None and kind not in (*_CALLS, *_SCRIPTS):
+        raise LabelError(f"has a case of type {kind!r}: use 'stdin' or 'functional'")
+    if kind in _SCRIPTS or not (name or kind):
+        return Check([{"stdin": _lines(given)}], partial(_is_output, _lines(wanted)))
+    if not isinstance(name, str) or not all(map(str.isidentifier, name.split("."))):
+        raise LabelError(f"has a case of a function that fn_name does not name: {name!r}")
+    wanted_values = [wanted]
+    if isinstance(given, str):  # an argument per line
+        arguments = [_parsed(line) for line in given.split("\n") if line.strip()]
+        wanted_values = [_parsed(wanted) if isinstance(wanted, str) else wanted]
+    else:
+        arguments = given if isinstance(given, list | Mapping) else [given]
+        if isinstance(wanted, list) and len(wanted) == 1:  # in APPS and TACO, outputs are lists
+            wanted_values.append(wanted[0])
+    stars = "**" if isinstance(arguments, Mapping) else "*"
+    name = name.removeprefix("Solution.")
+    question = {"call": f"{name}({stars}{arguments!r})", "setup": [], "name": name.split(".")[0]}
+    return Check([question], partial(_is_value, wanted_values))
+
+
+def _lines(text: Any) -> str:
+    return "\n".join(map(str, text)) if isinstance(text, list) else str(text)
+
+
+def _is_output(wanted: str, answers: Sequence[Any]) -> bool:
+    """Whether two outputs have the same lines, white space at their ends aside.
+
+    >>> _is_output("1.5 2\\nyes\\n", ["1.50 2  \\nyes"]), _is_output("1\\n2", ["1 2"])
+    (True, False)
+    """
+    written, lines = answers[0].rstrip().split("\n"), wanted.rstrip().split("\n")
+    return len(written) == len(lines) and all(map(_is_line, written, lines))
+
+
+def _is_line(written: str, wanted: str) -> bool:
+    # Lines of numbers may have any space between them; other words stand where they should.
+    for separator, same in ((" ", _is_word), (None, _is_number)):
+        words = written.rstrip().split(separator), wanted.rstrip().split(separator)
+        if len(words[0]) == len(words[1]) and all(map(same, *words)):
+            return True
+    return False
+
+
+def _is_word(written: str, wanted: str) -> bool:
+    return written == wanted or _is_number(written, wanted)
+
+
+def _is_number(written: str, wanted: str) -> bool:
+    """Whether two words are one number: exactly if a whole one is wanted, else up to 1e-6."""
+    # Python reads underscores and the digits of all scripts in numbers, which nobody prints.
+    if "_" in written or not written.isascii():
+        return False
+    try:
+        answer, number = Decimal(written), Decimal(wanted)
+        if number == number.to_integral_value() and not {*wanted.lower()} & {*".e"}:
+            return answer == number
+        return math.isclose(answer, number, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
+    except (ArithmeticError, ValueError):
+        return False
+
+
+def _is_value(wanted: Sequence[Any], answers: Sequence[Any]) -> bool:
+    return any(_is_same(answers[0], value) for value in wanted)
+
+
+def _is_same(answer: Any, wanted: Any) -> bool:
+    """Whether an answer is a value as JSON holds it, without tuples and with texts for keys."""
+    if isinstance(answer, list | tuple) and isinstance(wanted, list):
+        return len(answer) == len(wanted) and all(map(_is_same, answer, wanted))
+    if isinstance(answer, dict) and isinstance(wanted, dict):
+        texts = {str(key): value for key, value in answer.items()}
+        pairs = [(texts.get(str(key), texts), value) for key, value in wanted.items()]
+        return len(answer) == len(wanted) and all(_is_same(*pair) for pair in pairs)
+    if {type(answer), type(wanted)} <= {int, float} and float in (type(answer), type(wanted)):
+        return math.isclose(answer, wanted, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
+    return bool(answer == wanted)
+
+
+def _of_source(sources: Sequence[str], forgeable: bool) -> list[list[Check]]:
+    reader, tests = AssertReader(), list[list[Check]]()
+    try:
+        works = [
+            any(not isinstance(node, _IDLE) for node in ast.parse(source).body)
+            for source in sources
+        ]
+        for source, is_test in zip(sources, works, strict=True):
+            checks = reader.read(source)
+            if is_test and not checks:  # it only asks for a program that does not fail
+                checks = [Check([_LOADED], lambda answers: True)]
+            tests += [checks] if checks else []
+    except Unreadable as error:
+        if not forgeable:
+            raise LabelError(
+                f"needs the program's own objects, for {str(error)[:80]!r}: compare what functions "
+                "return with plain data, as assert f(1) == 2 does, or set the function's option "
+                "allow_forgeable_tests = true, with which programs can pass that do not solve it"
+            ) from error
+        if any(works):
+            return [[Check([{"run": source}], lambda answers: answers[0])] for source in sources]
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise LabelError(f"is no Python: {error}") from error
+    if not tests:
+        raise LabelError("tests nothing: it only defines")
+    return tests
+
+
+def passed_tests(
+    program: str, tests: Sequence[Sequence[Check]], seconds: float, partial: bool
+) -> int:
+    """How many tests a program passes within `seconds`; not all are tried unless `partial`."""
+    passed = 0
+    with Sandbox(program, seconds) as sandbox:
+        for test in tests:
+            # Each is asked, for its setup counts for the tests behind it.
+            passes = min([_passes(check, sandbox) for check in test])
+            passed += passes
+            if not passes and not partial:
+                break
+    return passed
+
+
+def _passes(check: Check, sandbox: Sandbox) -> bool:
+    try:
+        return bool(check.judge([_plain(sandbox.ask(question)) for question in check.questions]))
+    except NoAnswer:
+        return False
+    except Exception:  # the answer is of another kind than the test can look at
+        return False
+
+
+_KINDS: Mapping[str, Any] = {
+    "int": lambda digits: int(digits, 16),
+    "bytes": bytes.fromhex,
+    "complex": lambda parts: complex(*parts),
+    "tuple": lambda values: tuple(map(_plain, values)),
+    "set": lambda values: set(map(_plain, values)),
+    "frozenset": lambda values: frozenset(map(_plain, values)),
+    "dict": lambda pairs: {_plain(key): _plain(value) for key, value in pairs},
+    "iter": lambda values: iter([*map(_plain, values)]),
+}
+
+
+def _plain(answer: Any) -> Any:
+    """Plain data from JSON, as `encode` of sandbox_child.py writes it: of built-in types alone."""
+    if isinstance(answer, list):
+        return [_plain(each) for each in answer]
+    if isinstance(answer, dict):
+        ((kind, values),) = answer.items()
+        return _KINDS[kind](values)
+    return answer
