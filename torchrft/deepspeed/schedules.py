@@ -93,9 +93,14 @@ def check_options(kind: str, options: dict[str, Any]) -> None:
 
 
 def maker(kind: str) -> Callable[..., "Schedule"]:
-    """What DeepSpeed calls `kind`: a function of the optimizer and the schedule's options."""
+    """What DeepSpeed calls `kind`: a function of the optimizer and the schedule's options.
 
-    def make(optimizer: Optimizer, **options: Any) -> Schedule:
+    By position, they come in the order of DeepSpeed's signature.
+    """
+    names = sorted((f.name for f in fields(SCHEDULES[kind])), key=lambda n: n != "total_num_steps")
+
+    def make(optimizer: Optimizer, *values: Any, **options: Any) -> Schedule:
+        options |= zip((*names, "last_batch_iteration"), values, strict=False)
         check_options(kind, options)
         return Schedule(optimizer, kind, options)
 
