@@ -70,10 +70,11 @@ class Checkpoints:
                 f"{', '.join(map(repr, dict.fromkeys(tags)))}; give the same tag on all ranks"
             )
         folder = Path(save_dir) / tag
-        state = self._state()
-        for name in frozen(self.module) if exclude_frozen_parameters else ():
-            state["model"].pop(name, None)
-        dcp.save(state, checkpoint_id=folder)
+        with self.weights.as_shards():
+            state = self._state()
+            for name in frozen(self.module) if exclude_frozen_parameters else ():
+                state["model"].pop(name, None)
+            dcp.save(state, checkpoint_id=folder)
 
         def write() -> None:
             schedule = None if self.lr_scheduler is None else self.lr_scheduler.state_dict()
@@ -110,7 +111,8 @@ class Checkpoints:
         folder = Path(load_dir) / (latest.read_text().strip() if tag is None else str(tag))
         if not (folder / ".metadata").is_file():
             raise ValueError(f"there is no checkpoint of this engine in {folder}")
-        self._load(folder, load_module_strict, load_optimizer_states and not load_module_only)
+        with self.weights.as_shards():
+            self._load(folder, load_module_strict, load_optimizer_states and not load_module_only)
         rest = torch.load(folder / "client_state.pt", weights_only=False)
         if not load_module_only:
             vars(self).update({name: rest["counts"][name] for name in _COUNTS})
@@ -120,8 +122,7 @@ class Checkpoints:
 
     def _state(self, optimizer: bool = True) -> dict[str, Any]:
         used = [self.optimizer] if self.optimizer is not None and optimizer else []
-        with self.weights.as_shards():
-            model, state = get_state_dict(self.module, used)
+        model, state = get_state_dict(self.module, used)
         return {"model": model, "optimizer": state} if used else {"model": model}
 
     def _load(self, folder: Path, strict: bool, optimizer: bool) -> None:
@@ -135,14 +136,13 @@ class Checkpoints:
                 f"checkpoint {folder} does not fit the optimizer ({str(reason).splitlines()[0]}); "
                 "load_optimizer_states=False loads the weights alone"
             ) from None
-        with self.weights.as_shards():
-            set_state_dict(
-                self.module,
-                [self.optimizer] if "optimizer" in state and self.optimizer else [],
-                model_state_dict=state["model"],
-                optim_state_dict=state.get("optimizer", {}),
-                options=StateDictOptions(strict=strict),
-            )
+        set_state_dict(
+            self.module,
+            [self.optimizer] if "optimizer" in state and self.optimizer else [],
+            model_state_dict=state["model"],
+            optim_state_dict=state.get("optimizer", {}),
+            options=StateDictOptions(strict=strict),
+        )
 
 
 def _fit(model: dict[str, Any], folder: Path, strict: bool) -> None:

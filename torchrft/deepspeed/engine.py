@@ -62,7 +62,9 @@ class DeepSpeedEngine(Checkpoints, Facts, nn.Module):
         if self.zero_optimization_stage() == 3:
             mark_sharded(model)
         self.module = model
-        self.weights = WholeWeights(model, self.zero_optimization_stage(), settings.dims.dp_shard)
+        stage, plain = self.zero_optimization_stage(), dtype == torch.float32
+        replicated = stage == 0 and plain and not offloads(settings)
+        self.weights = WholeWeights(model, settings.dims.dp_shard, stage < 3, replicated)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -99,8 +101,7 @@ class DeepSpeedEngine(Checkpoints, Facts, nn.Module):
             (scaled * self._rank_factor()).backward(retain_graph=retain_graph)
         finally:
             self._in_backward = False
-        if self.zero_optimization_stage() == 0 and self._reduced:
-            self.weights.show_gradients()
+        self.weights.show_gradients(self._reduced and self.weights.replicated)
         return scaled
 
     def scale(self, loss: Tensor) -> Tensor:
@@ -133,7 +134,7 @@ class DeepSpeedEngine(Checkpoints, Facts, nn.Module):
         if boundary and not self._backwards and self.zero_optimization():
             raise ValueError(
                 "step() has seen no backward pass since the last step: call engine.backward(loss); "
-                "loss.backward() is seen through a tensor, tuple, list or dict that engine(...) gave"
+                "loss.backward() is seen through a tensor, tuple, list or dict of engine(...)"
             )
         if boundary and not self._reduced:
             raise ValueError(

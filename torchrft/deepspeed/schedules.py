@@ -153,4 +153,5 @@ class Schedule:
         return {"last_batch_iteration": self.last_batch_iteration}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.step(state_dict["last_batch_iteration"])
+        """The learning rates come with the optimizer's state, as in DeepSpeed."""
+        self.last_batch_iteration = state_dict["last_batch_iteration"]

@@ -23,58 +23,49 @@ class WholeWeights:
     rather than a wait without end on the one rank that calls it.
     """
 
-    def __init__(self, module: nn.Module, stage: int, ranks: int) -> None:
-        self.module, self.ranks = module, ranks
-        self.gives_shards = False
-        self.kept = stage < 3
+    def __init__(self, module: nn.Module, ranks: int, kept: bool, replicated: bool) -> None:
+        """`kept`: stages 0 to 2. `replicated`: a shard has all of a weight and its gradient, so
+        that what a script does to the whole one stays."""
+        self.module, self.ranks, self.kept, self.replicated = module, ranks, kept, replicated
+        self.gives_shards = self.shows_gradients = False
+        self.groups = [part for part in module.modules() if isinstance(part, fsdp.FSDPModule)]
         self.shards: list[Any] = list(module.parameters())
         # Whole weights with their shards, while the former are in the module.
         self.pairs: list[tuple[Tensor, Any]] = []
-        # In stage 0 a shard has all of a weight: what a script does to the whole one is kept.
-        self.replicated = stage == 0
-        self.shows_gradients = False
         module.register_state_dict_post_hook(self)
-        module.register_load_state_dict_pre_hook(self.check_load)
-        for part in _groups(module) if self.kept else ():
-            part.set_reshard_after_backward(False, recurse=False)
-        self.gather()
+        module.register_load_state_dict_pre_hook(self.load_shards)
+        module.register_load_state_dict_post_hook(self.after_load)
+        if kept:
+            self.gather()
+            _remove_hooks(module)
 
     def gather(self) -> None:
         """Puts whole weights, those of now, into the module; collective."""
-        if not self.kept:
-            return
-        for part in _groups(self.module):
-            part.unshard()
-        self.pairs = list(zip(self.module.parameters(), self.shards, strict=True))
+        for group in self.groups if self.kept else ():
+            group.set_reshard_after_backward(False, recurse=False)
+            group.unshard()
+        if self.kept:
+            self.pairs = list(zip(self.module.parameters(), self.shards, strict=True))
         for whole, shard in self.pairs:
-            whole.__dict__["shard"] = shard
-        for module in self.module.modules():
-            # FSDP2's own would take the whole weights away, on the one rank that asks for them.
-            for hooks in (module._state_dict_pre_hooks, module._load_state_dict_pre_hooks):
-                for key, hook in list(hooks.items()):
-                    if "to_sharded_hook" in getattr(hook, "hook", hook).__qualname__:
-                        del hooks[key]
+            vars(whole)["shard"] = shard
 
     @torch.no_grad()
     def release(self) -> None:
         """Puts the shards into the module."""
         for whole, shard in self.pairs:
             shard.requires_grad_(whole.requires_grad)
-            if self.replicated and whole.dtype == shard.dtype:
+            if self.replicated:
                 shard.to_local().copy_(whole)
-                if self.shows_gradients and whole.grad is not None:
-                    shard.grad.to_local().copy_(whole.grad)
-                elif self.shows_gradients:
-                    shard.grad = None
+            if self.shows_gradients:
+                shard.grad = whole.grad if whole.grad is None else as_shard(shard, whole.grad)
         self.show_gradients(False)
         self.pairs = []
         reshard(self.module)
 
-    def show_gradients(self, shows: bool = True) -> None:
-        """Stage 0: whether whole weights have the reduced gradients, for a script to change."""
-        for whole, shard in self.pairs:
-            if shows != self.shows_gradients and whole.dtype == shard.dtype:
-                whole.grad = shard.grad.to_local() if shows and shard.grad is not None else None
+    def show_gradients(self, shows: bool) -> None:
+        """Whether replicated weights have their reduced gradients, for a script to change."""
+        for whole, shard in self.pairs if shows != self.shows_gradients else ():
+            whole.grad = shard.grad.to_local() if shows and shard.grad is not None else None
         self.shows_gradients = shows
 
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
@@ -90,13 +81,18 @@ class WholeWeights:
                     )
                 state[name] = value.full_tensor()
 
-    def check_load(self, *_: Any) -> None:
-        if not self.kept and not self.gives_shards:
-            raise ValueError(
-                "module.load_state_dict() does not go with ZeRO stage 3, whose weights are shards: "
-                "load before initialize, within zero.GatheredParameters(..., modifier_rank=0), or "
-                "with engine.load_checkpoint()"
-            )
+    def load_shards(self, module: nn.Module, state: dict[str, Any], *_: Any) -> None:
+        """Before `load_state_dict`: takes this rank's shards of whole weights; all ranks load."""
+        if self.gives_shards:
+            return
+        self.release()
+        for name, shard in module.named_parameters(remove_duplicate=False):
+            if name in state and isinstance(shard, DTensor) and state[name].shape == shard.shape:
+                state[name] = as_shard(shard, state[name])
+
+    def after_load(self, *_: Any) -> None:
+        if not self.gives_shards:
+            self.gather()
 
     @contextmanager
     def as_shards(self) -> Iterator[None]:
@@ -124,16 +120,18 @@ def shard_of(parameter: Tensor) -> Tensor:
     return vars(parameter).get("shard", parameter)
 
 
+def as_shard(shard: Tensor, value: Tensor) -> Tensor:
+    """This rank's shard of a whole tensor that is equal on all ranks, placed as `shard` is."""
+    if not isinstance(shard, DTensor):
+        return value
+    value = value.detach().to(shard.device)
+    return distribute_tensor(value, shard.device_mesh, shard.placements, src_data_rank=None)
+
+
 def write(target: Tensor, value: Tensor) -> None:
     """Writes a whole tensor, equal on all ranks, into a parameter or gradient, sharded or not."""
-    if (shard := shard_of(target)) is not target:
-        write(shard, value)
-    if isinstance(target, DTensor):
-        mesh, placements = target.device_mesh, target.placements
-        whole = value.to(target.device)
-        target.copy_(distribute_tensor(whole, mesh, placements, src_data_rank=None))
-    else:
-        target.copy_(value)
+    for tensor in (target, shard_of(target)):
+        tensor.copy_(as_shard(tensor, value))
 
 
 def frozen(module: nn.Module) -> set[str]:
@@ -142,5 +140,10 @@ def frozen(module: nn.Module) -> set[str]:
     return {name for name, parameter in parameters if not parameter.requires_grad}
 
 
-def _groups(module: nn.Module) -> list[fsdp.FSDPModule]:
-    return [part for part in module.modules() if isinstance(part, fsdp.FSDPModule)]
+def _remove_hooks(model: nn.Module) -> None:
+    """FSDP2's hooks take whole weights away, on the one rank that asks for a state dict."""
+    for module in model.modules():
+        for hooks in (module._state_dict_pre_hooks, module._load_state_dict_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if "to_sharded_hook" in getattr(hook, "hook", hook).__qualname__:
+                    del hooks[key]
