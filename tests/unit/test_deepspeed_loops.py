@@ -20,6 +20,7 @@ SIMPLE = [name for name in loops.LOOPS if name not in PROGRAMS]
 # What torchrft refuses although DeepSpeed goes on,
 REFUSED = {("zero_grad_per_micro_batch", stage) for stage in (0, 1, 3)}
 REFUSED |= {(name, stage) for name in ("one_cycle", "range_test") for stage in STAGES}
+REFUSED |= {("pass_of_the_module_alone", 0), ("output_object_alone", 0)}  # ranks part ways there
 # and what DeepSpeed ends in an error for, or aborts (where only some ranks use a branch).
 ALLOWED = {("unused_on_one_rank", stage) for stage in (1, 2, 3)}
 ALLOWED |= {("two_engines_gan", 2), ("two_engines_gan", 3), ("two_losses_of_one_pass", 3)}

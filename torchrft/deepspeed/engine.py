@@ -131,7 +131,7 @@ class DeepSpeedEngine(Checkpoints, Facts, nn.Module):
         if self._in_no_sync:
             raise ValueError("step() within no_sync(): leave it before the last backward()")
         boundary = self.is_gradient_accumulation_boundary() or not self._managed
-        if boundary and not self._backwards and self.zero_optimization():
+        if boundary and not self._backwards:
             raise ValueError(
                 "step() has seen no backward pass since the last step: call engine.backward(loss); "
                 "loss.backward() is seen through a tensor, tuple, list or dict of engine(...)"
