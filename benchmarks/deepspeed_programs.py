@@ -787,13 +787,13 @@ def scalar_parameter(ds: Any, stage: int, engines: list[Any], folder: str) -> li
 
 @loop
 def weights_on_rank_0(ds: Any, stage: int, engines: list[Any], folder: str) -> list[float]:
-    """`state_dict()` and parameters of the module on rank 0 alone, as scripts save."""
+    """`state_dict()` and parameters of the module on rank 0 alone, as scripts save; not stage 3."""
     engines.append(engine := start(ds, stage))
     losses = []
     for step in range(STEPS):
         losses += plain_steps(engine, range(step, step + 1))
         value = 0.0
-        if dist.get_rank() == 0:
+        if dist.get_rank() == 0 and stage < 3:
             state = engine.module.state_dict()
             value = sum(float(tensor.sum()) for tensor in state.values())
             value += sum(float(parameter.data.norm()) for parameter in engine.module.parameters())
