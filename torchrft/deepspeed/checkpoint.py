@@ -52,6 +52,8 @@ class Checkpoints:
         distributed.on_main(write, "save 16-bit model")
         return True
 
+    save_fp16_model = save_16bit_model  # its older name
+
     def save_checkpoint(
         self,
         save_dir: str,

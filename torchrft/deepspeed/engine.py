@@ -94,6 +94,11 @@ class DeepSpeedEngine(Checkpoints, Facts, nn.Module):
 
         Returns the loss over the number of micro-batches of a step, unless not `scale_wrt_gas`.
         """
+        if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad):
+            raise ValueError(
+                "engine.backward(loss) needs a tensor of one number, with a gradient: a mean of what "
+                "engine(...) has returned"
+            )
         scaled = loss / self.gradient_accumulation_steps() if scale_wrt_gas else loss
         self._begin_backward()
         self._in_backward = True
@@ -254,6 +259,7 @@ class DeepSpeedEngine(Checkpoints, Facts, nn.Module):
                 if not self._counts_untrained():
                     group["params"] = [p for p in group["params"] if p.requires_grad]
                 self._trained += group["params"]
+            optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
             optimizer.zero_grad = self.zero_grad  # type: ignore[method-assign]
             optimizers.add(optimizer)
 

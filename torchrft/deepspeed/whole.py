@@ -32,9 +32,11 @@ class WholeWeights:
         self.shards: list[Any] = list(module.parameters())
         # Whole weights with their shards, while the former are in the module.
         self.pairs: list[tuple[Tensor, Any]] = []
-        module.register_state_dict_post_hook(self)
-        module.register_load_state_dict_pre_hook(self.load_shards)
-        module.register_load_state_dict_post_hook(self.after_load)
+        self.loader: nn.Module | None = None  # whose load_state_dict() is under way
+        for part in module.modules():
+            part.register_state_dict_post_hook(self)
+            part.register_load_state_dict_pre_hook(self.load_shards)
+            part.register_load_state_dict_post_hook(self.after_load)
         if kept:
             self.gather()
             _remove_hooks(module)
@@ -47,7 +49,7 @@ class WholeWeights:
         if self.kept:
             self.pairs = list(zip(self.module.parameters(), self.shards, strict=True))
         for whole, shard in self.pairs:
-            vars(whole)["shard"] = shard
+            vars(whole)["torchrft_shard"] = shard
 
     @torch.no_grad()
     def release(self) -> None:
@@ -69,9 +71,7 @@ class WholeWeights:
         self.shows_gradients = shows
 
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-        if self.gives_shards:
-            return
-        for name, value in state.items():
+        for name, value in state.items() if not self.gives_shards else ():
             if isinstance(value, DTensor):
                 if self.ranks > 1:
                     raise ValueError(
@@ -81,17 +81,19 @@ class WholeWeights:
                     )
                 state[name] = value.full_tensor()
 
-    def load_shards(self, module: nn.Module, state: dict[str, Any], *_: Any) -> None:
+    def load_shards(self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
         """Before `load_state_dict`: takes this rank's shards of whole weights; all ranks load."""
-        if self.gives_shards:
+        if self.gives_shards or self.loader not in (None, module):
             return
+        self.loader = module
         self.release()
-        for name, shard in module.named_parameters(remove_duplicate=False):
+        for name, shard in module.named_parameters(prefix.rstrip("."), remove_duplicate=False):
             if name in state and isinstance(shard, DTensor) and state[name].shape == shard.shape:
                 state[name] = as_shard(shard, state[name])
 
-    def after_load(self, *_: Any) -> None:
-        if not self.gives_shards:
+    def after_load(self, module: nn.Module, _: Any) -> None:
+        if self.loader is module:
+            self.loader = None
             self.gather()
 
     @contextmanager
@@ -117,7 +119,7 @@ class WholeWeights:
 
 def shard_of(parameter: Tensor) -> Tensor:
     """What is trained where a module holds a whole weight in its place; else the parameter."""
-    return vars(parameter).get("shard", parameter)
+    return vars(parameter).get("torchrft_shard", parameter)
 
 
 def as_shard(shard: Tensor, value: Tensor) -> Tensor:
