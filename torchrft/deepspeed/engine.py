@@ -96,8 +96,8 @@ class DeepSpeedEngine(Checkpoints, Facts, nn.Module):
         """
         if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad):
             raise ValueError(
-                "engine.backward(loss) needs a tensor of one number, with a gradient: a mean of what "
-                "engine(...) has returned"
+                "engine.backward(loss) needs a tensor of one number, with a gradient: a mean of "
+                "what engine(...) has returned"
             )
         scaled = loss / self.gradient_accumulation_steps() if scale_wrt_gas else loss
         self._begin_backward()
