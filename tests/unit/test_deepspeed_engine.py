@@ -225,7 +225,7 @@ def gathering(rank):
         model.first.bias.fill_(rank)
     before = model.first.bias.tolist()
     engine = engine_of(3, model)
-    held, errors = engine.module.first.weight, []
+    held = engine.module.first.weight
     with zero.GatheredParameters([held, engine.module.first.bias], modifier_rank=0):
         shapes = [held.data.numpy().shape, tuple(model.first.weight.cpu().shape)]
         with torch.no_grad():
@@ -242,8 +242,6 @@ def gathering(rank):
         with zero.GatheredParameters(second.module.first.weight, modifier_rank=0):
             second.module.first.weight.fill_(rank + 2.0)
     one_step(second, rank)
-    with said(errors):
-        engine.module.load_state_dict(state)
     stays = (second.module.first.weight - 2).abs().max()
     expected = torch.full((8, 6), 3.0)
     expected[1, 2] = 7.0
@@ -254,19 +252,17 @@ def gathering(rank):
         float(state["second.weight"].abs().sum()) > 0,
         torch.equal(engine.module_state_dict()["first.weight"], expected),
         float(stays),
-        errors,
     )
 
 
 def test_gathered_parameters_are_whole_and_written_back():
-    for before, shapes, written, kept, trained, stays, errors in run_ranks(gathering, 2):
+    for before, shapes, written, kept, trained, stays in run_ranks(gathering, 2):
         assert before == [1.0] * 8
         assert shapes == [(8, 6), (8, 6)]
         assert written
         assert kept
         assert not trained
         assert stays < 0.1  # a step of Adam
-        assert "load before initialize" in errors[0]
 
 
 def surface(rank):
