@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from common import table
+from deepspeed_public_configs import public
 
 RECORDED = Path(__file__).parents[1] / "tests" / "assets" / "deepspeed_configs.json"
 Json = dict[str, Any]
@@ -150,6 +151,7 @@ def configs() -> dict[str, Json]:
         for name, precision in PRECISION.items():
             if name != "auto":
                 made[f"{batch}, {name}"] = {**sizes, **precision, **adam("Adam")}
+    made |= public(adam, schedule, AUTO, STAGE3)
     return made | _optimizers() | _schedules() | _features() | _odd()
 
 

@@ -19,377 +19,53 @@ import os
 import pickle
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import deepspeed_programs  # noqa: F401
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from common import table
-from torch import Tensor, nn
+from deepspeed_cases import LOOPS
+from torch import Tensor
 
 RECORDED = Path(__file__).parents[1] / "tests" / "assets" / "deepspeed_loops.json"
-STEPS, MICRO = 6, 4
-LOOPS: dict[str, Callable[..., list[float]]] = {}
+TIMEOUT = timedelta(seconds=40)  # a rank that waits for another one in vain
+FORGETS = "DeepSpeed forgets such a change at the next step"
+SHARDS = "DeepSpeed's stage 3 has nothing there to change; shards are changed here"
+LAST = "DeepSpeed trains on the gradients of the last backward() alone"
 ON_PURPOSE = {
     ("unused_every_other_step", 3): "DeepSpeed's stage 3 trains on the gradient of the step before",
     **{("loss_of_the_model", s): "DeepSpeed divides by the micro-batches twice" for s in (1, 2)},
+    **{
+        (name, s): LAST
+        for name in ("two_losses_of_one_pass", "two_passes_per_step")
+        for s in (1, 2)
+    },
+    ("pass_of_the_module", 3): "DeepSpeed's stage 3 needs engine(...) for each micro-batch",
+    ("only_the_module_loaded", 3): "DeepSpeed's stage 3 then loads no weights",
+    **{("changed_between_steps", s): FORGETS for s in (1, 2, 3)},
+    **{("loaded_into_the_module", s): FORGETS for s in (1, 2)},
+    **{(name, 3): SHARDS for name in ("weights_clamped", "clipped_by_hand", "gradients_changed")},
 }
 """Where torchrft differs from DeepSpeed 0.19.8, and why."""
 
 
-class Net(nn.Module):
-    """Two layers, and a branch that a loop may leave out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.branch, self.second = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 1)
-
-    def forward(self, x: Tensor, branch: bool = True) -> Tensor:
-        hidden = torch.tanh(self.first(x))
-        return self.second(hidden + self.branch(hidden) if branch else hidden)
-
-
-class Both(Net):
-    """Two outputs."""
-
-    def forward(self, x: Tensor, branch: bool = True) -> tuple[Tensor, Tensor]:
-        hidden = torch.tanh(self.first(x))
-        return self.second(hidden), self.branch(hidden)
-
-
-def loop(function: Callable[..., list[float]]) -> Callable[..., list[float]]:
-    LOOPS[function.__name__] = function
-    return function
-
-
-def batch(step: int) -> tuple[Tensor, Tensor]:
-    """Another batch for every rank and micro-batch."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    generator = torch.Generator().manual_seed(1000 + step * ranks + rank)
-    x = torch.randn(MICRO, 6, generator=generator)
-    return x, x.sum(-1, keepdim=True)
-
-
-def config(stage: int, **changes: Any) -> dict[str, Any]:
-    adam = {"type": "Adam", "params": {"lr": 0.05, "torch_adam": True, "weight_decay": 0.0}}
-    return {
-        "train_micro_batch_size_per_gpu": MICRO,
-        "optimizer": adam,
-        "zero_optimization": {"stage": stage},
-        "zero_allow_untested_optimizer": True,
-    } | changes
-
-
-def start(ds: Any, stage: int, model: nn.Module | None = None, **changes: Any) -> Any:
-    """An engine; `changes` of the config, or of initialize where it has that name."""
-    names = ("optimizer_", "lr_scheduler_", "parameters_")
-    own = {name: changes.pop(name) for name in names if name in changes}
-    model = model or Net()
-    settings = config(stage, **changes)
-    if "optimizer_" in own:
-        settings.pop("optimizer")
-    given = own.get("optimizer_", lambda parameters: None)(model)
-    parameters = own.get("parameters_", lambda model: list(model.parameters()))(model)
-    engine, *_ = ds.initialize(
-        model=model,
-        optimizer=given,
-        model_parameters=None if given is not None else parameters,
-        lr_scheduler=own.get("lr_scheduler_", lambda optimizer: None)(given),
-        config=settings,
-    )
-    return engine
-
-
-def start_sgd(ds: Any, stage: int, model: nn.Module | None = None, **changes: Any) -> Any:
-    """An engine whose steps show the gradients' scale, which Adam and clipping would hide."""
-
-    def sgd(model: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-
-    return start(ds, stage, model, optimizer_=sgd, gradient_clipping=0.0, **changes)
-
-
-def error_of(engine: Any, step: int, **options: Any) -> Tensor:
-    x, y = batch(step)
-    output = engine(x, **options)
-    return (output - y).square().mean()
-
-
-def plain_steps(engine: Any, steps: range, **options: Any) -> list[float]:
-    losses = []
-    for step in steps:
-        loss = error_of(engine, step, **options)
-        engine.backward(loss)
-        engine.step()
-        losses.append(loss.item())
-    return losses
-
-
-@loop
-def plain(ds: Any, stage: int, engines: list[Any], folder: str) -> list[float]:
-    engines.append(start(ds, stage))
-    return plain_steps(engines[0], range(STEPS))
-
-
-@loop
-def clipped_at_a_tenth(ds: Any, stage: int, engines: list[Any], folder: str) -> list[float]:
-    engines.append(start(ds, stage, gradient_clipping=0.1))
-    return plain_steps(engines[0], range(STEPS))
-
-
-@loop
-def not_clipped(ds: Any, stage: int, engines: list[Any], folder: str) -> list[float]:
-    engines.append(start(ds, stage, gradient_clipping=0.0))
-    return plain_steps(engines[0], range(STEPS))
-
-
-@loop
-def accumulation(ds: Any, stage: int, engines: list[Any], folder: str) -> list[float]:
-    engines.append(start_sgd(ds, stage, gradient_accumulation_steps=3))
-    return plain_steps(engines[0], range(3 * STEPS))
-
-
-@loop
-def evaluation_before_step(ds: Any, stage: int, engines: list[Any], folder: str) -> list[float]:
-    engines.append(engine := start(ds, stage))
-    losses = []
-    for step in range(STEPS):
-        loss = error_of(engine, step)
-        engine.backward(loss)
-        engine.eval()
-        with torch.no_grad():
-            losses.append(error_of(engine, 77).item())
-        engine.train()
-        engine.step()
-        losses.append(loss.item())
-    return losses
-
-
-@loop
-def loss_backward(ds: Any, stage: int, engines: list[Any], folder: str) -> list[float]:
-    engines.append(engine := start_sgd(ds, stage, gradient_accumulation_steps=2))
-    losses = []
-    for step in range(2 * STEPS):
-        loss = error_of(engine, step)
-        loss.backward()
-        engine.step()
-        losses.append(loss.item())
-    return losses
-
-
-@loop
-def scaled_backward(ds: Any, stage: int, engines: list[Any], folder: str) -> list[float]:
-    engines.append(engine := start_sgd(ds, stage, gradient_accumulation_steps=2))
-    losses = []
-    for step in range(2 * STEPS):
-        loss = error_of(engine, step)
-        engine.scale(loss).backward()
-        engine.step()
-        losses.append(loss.item())
-    return losses
-
-
-@loop
-def unused_every_other_step(ds: Any, stage: int, engines: list[Any], folder: str) -> list[float]:
-    engines.append(engine := start(ds, stage))
-    losses = []
-    for step in range(STEPS):
-        losses += plain_steps(engine, range(step, step + 1), branch=step % 2 == 0)
-    return losses
-
-
-@loop
-def unused_on_one_rank(ds: Any, stage: int, engines: list[Any], folder: str) -> list[float]:
-    engines.append(engine := start_sgd(ds, stage))
-    return plain_steps(engine, range(STEPS), branch=dist.get_rank() == 0)
-
-
-@loop
-def own_groups_and_schedule(ds: Any, stage: int, engines: list[Any], folder: str) -> list[float]:
-    def optimizer(model: Net) -> torch.optim.Optimizer:
-        decayed = [p for p in model.parameters() if p.dim() > 1]
-        others = [p for p in model.parameters() if p.dim() == 1]
-        groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr=0.05, betas=(0.9, 0.95))
-
-    def schedule(optimizer: torch.optim.Optimizer) -> Any:
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-
-    engines.append(start(ds, stage, optimizer_=optimizer, lr_scheduler_=schedule))
-    return plain_steps(engines[0], range(STEPS))
-
-
-@loop
-def warmup_and_decay(ds: Any, stage: int, engines: list[Any], folder: str) -> list[float]:
-    options = {"total_num_steps": 5, "warmup_num_steps": 3, "warmup_max_lr": 0.1}
-    section = {"type": "WarmupDecayLR", "params": options}
-    engines.append(start(ds, stage, scheduler=section))
-    return plain_steps(engines[0], range(STEPS))
-
-
-@loop
-def zero_grad_first(ds: Any, stage: int, engines: list[Any], folder: str) -> list[float]:
-    engines.append(engine := start(ds, stage))
-    losses = []
-    for step in range(STEPS):
-        engine.optimizer.zero_grad()
-        losses += plain_steps(engine, range(step, step + 1))
-    return losses
-
-
-@loop
-def zero_grad_per_micro_batch(ds: Any, stage: int, engines: list[Any], folder: str) -> list[float]:
-    engines.append(engine := start_sgd(ds, stage, gradient_accumulation_steps=2))
-    losses = []
-    for step in range(2 * STEPS):
-        engine.optimizer.zero_grad()
-        losses += plain_steps(engine, range(step, step + 1))
-    return losses
-
-
-@loop
-def some_parameters(ds: Any, stage: int, engines: list[Any], folder: str) -> list[float]:
-    engines.append(start(ds, stage, parameters_=lambda model: list(model.second.parameters())))
-    return plain_steps(engines[0], range(STEPS))
-
-
-@loop
-def frozen(ds: Any, stage: int, engines: list[Any], folder: str) -> list[float]:
-    model = Net()
-    model.first.requires_grad_(False)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    engines.append(start(ds, stage, model, parameters_=lambda _: trained))
-    return plain_steps(engines[0], range(STEPS))
-
-
-@loop
-def own_boundary(ds: Any, stage: int, engines: list[Any], folder: str) -> list[float]:
-    engines.append(engine := start_sgd(ds, stage, gradient_accumulation_steps=2))
-    losses = []
-    for step in range(STEPS):
-        for micro in range(2):
-            engine.set_gradient_accumulation_boundary(micro == 1)
-            loss = error_of(engine, 2 * step + micro)
-            engine.backward(loss)
-            losses.append(loss.item())
-        engine.step()
-    return losses
-
-
-@loop
-def without_sync(ds: Any, stage: int, engines: list[Any], folder: str) -> list[float]:
-    engines.append(engine := start(ds, stage))
-    losses = []
-    for step in range(STEPS):
-        with engine.no_sync():
-            engine.backward(error_of(engine, 100 + step))
-        losses += plain_steps(engine, range(step, step + 1))
-    return losses
-
-
-@loop
-def unmanaged(ds: Any, stage: int, engines: list[Any], folder: str) -> list[float]:
-    engines.append(engine := start_sgd(ds, stage, managed_gradient_accumulation=False))
-    losses = []
-    for step in range(STEPS):
-        for micro in range(1 + step % 2):
-            loss = error_of(engine, 2 * step + micro)
-            engine.backward(loss)
-            losses.append(loss.item())
-        engine.step()
-    return losses
-
-
-@loop
-def two_outputs(ds: Any, stage: int, engines: list[Any], folder: str) -> list[float]:
-    engines.append(engine := start_sgd(ds, stage, Both(), gradient_accumulation_steps=2))
-    losses = []
-    for step in range(2 * STEPS):
-        x, y = batch(step)
-        one, two = engine(x)
-        loss = (one - y).square().mean() + 0.1 * two.square().mean()
-        loss.backward()
-        engine.step()
-        losses.append(loss.item())
-    return losses
-
-
-class WithLoss(Net):
-    """Returns the loss and what it is made of, as transformers' models do."""
-
-    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        output = super().forward(x)
-        return (output - y).square().mean(), output
-
-
-@loop
-def loss_of_the_model(ds: Any, stage: int, engines: list[Any], folder: str) -> list[float]:
-    engines.append(engine := start_sgd(ds, stage, WithLoss(), gradient_accumulation_steps=2))
-    losses = []
-    for step in range(2 * STEPS):
-        loss, _ = engine(*batch(step))
-        loss.backward()
-        engine.step()
-        losses.append(loss.item())
-    return losses
-
-
-@loop
-def saved_and_loaded(ds: Any, stage: int, engines: list[Any], folder: str) -> list[float]:
-    first = start(ds, stage)
-    losses = plain_steps(first, range(3))
-    first.save_checkpoint(folder, client_state={"step": 3})
-    engines.append(start(ds, stage))
-    _, state = engines[0].load_checkpoint(folder)
-    return losses + plain_steps(engines[0], range(state["step"], STEPS))
-
-
-@loop
-def coupled_decay(ds: Any, stage: int, engines: list[Any], folder: str) -> list[float]:
-    options = {"lr": 0.05, "torch_adam": True, "adam_w_mode": False, "weight_decay": 0.2}
-    engines.append(start(ds, stage, optimizer={"type": "Adam", "params": options}))
-    return plain_steps(engines[0], range(STEPS))
-
-
-@loop
-def default_decay(ds: Any, stage: int, engines: list[Any], folder: str) -> list[float]:
-    options = {"lr": 0.05, "torch_adam": True}
-    engines.append(start(ds, stage, optimizer={"type": "AdamW", "params": options}))
-    return plain_steps(engines[0], range(STEPS))
-
-
-@loop
-def summed_over_ranks(ds: Any, stage: int, engines: list[Any], folder: str) -> list[float]:
-    engines.append(start_sgd(ds, stage, gradient_allreduce_op="sum"))
-    return plain_steps(engines[0], range(STEPS))
-
-
-@loop
-def larger_batch_later(ds: Any, stage: int, engines: list[Any], folder: str) -> list[float]:
-    engines.append(engine := start_sgd(ds, stage))
-    losses = plain_steps(engine, range(2))
-    engine.set_train_batch_size(2 * MICRO * dist.get_world_size())
-    return losses + plain_steps(engine, range(2, STEPS))
-
-
-# ---------------------------------------------------------------- running them
-
-
-def weights(engine: Any, stage: int) -> list[float]:
+def weights(engines: list[Any]) -> list[float]:
     """All parameters, whole, in their order."""
     values = []
-    for parameter in engine.module.parameters():
-        with gathered(parameter, stage):
+    for parameter in (p for engine in engines for p in engine.module.parameters()):
+        with gathered(parameter):
             whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
             values += whole.detach().flatten().tolist()
     return values
 
 
 @contextlib.contextmanager
-def gathered(parameter: Tensor, stage: int) -> Iterator[None]:
+def gathered(parameter: Tensor) -> Iterator[None]:
     if hasattr(parameter, "ds_id") and not hasattr(parameter, "full_tensor"):
         import deepspeed
 
@@ -405,7 +81,7 @@ def rank_main(rank: int, ranks: int, library: str, cases: list[Any], folder: str
     logging.disable(logging.ERROR)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     store = dist.FileStore(f"{folder}/store", ranks)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=TIMEOUT)
     if library == "deepspeed":
         import deepspeed
     else:
@@ -415,7 +91,7 @@ def rank_main(rank: int, ranks: int, library: str, cases: list[Any], folder: str
         engines: list[Any] = []
         try:
             losses = LOOPS[name](deepspeed, stage, engines, f"{folder}/{name}-{stage}")
-            results[name, stage] = losses, weights(engines[0], stage)
+            results[name, stage] = losses, weights(engines)
         except Exception as error:
             results[name, stage] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     Path(folder, f"result-{rank}").write_bytes(pickle.dumps(results))
@@ -454,6 +130,9 @@ def run_together(library: str, ranks: int, cases: list[Any]) -> dict[Any, Any]:
 
 
 def largest_difference(one: list[float], other: list[float]) -> float:
+    """Infinite for lists of different lengths."""
+    if len(one) != len(other):
+        return float("inf")
     return max(abs(a - b) for a, b in zip(one, other, strict=True))
 
 
@@ -467,6 +146,32 @@ def compare(mine: Any, theirs: Any) -> str:
     return " / ".join(f"{largest_difference(*pair):.0e}" for pair in zip(mine, theirs, strict=True))
 
 
+def pack(figures: dict[str, Any]) -> dict[str, Any]:
+    """By "loop ranks stage"; the number of an earlier stage where that gave the same figures."""
+    packed: dict[str, Any] = {}
+    for key, value in figures.items():
+        case, _, stage = key.rpartition(" ")
+        packed[key] = value
+        if isinstance(value, str):
+            continue
+        packed[key] = [[round(x, 6) for x in values] for values in value]
+        for earlier in reversed(range(int(stage))):
+            other = figures.get(f"{case} {earlier}", "")
+            pairs = () if isinstance(other, str) else zip(value, other, strict=True)
+            if pairs and max(largest_difference(*pair) for pair in pairs) <= 2e-6:
+                packed[key] = earlier
+    return packed
+
+
+def unpack(packed: dict[str, Any]) -> dict[str, Any]:
+    """What `pack` was given, to six digits."""
+    figures: dict[str, Any] = {}
+    for key, value in packed.items():
+        same = f"{key.rpartition(' ')[0]} {value}"
+        figures[key] = figures[same] if isinstance(value, int) else value
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--loops", nargs="*", default=list(LOOPS), choices=list(LOOPS))
@@ -477,6 +182,7 @@ def main() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     has_peer = importlib.util.find_spec("deepspeed") is not None
     recorded = {} if has_peer else json.loads(RECORDED.read_text())
+    recorded_loops = unpack(recorded.get("loops", {}))
     version = importlib.metadata.version("deepspeed") if has_peer else recorded["deepspeed"]
     print(f"torch {torch.__version__}, DeepSpeed {version}{'' if has_peer else ' (recorded)'}")
     cases = [(name, stage) for name in options.loops for stage in options.stages]
@@ -486,7 +192,7 @@ def main() -> None:
         theirs = run("deepspeed", ranks, cases) if has_peer else {}
         for name, stage in cases:
             key = f"{name} {ranks} {stage}"
-            peer = theirs[name, stage] if has_peer else recorded["loops"][key]
+            peer = theirs[name, stage] if has_peer else recorded_loops[key]
             figures[key] = peer
             verdict = compare(mine[name, stage], peer)
             if (name, stage) in ON_PURPOSE:
@@ -494,11 +200,7 @@ def main() -> None:
             rows.append([name, str(ranks), str(stage), verdict])
     print(table(["loop", "ranks", "stage", "largest difference of losses / weights"], rows))
     if options.record:
-        rounded = {
-            key: value if isinstance(value, str) else [[round(x, 7) for x in v] for v in value]
-            for key, value in figures.items()
-        }
-        whole = {"deepspeed": version, "torch": torch.__version__, "loops": rounded}
+        whole = {"deepspeed": version, "torch": torch.__version__, "loops": pack(figures)}
         options.record.write_text(json.dumps(whole) + "\n")
 
 

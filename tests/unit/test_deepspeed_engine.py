@@ -194,7 +194,7 @@ def whole_weights(rank, folder):
         errors = []
         state = engine.module_state_dict()
         if rank == 0:  # must not wait for the other
-            with said(errors) if stage else contextlib.nullcontext():
+            with said(errors) if stage == 3 else contextlib.nullcontext():
                 engine.module.save_pretrained(f"{folder}/{stage}")
             engine.module.save_pretrained(f"{folder}/{stage}", state_dict=state)
         engine.save_16bit_model(f"{folder}/{stage}")
@@ -210,6 +210,7 @@ def test_whole_weights_come_out(tmp_path):
         for stage, (errors, whole) in found.items():
             assert whole
             assert all("call engine.module_state_dict() on all ranks" in line for line in errors)
+            assert len(errors) <= (stage == 3)
             loaded = AutoModelForCausalLM.from_pretrained(tmp_path / str(stage), dtype="float32")
             half = torch.load(tmp_path / str(stage) / "pytorch_model.bin")
             for name, value in expected.items():
@@ -224,7 +225,7 @@ def gathering(rank):
         model.first.bias.fill_(rank)
     before = model.first.bias.tolist()
     engine = engine_of(3, model)
-    held, errors = engine.module.first.weight, []
+    held = engine.module.first.weight
     with zero.GatheredParameters([held, engine.module.first.bias], modifier_rank=0):
         shapes = [held.data.numpy().shape, tuple(model.first.weight.cpu().shape)]
         with torch.no_grad():
@@ -238,8 +239,10 @@ def gathering(rank):
     second = engine_of(2)
     with torch.no_grad():
         second(torch.zeros(1, 6))
-    with said(errors), zero.GatheredParameters(second.module.first.weight, modifier_rank=0):
-        pass
+        with zero.GatheredParameters(second.module.first.weight, modifier_rank=0):
+            second.module.first.weight.fill_(rank + 2.0)
+    one_step(second, rank)
+    stays = (second.module.first.weight - 2).abs().max()
     expected = torch.full((8, 6), 3.0)
     expected[1, 2] = 7.0
     return (
@@ -248,18 +251,18 @@ def gathering(rank):
         torch.equal(state["first.weight"], expected),
         float(state["second.weight"].abs().sum()) > 0,
         torch.equal(engine.module_state_dict()["first.weight"], expected),
-        errors,
+        float(stays),
     )
 
 
 def test_gathered_parameters_are_whole_and_written_back():
-    for before, shapes, written, kept, trained, errors in run_ranks(gathering, 2):
+    for before, shapes, written, kept, trained, stays in run_ranks(gathering, 2):
         assert before == [1.0] * 8
         assert shapes == [(8, 6), (8, 6)]
         assert written
         assert kept
         assert not trained
-        assert "a forward pass without backward" in errors[0]
+        assert stays < 0.1  # a step of Adam
 
 
 def surface(rank):
@@ -337,15 +340,17 @@ def half_model(rank, own):
         output = engine(x)
         engine.backward(output.float().square().mean())
         engine.step()
-    moved = [p.full_tensor().detach() - b for p, b in zip(model.parameters(), before, strict=True)]
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    moved = [p.full_tensor().detach() - b for p, b in zip(trained, before, strict=True)]
     state = [v.dtype for values in optimizer.state.values() for v in values.values()]
-    return output.dtype, {p.dtype for p in model.parameters()} | {*state}, moved
+    seen = {p.dtype for p in model.parameters()}  # as DeepSpeed's, what the model computes in
+    return (output.dtype, seen), {p.dtype for p in trained} | {*state}, moved
 
 
 @pytest.mark.parametrize("own", [False, True])
 def test_a_bfloat16_model_gets_float32_master_weights(own):
     for computed, dtypes, moved in run_ranks(half_model, 2, own):
-        assert computed == torch.bfloat16
+        assert computed == (torch.bfloat16, {torch.bfloat16})
         assert dtypes == {torch.float32}
         for change in moved:  # Adam's steps are lr long, but for gradients of 0
             alive = change[change != 0].abs()

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset
 
 from torchrft.config.deepspeed_keys import KEYS
 from torchrft.deepspeed import checkpointing, comm, modules, utils, zero
@@ -27,6 +27,7 @@ from torchrft.deepspeed.config import DeepSpeedConfigError, Settings, read
 from torchrft.deepspeed.engine import DeepSpeedEngine
 from torchrft.deepspeed.schedules import Schedule, check_options
 from torchrft.deepspeed.utils import log_dist
+from torchrft.deepspeed.whole import shard_of
 from torchrft.parallel.fsdp import check_shardable
 from torchrft.tools import distributed
 from torchrft.tools.logging import logger, setup_logging
@@ -88,18 +89,12 @@ def initialize(
     if optimizer is None:
         _check_auto(settings, groups, lr_scheduler is None)
     engine = DeepSpeedEngine(model, settings, world.device)
-    groups = [{**g, "params": [model.get_parameter(name) for name in g["params"]]} for g in groups]
+    for group in groups:
+        group["params"] = [shard_of(model.get_parameter(name)) for name in group["params"]]
     engine.adopt(_make_optimizer(settings, optimizer, groups))
     engine.lr_scheduler = _make_schedule(settings, lr_scheduler, engine.optimizer)
     if training_data is not None:
-        drop_last = settings.get("dataloader_drop_last", False)
-        engine.training_dataloader = DataLoader(
-            training_data,
-            batch_size=settings.micro_batch_size,
-            sampler=DistributedSampler(training_data, drop_last=drop_last),
-            collate_fn=collate_fn,
-            drop_last=drop_last,
-        )
+        engine.training_dataloader = engine.deepspeed_io(training_data, collate_fn=collate_fn)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 

@@ -47,11 +47,7 @@ class Accelerator:
             return None
         if name == "stream":
             return contextlib.nullcontext
-        if hasattr(torch.random, name) and name in (
-            "get_rng_state",
-            "set_rng_state",
-            "initial_seed",
-        ):
+        if name in _RANDOM:
             return lambda *args: getattr(torch.random, name)(*args[:1])
         raise AttributeError(f"the accelerator {self._name!r} has no attribute {name!r}")
 

@@ -1,7 +1,6 @@
 """What the DeepSpeed engine writes and reads: checkpoints, and whole weights."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,62 +8,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.tensor import DTensor
 
+from torchrft.deepspeed.whole import WholeWeights, frozen
 from torchrft.tools import distributed
 from torchrft.tools.logging import logger
 
-# What a checkpoint keeps of the engine itself.
-_COUNTS = ("micro_steps", "global_steps", "skipped_steps", "global_samples")
-
-
-class WholeWeights:
-    """Sees to it that `module.state_dict()` never hands out shards, which a script would save.
-
-    Where every rank holds all weights they are given whole. Elsewhere gathering them takes all
-    ranks, and scripts call this on rank 0 alone: an error then, rather than a wait without end.
-    """
-
-    def __init__(self, module: nn.Module, shards: int) -> None:
-        self.module, self.shards = module, shards
-        self.gives_shards = False
-        module.register_state_dict_post_hook(self)
-
-    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-        if self.gives_shards:
-            return
-        for name, value in state.items():
-            if isinstance(value, DTensor):
-                if self.shards > 1:
-                    raise ValueError(
-                        f"the weights are spread over {self.shards} ranks: call "
-                        "engine.module_state_dict() on all ranks for whole ones, to save or to "
-                        "pass to save_pretrained(state_dict=...), or engine.save_16bit_model()"
-                    )
-                state[name] = value.full_tensor()
-
-    @contextmanager
-    def as_shards(self) -> Iterator[None]:
-        """Within it `module.state_dict()` gives shards, for those who gather them."""
-        self.gives_shards = True
-        try:
-            yield
-        finally:
-            self.gives_shards = False
-
-    def gathered(self, exclude_frozen: bool = False) -> Iterator[tuple[str, Any]]:
-        """Names and whole tensors, one after the other; collective."""
-        with self.as_shards():
-            state = self.module.state_dict()
-        for name in _frozen(self.module) if exclude_frozen else ():
-            state.pop(name, None)
-        for name, value in state.items():
-            yield name, value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def _frozen(module: nn.Module) -> set[str]:
-    parameters = module.named_parameters(remove_duplicate=False)
-    return {name for name, parameter in parameters if not parameter.requires_grad}
+# What a checkpoint keeps of the engine itself. Not the micro-batches since the last step, whose
+# gradients it does not hold: as in DeepSpeed, a loaded engine begins a step anew.
+_COUNTS = ("global_steps", "skipped_steps", "global_samples")
 
 
 class Checkpoints:
@@ -101,6 +52,8 @@ class Checkpoints:
         distributed.on_main(write, "save 16-bit model")
         return True
 
+    save_fp16_model = save_16bit_model  # its older name
+
     def save_checkpoint(
         self,
         save_dir: str,
@@ -119,10 +72,11 @@ class Checkpoints:
                 f"{', '.join(map(repr, dict.fromkeys(tags)))}; give the same tag on all ranks"
             )
         folder = Path(save_dir) / tag
-        state = self._state()
-        for name in _frozen(self.module) if exclude_frozen_parameters else ():
-            state["model"].pop(name, None)
-        dcp.save(state, checkpoint_id=folder)
+        with self.weights.as_shards():
+            state = self._state()
+            for name in frozen(self.module) if exclude_frozen_parameters else ():
+                state["model"].pop(name, None)
+            dcp.save(state, checkpoint_id=folder)
 
         def write() -> None:
             schedule = None if self.lr_scheduler is None else self.lr_scheduler.state_dict()
@@ -159,18 +113,18 @@ class Checkpoints:
         folder = Path(load_dir) / (latest.read_text().strip() if tag is None else str(tag))
         if not (folder / ".metadata").is_file():
             raise ValueError(f"there is no checkpoint of this engine in {folder}")
-        self._load(folder, load_module_strict, load_optimizer_states and not load_module_only)
+        with self.weights.as_shards():
+            self._load(folder, load_module_strict, load_optimizer_states and not load_module_only)
         rest = torch.load(folder / "client_state.pt", weights_only=False)
         if not load_module_only:
-            vars(self).update(rest["counts"])
+            vars(self).update({name: rest["counts"][name] for name in _COUNTS})
             if load_lr_scheduler_states and self.lr_scheduler is not None and rest["schedule"]:
                 self.lr_scheduler.load_state_dict(rest["schedule"])
         return str(folder), rest["client"]
 
     def _state(self, optimizer: bool = True) -> dict[str, Any]:
         used = [self.optimizer] if self.optimizer is not None and optimizer else []
-        with self.weights.as_shards():
-            model, state = get_state_dict(self.module, used)
+        model, state = get_state_dict(self.module, used)
         return {"model": model, "optimizer": state} if used else {"model": model}
 
     def _load(self, folder: Path, strict: bool, optimizer: bool) -> None:
@@ -184,14 +138,13 @@ class Checkpoints:
                 f"checkpoint {folder} does not fit the optimizer ({str(reason).splitlines()[0]}); "
                 "load_optimizer_states=False loads the weights alone"
             ) from None
-        with self.weights.as_shards():
-            set_state_dict(
-                self.module,
-                [self.optimizer] if "optimizer" in state and self.optimizer else [],
-                model_state_dict=state["model"],
-                optim_state_dict=state.get("optimizer", {}),
-                options=StateDictOptions(strict=strict),
-            )
+        set_state_dict(
+            self.module,
+            [self.optimizer] if "optimizer" in state and self.optimizer else [],
+            model_state_dict=state["model"],
+            optim_state_dict=state.get("optimizer", {}),
+            options=StateDictOptions(strict=strict),
+        )
 
 
 def _fit(model: dict[str, Any], folder: Path, strict: bool) -> None:

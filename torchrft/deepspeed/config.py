@@ -83,11 +83,11 @@ def _zero(judged: Judged, world_size: int) -> tuple[Sharding, ParallelDims]:
     size = 1 if number == 0 else world_size
     for key in ("zero_hpz_partition_size", "mics_shard_size"):
         size = asked if (asked := judged.get(f"zero_optimization.{key}", 1)) > 1 else size
+        if world_size % size:
+            raise ValueError(f"zero_optimization.{key} = {size} must divide the {world_size} ranks")
     if number == 3 and judged.get("gradient_allreduce_op") == "sum":
         raise ValueError(
             'gradient_allreduce_op = "sum" does not go with ZeRO stage 3, as in DeepSpeed; use '
             '"mean", or a lower stage'
         )
-    if world_size % size:
-        raise ValueError(f"shards over {size} ranks do not divide {world_size} ranks")
     return stage(number), ParallelDims(dp_replicate=world_size // size, dp_shard=size)

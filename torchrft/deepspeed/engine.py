@@ -11,12 +11,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
-from torchrft.deepspeed.checkpoint import Checkpoints, WholeWeights
+from torchrft.deepspeed.checkpoint import Checkpoints
 from torchrft.deepspeed.comm import get_local_rank
 from torchrft.deepspeed.config import Settings, offloads
 from torchrft.deepspeed.facts import Facts, TputTimer
 from torchrft.deepspeed.utils import optimizers
-from torchrft.deepspeed.zero import mark_sharded, sharded_models
+from torchrft.deepspeed.whole import WholeWeights
+from torchrft.deepspeed.zero import mark_sharded
 from torchrft.parallel.fsdp import apply_fsdp, reduce_unused, reshard, set_gradient_sync
 from torchrft.tools import distributed
 from torchrft.tools.logging import logger
@@ -43,6 +44,7 @@ class DeepSpeedEngine(Checkpoints, Facts, nn.Module):
         self._in_no_sync = self._in_step = self._in_backward = self._step_applied = False
         self._reduced, self._at_boundary = True, False  # of the last backward pass
         self._backwards = 0  # since the last step
+        self._trained: list[nn.Parameter] = []
         model.to(device)
         with torch.no_grad():
             # They need not be equal before, as in DeepSpeed.
@@ -59,9 +61,10 @@ class DeepSpeedEngine(Checkpoints, Facts, nn.Module):
         reduce_unused(model)
         if self.zero_optimization_stage() == 3:
             mark_sharded(model)
-        sharded_models.add(model)
         self.module = model
-        self.weights = WholeWeights(model, settings.dims.dp_shard)
+        stage, plain = self.zero_optimization_stage(), dtype == torch.float32
+        replicated = stage == 0 and plain and not offloads(settings)
+        self.weights = WholeWeights(model, settings.dims.dp_shard, stage < 3, replicated)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -91,6 +94,11 @@ class DeepSpeedEngine(Checkpoints, Facts, nn.Module):
 
         Returns the loss over the number of micro-batches of a step, unless not `scale_wrt_gas`.
         """
+        if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad):
+            raise ValueError(
+                "engine.backward(loss) needs a tensor of one number, with a gradient: a mean of "
+                "what engine(...) has returned"
+            )
         scaled = loss / self.gradient_accumulation_steps() if scale_wrt_gas else loss
         self._begin_backward()
         self._in_backward = True
@@ -98,6 +106,7 @@ class DeepSpeedEngine(Checkpoints, Facts, nn.Module):
             (scaled * self._rank_factor()).backward(retain_graph=retain_graph)
         finally:
             self._in_backward = False
+        self.weights.show_gradients(self._reduced and self.weights.replicated)
         return scaled
 
     def scale(self, loss: Tensor) -> Tensor:
@@ -110,6 +119,7 @@ class DeepSpeedEngine(Checkpoints, Facts, nn.Module):
     def _begin_backward(self) -> None:
         """Decides whether the backward pass that begins reduces gradients over ranks."""
         every = self.settings.sharding.reduce_every_micro_batch or not self._managed
+        self.weights.show_gradients(False)  # or they would be added once more
         self._at_boundary = self.is_gradient_accumulation_boundary()
         self._reduced = not self._in_no_sync and (every or self._at_boundary)
         set_gradient_sync(self.module, self._reduced)
@@ -126,6 +136,11 @@ class DeepSpeedEngine(Checkpoints, Facts, nn.Module):
         if self._in_no_sync:
             raise ValueError("step() within no_sync(): leave it before the last backward()")
         boundary = self.is_gradient_accumulation_boundary() or not self._managed
+        if boundary and not self._backwards:
+            raise ValueError(
+                "step() has seen no backward pass since the last step: call engine.backward(loss); "
+                "loss.backward() is seen through a tensor, tuple, list or dict of engine(...)"
+            )
         if boundary and not self._reduced:
             raise ValueError(
                 "step() needs the gradients of all ranks: the last backward() before it must be "
@@ -139,10 +154,10 @@ class DeepSpeedEngine(Checkpoints, Facts, nn.Module):
 
     def _take_step(self, optimizer: torch.optim.Optimizer, lr_kwargs: dict[str, Any]) -> None:
         self.reload_states()
-        reshard(self.module)  # a forward pass without backward has left old weights gathered
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
-        counted = self.module.parameters() if self._counts_untrained() else trained
-        parameters = [p for p in counted if p.requires_grad]
+        self.weights.release()
+        parameters = self._trained
+        if self._counts_untrained():
+            parameters = [p for p in self.module.parameters() if p.requires_grad]
         for parameter in parameters:
             if parameter.grad is None:  # as in DeepSpeed: Adam's moments go on
                 parameter.grad = torch.zeros_like(parameter)
@@ -161,6 +176,7 @@ class DeepSpeedEngine(Checkpoints, Facts, nn.Module):
         micro_batches = self.settings.accumulation if self._managed else self._backwards
         self._backwards = 0
         self.zero_grad()
+        self.weights.gather()
         self.global_steps += 1
         self.global_samples += micro_batches * self.settings.micro_batch_size * self.world_size
         every, step = self.settings.get("steps_per_print"), self.global_steps
@@ -216,7 +232,9 @@ class DeepSpeedEngine(Checkpoints, Facts, nn.Module):
         micro-batches of a step, but for stage 2: DeepSpeed then trains on the last one alone.
         """
         if not self._backwards:
-            self.module.zero_grad(set_to_none=True)
+            self.weights.show_gradients(False)
+            for parameter in (*self.module.parameters(), *self.weights.shards):
+                parameter.grad = None
             if self.optimizer is not None:
                 type(self.optimizer).zero_grad(self.optimizer, set_to_none=True)
         elif (stage := self.zero_optimization_stage()) != 2:
@@ -231,15 +249,24 @@ class DeepSpeedEngine(Checkpoints, Facts, nn.Module):
                 self.zero_grad()
 
     def adopt(self, optimizer: torch.optim.Optimizer | None) -> None:
-        """Makes `optimizer` the engine's; its `zero_grad` becomes the engine's."""
+        """Makes `optimizer` the engine's; its `zero_grad` becomes the engine's.
+
+        As in DeepSpeed, stages 1 to 3 train what requires gradients now, whatever becomes of that.
+        """
         self.optimizer = optimizer
         if optimizer is not None:
+            for group in optimizer.param_groups:
+                if not self._counts_untrained():
+                    group["params"] = [p for p in group["params"] if p.requires_grad]
+                self._trained += group["params"]
+            optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
             optimizer.zero_grad = self.zero_grad  # type: ignore[method-assign]
             optimizers.add(optimizer)
 
     def empty_partition_cache(self) -> None:
-        """Frees weights that a forward pass has left gathered."""
-        reshard(self.module)
+        """Frees weights that a forward pass has left gathered, in stage 3."""
+        if not self.weights.kept:
+            reshard(self.module)
 
     def destroy(self) -> None:
         """DeepSpeed frees buffers and hooks here; this engine has none beside its own."""

@@ -1,8 +1,10 @@
 """What scripts ask the engine, and what they set on it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from torchrft.deepspeed.config import Settings, offloads
 from torchrft.optim.offload import StateOffload
@@ -62,6 +64,30 @@ class Facts:
         self.settings.micro_batch_size = micro_batch_size
         self.settings.train_batch_size = (
             micro_batch_size * self.settings.accumulation * self.world_size
+        )
+
+    def deepspeed_io(
+        self,
+        dataset: Dataset[Any],
+        batch_size: int | None = None,
+        route: str = "train",
+        pin_memory: bool = True,
+        data_sampler: Sampler[int] | None = None,
+        collate_fn: Callable[..., Any] | None = None,
+        num_local_io_workers: int | None = None,
+    ) -> DataLoader[Any]:
+        """A loader of this rank's micro-batches, in random order with route "train".
+
+        Its options are DataLoader's under DeepSpeed's names; it has no worker processes by itself.
+        """
+        sampler = data_sampler or DistributedSampler(dataset, shuffle=route == "train")
+        return DataLoader(
+            dataset,
+            batch_size or self.settings.micro_batch_size,
+            sampler=sampler,
+            num_workers=num_local_io_workers or 0,
+            collate_fn=collate_fn,
+            drop_last=self.settings.get("dataloader_drop_last", False),
         )
 
     def get_batch_info(self) -> tuple[int, int, int]:

@@ -93,9 +93,14 @@ def check_options(kind: str, options: dict[str, Any]) -> None:
 
 
 def maker(kind: str) -> Callable[..., "Schedule"]:
-    """What DeepSpeed calls `kind`: a function of the optimizer and the schedule's options."""
+    """What DeepSpeed calls `kind`: a function of the optimizer and the schedule's options.
 
-    def make(optimizer: Optimizer, **options: Any) -> Schedule:
+    By position, they come in the order of DeepSpeed's signature.
+    """
+    names = sorted((f.name for f in fields(SCHEDULES[kind])), key=lambda n: n != "total_num_steps")
+
+    def make(optimizer: Optimizer, *values: Any, **options: Any) -> Schedule:
+        options |= zip((*names, "last_batch_iteration"), values, strict=False)
         check_options(kind, options)
         return Schedule(optimizer, kind, options)
 
@@ -148,4 +153,5 @@ class Schedule:
         return {"last_batch_iteration": self.last_batch_iteration}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.step(state_dict["last_batch_iteration"])
+        """The learning rates come with the optimizer's state, as in DeepSpeed."""
+        self.last_batch_iteration = state_dict["last_batch_iteration"]

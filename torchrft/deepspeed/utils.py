@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from torchrft.deepspeed.accelerator import get_accelerator
+from torchrft.deepspeed.whole import shard_of, write
 from torchrft.tools.logging import logger
 
 clip_grad_norm_ = nn.utils.clip_grad_norm_
@@ -81,18 +82,19 @@ def set_z3_leaf_modules(model: nn.Module, leaf_module_classes: list[Any]) -> lis
 
 def safe_get_full_fp32_param(param: Tensor) -> Tensor:
     """The whole float32 weight, on every rank; collective."""
-    return _whole(param.detach())
+    return _whole(shard_of(param).detach())
 
 
 def safe_get_full_grad(param: Tensor) -> Tensor | None:
     """The whole float32 gradient, None where there is none; collective."""
-    return None if param.grad is None else _whole(param.grad)
+    grad = shard_of(param).grad
+    return None if grad is None else _whole(grad)
 
 
 def safe_get_full_optimizer_state(param: Tensor, optim_state_key: str) -> Tensor | None:
     """The optimizer's whole state, such as "exp_avg", None before its first step; collective."""
     for optimizer in optimizers:
-        if (value := optimizer.state.get(param, {}).get(optim_state_key)) is not None:
+        if (value := optimizer.state.get(shard_of(param), {}).get(optim_state_key)) is not None:
             return _whole(value)
     return None
 
@@ -100,27 +102,18 @@ def safe_get_full_optimizer_state(param: Tensor, optim_state_key: str) -> Tensor
 @torch.no_grad()
 def safe_set_full_fp32_param(param: Tensor, value: Tensor) -> None:
     """Writes a whole weight, equal on all ranks, into the shards."""
-    _write(param, value)
+    write(param, value)
 
 
 @torch.no_grad()
 def safe_set_full_grad(param: Tensor, value: Tensor) -> None:
     """Writes a whole gradient, equal on all ranks, into the shards."""
-    if param.grad is not None:
-        _write(param.grad, value)
+    if (grad := shard_of(param).grad) is not None:
+        write(grad, value)
 
 
 def _whole(value: Tensor) -> Tensor:
     return (value.full_tensor() if isinstance(value, DTensor) else value).float()
-
-
-def _write(target: Tensor, value: Tensor) -> None:
-    if isinstance(target, DTensor):
-        mesh, placements = target.device_mesh, target.placements
-        shards = distribute_tensor(value.to(target.device), mesh, placements, src_data_rank=None)
-        target.copy_(shards)
-    else:
-        target.copy_(value)
 
 
 # ---------------------------------------------------------------- weights out of a checkpoint

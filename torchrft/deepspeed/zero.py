@@ -2,18 +2,16 @@
 
 import contextlib
 import enum
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
-sharded_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""What `initialize` has sharded."""
+from torchrft.deepspeed.whole import write
 
 
 class ZeroParamStatus(enum.Enum):
@@ -84,9 +82,9 @@ class _Gathered(DTensor):
 class GatheredParameters:
     """Within it, `params` are whole tensors on every rank; all ranks enter it.
 
-    What rank `modifier_rank` has made of them is written back to the shards at the end; with None
-    changes are forgotten. Before `initialize`, parameters are whole anyway, and `modifier_rank`
-    makes them equal on all ranks.
+    What rank `modifier_rank` has made of them is written back to the shards at the end, and stays.
+    With None changes are forgotten in stage 3, and last until the next step in stages 1 and 2.
+    Before `initialize` parameters are whole anyway; `modifier_rank` makes them equal on all ranks.
     """
 
     def __init__(
@@ -103,13 +101,6 @@ class GatheredParameters:
         self.modifier_rank = modifier_rank
 
     def __enter__(self) -> None:
-        if self.modifier_rank is not None:
-            held = {id(p) for model in sharded_models for p in model.parameters()}
-            if any(id(p) in held and not isinstance(p, DTensor) for p in self.params):
-                raise ValueError(
-                    "GatheredParameters cannot change weights that a forward pass without backward "
-                    "has left gathered: enter it before that pass, or after the next step()"
-                )
         self.shards = [p for p in self.params if type(p) is DTensor]
         for parameter in self.shards:
             whole = parameter.full_tensor().detach()
@@ -129,11 +120,7 @@ class GatheredParameters:
         for parameter in self.params:
             whole: Tensor = wholes.get(id(parameter), parameter).detach().contiguous()
             dist.broadcast(whole, self.modifier_rank)
-            if isinstance(parameter, DTensor):
-                mesh, placements = parameter.device_mesh, parameter.placements
-                parameter.copy_(distribute_tensor(whole, mesh, placements, src_data_rank=None))
-            else:
-                parameter.copy_(whole)
+            write(parameter, whole)
 
 
 def _set_status(parameter: Tensor, status: ZeroParamStatus) -> None:
