@@ -4,6 +4,7 @@ import dataclasses
 import statistics
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 from torchrft.config.job_config import JobConfig
 from torchrft.data.loader import PromptLoader
@@ -112,6 +113,18 @@ class Collector:
         """All ranks' samples, of which `samples` is what `share` gave this rank."""
         parts = [_batched(part, self.unit) for part in self.ranks.gather(samples)]
         return [s for units in zip(*parts, strict=True) for unit in units for s in unit]
+
+    def rows(self, samples: Sequence[Sample]) -> list[dict[str, Any]]:
+        """`samples` as a checkpoint keeps them: their prompts by their places in the stream."""
+        names = ("completion", "score", "group", "filler")
+        return [{name: getattr(sample, name) for name in names} for sample in samples]
+
+    def from_rows(self, rows: Sequence[Any]) -> list[Sample]:
+        """The samples of `rows`; those of earlier versions' checkpoints were samples already."""
+        return [
+            row if isinstance(row, Sample) else Sample(self.prompts.at(row["group"]), **row)
+            for row in rows
+        ]
 
     def evaluate(self, prompts: Sequence[Prompt]) -> float:
         """Mean reward of greedy completions of all ranks' `prompts`."""

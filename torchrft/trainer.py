@@ -336,7 +336,7 @@ class Trainer:
             "reward": {**self.shaper.state_dict(), "sources": self.scorer.state_dict()},
             "progress": {
                 "step": self.step,
-                "pending": self.collector.unshare(self.pending),
+                "pending": self.collector.rows(self.collector.unshare(self.pending)),
                 "pending_rollouts": self.pending_rollouts,
                 "batches": self._batches(),
             },
@@ -377,7 +377,7 @@ class Trainer:
         self.shaper.load_state_dict(state["reward"])
         self.scorer.load_state_dict(state["reward"].get("sources", {}))
         progress = state["progress"]
-        saved, pending = progress["batches"], progress["pending"]
+        saved, pending = progress["batches"], self.collector.from_rows(progress["pending"])
         waiting = " and holds samples that wait for their optimizer step" if pending else ""
         for name, value in self._batches().items():
             # A step is a rollout: with others, the steps done and those left would not add up.

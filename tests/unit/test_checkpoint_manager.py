@@ -224,10 +224,9 @@ KILL = """
 
     if phase == "during DCP":
         count = 0
-        def reduce_ex(self, protocol):
-            die()
-        class Deadly:
-            __reduce_ex__ = reduce_ex
+        class Deadly(dict):
+            def items(self):
+                die()
     if phase == "after DCP":
         after(module, "save_state")
     if phase == "after checksums":
@@ -255,7 +254,7 @@ KILL = """
     if phase == "during rotation":
         folders.shutil.rmtree = lambda path: (next(Path(path).iterdir()).unlink(), die())
 
-    value = {**state(step), "extra": Deadly() if phase == "during DCP" else 0}
+    value = {**state(step), "extra": [Deadly()] if phase == "during DCP" else 0}
     CheckpointManager(folder, 2, 10**12).save(step, value, export)
     print("survived")
 """

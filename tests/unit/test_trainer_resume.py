@@ -17,6 +17,8 @@ import torch.distributed.checkpoint as dcp
 from tiny_job import ROOT, argv, prompt_file, records, run_process
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from torchrft.checkpoint.dcp_files import LoadPlanner, Reader
+
 STEPS = 8  # 10 prompts in rollouts of 4, 3 episodes: passes end within steps 3, 5 (exactly) and 8
 KINDS = {
     # Checkpoints after steps 3 and 6 and where a pass ends: 3, 5, 8.
@@ -89,7 +91,7 @@ def never_stopped(tmp_path_factory):
 
 def everything_in(checkpoint: Path) -> dict:
     """All tensors and objects of a checkpoint by their path."""
-    reader = dcp.FileSystemReader(checkpoint)
+    reader = Reader(checkpoint)
     content = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         if isinstance(entry, TensorStorageMetadata)
@@ -97,7 +99,7 @@ def everything_in(checkpoint: Path) -> dict:
         for name, entry in reader.read_metadata().state_dict_metadata.items()
     }
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner = LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     dcp.load(content, storage_reader=reader, planner=planner, no_dist=True)
     return content
 

@@ -43,7 +43,8 @@ class PromptLoader:
         if prompts_per_step % world_size:
             asked = f"{prompts_per_step} prompts per step"
             raise ValueError(f"{asked} cannot be divided among {world_size} ranks")
-        self.num_prompts, self.prompts_per_step, self.seed = len(prompts), prompts_per_step, seed
+        self.prompts, self.seed = prompts, seed
+        self.num_prompts, self.prompts_per_step = len(prompts), prompts_per_step
         self.rank, self.world_size, self.position = rank, world_size, 0
         with warnings.catch_warnings():
             # torchdata 0.11 calls a function that torch has deprecated since.
@@ -80,6 +81,10 @@ class PromptLoader:
             return self.next()
         finally:
             self.position = position
+
+    def at(self, position: int) -> Prompt:
+        """The prompt at a position of the stream."""
+        return self.prompts[self._index(position)]
 
     @property
     def episode(self) -> float:
