@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from torchrft.tools.signals import SECONDS_BETWEEN_KEY_PRESSES, exit_on_signal
+from torchrft.tools.signals import LAUNCHER, SECONDS_BETWEEN_KEY_PRESSES, exit_on_signal
 
 Codes = dict[int, int]  # exit codes, by rank
 
@@ -75,6 +75,7 @@ def _one_host(argv: list[str], count: int) -> int:
         env = {"GLOO_SOCKET_IFNAME": loopback, **os.environ, "LOCAL_WORLD_SIZE": str(count)}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.getsockname()[1])}
         env["TORCHRFT_STORE"] = str(store.fileno())  # where rank 0 answers
+        env[LAUNCHER] = str(os.getpid())
         for rank in map(str, range(count)):
             process = subprocess.Popen(
                 [*RANK, *argv],
@@ -139,6 +140,7 @@ def _several_hosts(argv: list[str], count: int, hosts: int, endpoint: str) -> in
     from torch.distributed.elastic.rendezvous import RendezvousError
 
     logging.disable(logging.CRITICAL)
+    os.environ[LAUNCHER] = str(os.getpid())
     shown = os.environ.get("LOG_RANK", "")
     words = ["--nnodes", str(hosts), "--nproc-per-node", str(count), "--rdzv-backend", "c10d"]
     words += ["--rdzv-endpoint", endpoint, "--rdzv-id", os.environ.get("RDZV_ID", "torchrft")]

@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from torchrft.tools.signals import exit_on_signal
+from torchrft.tools.signals import end_with_launcher, exit_on_signal
 
 # All else is imported late, so that Ctrl-C is heard, and that help and config errors come at once.
 
@@ -98,6 +98,7 @@ def _end(codes: list[int]) -> None:
 
 def run(argv: list[str] | None = None) -> NoReturn:
     """`main` as the whole program."""
+    end_with_launcher()
     exit_on_signal()
     ended: list[int] = []
     atexit.register(_end, ended)  # the first to be registered is the last to run

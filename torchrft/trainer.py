@@ -40,6 +40,7 @@ from torchrft.rewards.shaping import RewardShaper
 from torchrft.rollout.weight_sync import named_full_tensors
 from torchrft.tools import distributed
 from torchrft.tools.distributed import World, on_all, on_main
+from torchrft.tools.lock import hold
 from torchrft.tools.logging import logger
 from torchrft.tools.seeds import rng_state, seed_everything, set_rng_state
 from torchrft.tools.signals import StopSignal
@@ -58,6 +59,10 @@ class Trainer:
         # As the slowest host of the job computes.
         self.lacks_bf16 = distributed.any_rank(lacks_bf16())
         self.config = config = with_precision(config, lambda: self.lacks_bf16)
+        save_path = Path(config.checkpoint.save_path)
+        self.log_dir = Path(config.logging.log_dir or save_path / "logs")
+        on_main(lambda: hold(save_path, "save_path"), "lock save_path")
+        on_main(lambda: hold(self.log_dir, "log_dir"), "lock log_dir")
         self.dtype = torch.bfloat16 if config.training.bf16 else torch.float32
         seed_everything(config.training.seed)
         # On a CPU it costs nothing: there several threads add up in any order otherwise.
@@ -171,7 +176,6 @@ class Trainer:
     def _build_output(self) -> None:
         config = self.config
         save_path = Path(config.checkpoint.save_path)
-        self.log_dir = Path(config.logging.log_dir or save_path / "logs")
         most, size = config.checkpoint.max_ckpt_num, config.checkpoint.max_ckpt_mem * 10**9
         self.checkpoints = CheckpointManager(save_path, most, size)
         self.other_files: dict[str, bytes] = {}  # rank 0's; read now, since they may be gone later

@@ -1,5 +1,6 @@
 """Stop a run from outside without losing work."""
 
+import ctypes
 import os
 import signal
 import sys
@@ -10,6 +11,23 @@ from typing import Any, Self
 # On Ctrl-C a worker hears from the terminal and, right after, from its launcher: one key press, two
 # signals. Only a later one is a person who insists.
 SECONDS_BETWEEN_KEY_PRESSES = 1.0
+
+
+LAUNCHER = "TORCHRFT_LAUNCHER"  # the environment variable with the process id of a rank's launcher
+_SET_PARENT_DEATH_SIGNAL = 1  # of prctl(2)
+
+
+def end_with_launcher() -> None:
+    """The kernel kills this rank as soon as its launcher has ended, in whatever way.
+
+    A rank that trained on would write beside the one that is started in its place.
+    """
+    launcher = os.environ.pop(LAUNCHER, None)
+    if launcher is None and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return  # started by hand, and may outlive its shell
+    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    if launcher is not None and os.getppid() != int(launcher):  # it ended before the call
+        os._exit(128 + signal.SIGKILL)
 
 
 def exit_on_signal() -> None:
