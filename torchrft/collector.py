@@ -2,9 +2,10 @@
 
 import dataclasses
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
 from torchrft.config.job_config import JobConfig
 from torchrft.data.loader import PromptLoader
@@ -14,8 +15,11 @@ from torchrft.rewards.shaping import RewardShaper
 from torchrft.rollout import RolloutEngine
 from torchrft.tools import distributed
 from torchrft.tools.distributed import DataRanks
+from torchrft.tools.logging import logger
 from torchrft.tools.seeds import derive_seed
 from torchrft.types import Completion, Prompt, Sample, SamplingParams
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +27,8 @@ class _Flight:
     """A round of generation that runs in another thread while the trainer computes."""
 
     place: int  # in the stream of prompts
+    places: list[int]  # of this rank's prompts
+    sampling: dict[str, Any]  # how it samples, but for the seeds
     completions: Future[list[Completion]]
 
 
@@ -55,6 +61,8 @@ class Collector:
         self.ranks, self.dp, self.helpers = ranks, ranks.size, helpers
         self.helper = distributed.get_rank() % helpers
         self.flight: _Flight | None = None
+        # Within it, a signal that asks the run to end may leave what hangs.
+        self.abandonable: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.thread = ThreadPoolExecutor(1, "rollout")
 
     def collect(self, ahead: bool = False) -> tuple[list[Sample], dict[str, float]]:
@@ -83,16 +91,59 @@ class Collector:
             if not kept:  # every rank needs something to compute
                 kept = [[dataclasses.replace(sample, filler=True) for sample in drawn[0]]]
         if ahead:
-            prompts, _, sampling = self._round()
+            prompts, places, sampling = self._round()
             completions = self.thread.submit(self.engine.generate, prompts, sampling)
-            self.flight = _Flight(self.prompts.position, completions)
+            position = self.prompts.position
+            self.flight = _Flight(position, places, _without_seeds(sampling), completions)
         return [sample for group in kept[:size] for sample in group], metrics
 
     def wait(self) -> None:
         """Until nothing is generated any more."""
-        if self.flight is not None:
+        if (flight := self.flight) is not None:
             with self.timer.phase("rollout"):
-                self.flight.completions.result()
+                self._on_all(lambda: len(flight.completions.result()), "rollout")
+
+    def _on_all(self, function: Callable[[], T], phase: str) -> list[T]:
+        """As distributed.on_all: a fault of one rank is one of all, so that they save together."""
+
+        def work() -> T:
+            with self.abandonable():
+                return function()
+
+        return distributed.on_all(work, phase)
+
+    def flight_rows(self, flight: _Flight | None) -> dict[str, Any] | None:
+        """What was generated ahead, of all ranks, as a checkpoint keeps it; collective."""
+        if not self.rollout.async_level:
+            return None
+        rows = None
+        if flight is not None and flight.completions.done() and not flight.completions.exception():
+            rows = [(flight.places[c.prompt_index], c) for c in flight.completions.result()]
+        parts = distributed.on_all(lambda: rows, "gather what was generated ahead")
+        if flight is None or None in parts:
+            return None
+        every = [row for part in parts for row in part or ()]
+        return {"place": flight.place, "sampling": flight.sampling, "rows": every}
+
+    def load_flight(self, state: Mapping[str, Any] | None) -> None:
+        """Takes over what `flight_rows` returned, if this run would have generated it, too."""
+        if state is None or not self.rollout.async_level:
+            return
+        _, places, sampling = self._round()
+        if state["sampling"] != _without_seeds(sampling):
+            text = "the rollout's options changed: what was generated ahead is generated anew"
+            logger.warning(text)
+            return
+        index = {place: number for number, place in enumerate(places)}
+        mine = [
+            dataclasses.replace(completion, prompt_index=index[place])
+            for place, completion in state["rows"]
+            if place in index
+        ]
+        mine.sort(key=lambda completion: (completion.prompt_index, completion.sample_index))
+        completions = Future[list[Completion]]()
+        completions.set_result(mine)
+        self.flight = _Flight(state["place"], places, state["sampling"], completions)
 
     def share(self, samples: Sequence[Sample]) -> list[Sample]:
         """This rank's part of all ranks' samples; all ranks get equally many.
@@ -137,8 +188,9 @@ class Collector:
                 seeds=None,
                 replay=False,
             )
-            completions = self.engine.generate(prompts, greedy)
-            parts = distributed.on_all(lambda: self.scorer.score(prompts, completions), "reward")
+            parts = self._on_all(
+                lambda: self.scorer.score(prompts, self.engine.generate(prompts, greedy)), "eval"
+            )
         return statistics.fmean(score.value for part in parts for score in part)
 
     def _draw(self) -> list[list[Sample]]:
@@ -146,14 +198,16 @@ class Collector:
         prompts, places, sampling = self._round()
         flight, self.flight = self.flight, None
         with self.timer.phase("rollout"):
+            completions: list[Completion] = []
             if flight is not None and flight.place == self.prompts.position:
                 completions = flight.completions.result()
             else:
-                completions = self.engine.generate(prompts, sampling)
+                generate = self.engine.generate
+                self._on_all(lambda: completions.extend(generate(prompts, sampling)), "rollout")
         self.prompts.next()
         with self.timer.phase("reward"):
             # A reward that fails on one rank ends the job on all.
-            parts = distributed.on_all(lambda: self._score(prompts, completions, places), "reward")
+            parts = self._on_all(lambda: self._score(prompts, completions, places), "reward")
         # In the order of the stream, so that statistics do not depend on the number of ranks.
         samples = sorted((s for part in parts for s in part), key=lambda s: s.group)
         groups: dict[int, list[Sample]] = {}
@@ -204,6 +258,11 @@ class Collector:
             replay=rollout.truncation_replay,
             seeds=tuple(tuple(derive_seed(self.seed, p, j) for j in range(n)) for p in places),
         )
+
+
+def _without_seeds(sampling: SamplingParams) -> dict[str, Any]:
+    """The options of `sampling`, which seeds follow the prompts' places."""
+    return dataclasses.asdict(dataclasses.replace(sampling, seeds=None))
 
 
 def _differ(group: Sequence[Sample]) -> bool:

@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from torchrft.tools.signals import end_with_launcher, exit_on_signal
+from torchrft.tools.signals import Insisted, end_with_launcher, exit_on_signal
 
 # All else is imported late, so that Ctrl-C is heard, and that help and config errors come at once.
 
@@ -48,9 +48,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if signum is None else 128 + signum
     except faults as error:
         return _end_of_rank(error)
-    except KeyboardInterrupt:
+    except Insisted:
         return _end_of_rank("stopped by a second Ctrl-C, without saving", 130)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:  # a user's function may raise the latter
         if isinstance(error, RuntimeError) and distributed.comes_from_a_collective(error):
             phase = (trainer and trainer.timer.failed) or "training"
             return _end_of_rank(distributed.peer_error(error, phase))
@@ -70,7 +70,7 @@ def _end_of_rank(fault: object, code: int = 1) -> int:
     return code
 
 
-def _crash(error: Exception, folder: Path) -> str:
+def _crash(error: BaseException, folder: Path) -> str:
     """What a bug raised, and where; its traceback goes to a file, or is printed if none can be."""
     lines = "".join(traceback.format_exception(error))
     file = folder / f"rank-{os.environ.get('RANK', '0')}.txt"

@@ -4,13 +4,20 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
 
 # On Ctrl-C a worker hears from the terminal and, right after, from its launcher: one key press, two
 # signals. Only a later one is a person who insists.
 SECONDS_BETWEEN_KEY_PRESSES = 1.0
+# Slurm and Kubernetes kill 30 seconds after SIGTERM: a rollout that hangs leaves time to save.
+SECONDS_TO_FINISH = 10.0
+# SIGHUP is a terminal's end, SIGUSR1 the warning that Slurm is asked for by --signal.
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 LAUNCHER = "TORCHRFT_LAUNCHER"  # the environment variable with the process id of a rank's launcher
@@ -53,11 +60,20 @@ def _say(line: str) -> None:
     os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{line}\n".encode())
 
 
-class StopSignal:
-    """While entered, SIGTERM and SIGINT ask the run to save and end instead of killing it.
+class Abandoned(BaseException):
+    """The run is to end, and what is under way takes too long to be waited for."""
 
-    `received` is the first signal's number. A second Ctrl-C raises KeyboardInterrupt. Enter it in
-    the main thread only (Python allows signal handlers nowhere else).
+
+class Insisted(KeyboardInterrupt):
+    """A second Ctrl-C, told apart from a KeyboardInterrupt that a user's function raises."""
+
+
+class StopSignal:
+    """While entered, a signal of STOPS asks the run to save and end instead of killing it.
+
+    `received` is the first signal's number. A second Ctrl-C raises Insisted. What runs within
+    `abandonable` is left by Abandoned if it does not end within SECONDS_TO_FINISH. Enter it in the
+    main thread only (Python allows signal handlers nowhere else).
 
     >>> with StopSignal() as stop:
     ...     stop.received is None
@@ -68,16 +84,40 @@ class StopSignal:
         self.received: int | None = None
         self._received_at = 0.0
         self._previous: dict[int, Any] = {}
+        self._may_leave = False
+        self._ended = threading.Event()
 
     def __enter__(self) -> Self:
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            self._previous[signum] = signal.signal(signum, self._handle)
+        for signum in STOPS:
+            # nohup ignores SIGHUP.
+            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+                self._previous[signum] = signal.signal(signum, self._handle)
+        threading.Thread(target=self._remind, name="signals", daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._ended.set()
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
         self._previous.clear()
+
+    @contextmanager
+    def abandonable(self) -> Iterator[None]:
+        """What runs inside may be left where it is: nothing that is kept depends on it."""
+        self._may_leave = True
+        try:
+            yield
+        finally:
+            self._may_leave = False
+
+    def _remind(self) -> None:
+        """Signals the main thread again, which may hang where it looks at no variable."""
+        while not self._ended.wait(0.5):
+            if self.received is not None and self._may_leave and self._is_late():
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+    def _is_late(self) -> bool:
+        return time.monotonic() - self._received_at > SECONDS_TO_FINISH
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -86,4 +126,7 @@ class StopSignal:
             rank, name = os.environ.get("RANK", "0"), signal.Signals(signum).name
             _say(f"rank {rank}: received {name}, saving at the end of this step")
         elif signum == signal.SIGINT and now - self._received_at > SECONDS_BETWEEN_KEY_PRESSES:
-            raise KeyboardInterrupt
+            raise Insisted
+        elif self._may_leave and self._is_late():
+            self._may_leave = False
+            raise Abandoned
