@@ -14,13 +14,19 @@ import sys
 import time
 from collections.abc import Sequence
 
-from torchrft.tools.signals import LAUNCHER, SECONDS_BETWEEN_KEY_PRESSES, exit_on_signal
+from torchrft.tools.signals import (
+    LAUNCHER,
+    SECONDS_BETWEEN_KEY_PRESSES,
+    STOPS,
+    exit_on_signal,
+    heard_signals,
+)
 
 Codes = dict[int, int]  # exit codes, by rank
 
 RANK = [sys.executable, "-m", "torchrft.train"]
-# Its exit codes; a rank that ends with one of them has said why. The last two mean that it saved.
-SPOKEN = (1, 2, 0, 128 + signal.SIGINT, 128 + signal.SIGTERM)
+# Its exit codes; a rank that ends with one of them has said why. Those above 128: that it saved.
+SPOKEN = (1, 2, 0, *(128 + signum for signum in STOPS))
 # Seconds until the ranks that are left get a signal, which one, and seconds until they are killed:
 # after a signal they save, after a rank failed they may say so, after a second Ctrl-C they end.
 SIGNALLED = (0.0, signal.SIGTERM, float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 600)))
@@ -65,9 +71,8 @@ def _refuse(text: str, code: int = 2) -> int:
 def _one_host(argv: list[str], count: int) -> int:
     """Ranks that meet at a socket of the loopback device, which no other host can reach."""
     heard: list[tuple[int, float]] = []
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # nohup
-            signal.signal(signum, lambda number, _: heard.append((number, time.monotonic())))
+    for signum in heard_signals(STOPS):
+        signal.signal(signum, lambda number, _: heard.append((number, time.monotonic())))
     shown = os.environ.get("LOG_RANK") or ",".join(map(str, range(count)))
     loopback = min((name for _, name in socket.if_nameindex()), key=lambda name: name[:2] != "lo")
     ranks = []
@@ -141,6 +146,8 @@ def _several_hosts(argv: list[str], count: int, hosts: int, endpoint: str) -> in
 
     logging.disable(logging.CRITICAL)
     os.environ[LAUNCHER] = str(os.getpid())
+    names = ",".join(["SIGQUIT", *(signum.name for signum in STOPS)])
+    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", names)
     shown = os.environ.get("LOG_RANK", "")
     words = ["--nnodes", str(hosts), "--nproc-per-node", str(count), "--rdzv-backend", "c10d"]
     words += ["--rdzv-endpoint", endpoint, "--rdzv-id", os.environ.get("RDZV_ID", "torchrft")]

@@ -108,7 +108,7 @@ class RunState:
         self._load(checkpoints, path)
         own = path.resolve().parent == checkpoints.checkpoints.resolve()
         if own:  # what later steps left belongs to a course of training that is not gone on with
-            checkpoints.set_aside_after(self.progress["step"])
+            checkpoints.tidy(self.progress["step"])
         logger.info("resumed from %s, after step %d", path, self.step)
         return own
 

@@ -116,7 +116,7 @@ class Trainer:
     def _load_prompts(self, name: str, source: str, data: Data) -> PromptDataset:
         prompts = load_prompts(source, data, self.tokenizer, name, self.vision)
         kept = on_all(lambda: (len(prompts), prompts.digest()), name)
-        if len({*kept}) > 1:
+        if any(other != kept[0] for other in kept):
             raise ValueError(
                 f"{name}: the ranks keep other prompts, {', '.join(str(n) for n, _ in kept)} of "
                 "them: give all hosts the same files, with their images"
@@ -226,6 +226,8 @@ class Trainer:
                     self._finish_step(metrics)
             except BaseException as fault:
                 self._save_after(fault)
+                if isinstance(fault, SystemExit):  # it would end the job as if all were well
+                    raise RuntimeError("a function of the job called sys.exit()") from fault
                 if not (stop.received and isinstance(fault, Abandoned | distributed.RankError)):
                     raise
                 if self.state.step != self.saved_step:
@@ -258,7 +260,6 @@ class Trainer:
     def _summarize(self) -> None:
         if not self.world.is_main:
             return
-        plot_curves(self.log_dir)
         paths = {
             "config": Path(self.config.checkpoint.save_path) / "config.toml",
             "checkpoints": self.checkpoints.checkpoints,
@@ -267,7 +268,13 @@ class Trainer:
             **{name: self.log_dir / name for name in ("rollouts", "plots")},
         }
         paths = {name: path for name, path in paths.items() if path.exists()}
-        self.console.summary(paths, read_metrics(self.log_dir))
+        try:
+            plot_curves(self.log_dir)
+            records = read_metrics(self.log_dir)
+        except (OSError, ValueError) as error:  # all is saved by now
+            logger.warning("the summary lacks metrics: %s", error)
+            records = [{"step": self.step}]
+        self.console.summary(paths, records)
 
     def train_step(self) -> dict[str, float]:
         """One rollout and what is learned from it."""

@@ -28,9 +28,16 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    WriteItem,
+    WriteItemType,
+)
 
 from torchrft.checkpoint import objects
+from torchrft.tools.disk import writing
 
 DATA_FILE = re.compile(r"__[0-9]+_[0-9]+\.distcp")
 _CLASSES = (
@@ -79,6 +86,14 @@ class LoadPlanner(dcp.DefaultLoadPlanner):
         *parents, key = self.mappings[name] if self.flatten_state_dict else (name,)
         tree = self.original_state_dict if self.flatten_state_dict else self.state_dict
         reduce(operator.getitem, parents, tree)[key] = content
+
+
+class Writer(dcp.FileSystemWriter):
+    """Raises OSError for a disk's fault, which torch's writer hides, before DCP tells all ranks."""
+
+    def write_data(self, plan: SavePlan, planner: dcp.SavePlanner) -> Any:
+        with writing(Path(self.path)):
+            return super().write_data(plan, planner)
 
 
 class Reader(dcp.FileSystemReader):

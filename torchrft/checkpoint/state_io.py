@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from torchrft.checkpoint.dcp_files import LoadPlanner, Planner, Reader, calling_dcp
+from torchrft.checkpoint.dcp_files import LoadPlanner, Planner, Reader, Writer, calling_dcp
 from torchrft.tools.distributed import is_main, on_all
 from torchrft.tools.logging import logger
 
@@ -39,7 +39,7 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
     }
     planner = Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with calling_dcp():
-        dcp.save(mine, storage_writer=dcp.FileSystemWriter(folder), planner=planner)
+        dcp.save(mine, storage_writer=Writer(folder), planner=planner)
 
 
 def load_state(folder: Path, state: dict[str, Any]) -> None:

@@ -12,7 +12,14 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.tensor import DTensor
 
 from torchrft.checkpoint import objects
-from torchrft.checkpoint.dcp_files import DamagedError, LoadPlanner, Planner, Reader, calling_dcp
+from torchrft.checkpoint.dcp_files import (
+    DamagedError,
+    LoadPlanner,
+    Planner,
+    Reader,
+    Writer,
+    calling_dcp,
+)
 from torchrft.tools import distributed
 from torchrft.tools.logging import logger
 
@@ -129,7 +136,7 @@ class Checkpoints:
         host_state = {"counts": counts, "schedule": schedule, "client": dict(client_state or {})}
         content = distributed.on_main(lambda: objects.dumps(host_state), "read client_state")
         with calling_dcp():
-            dcp.save(state, checkpoint_id=folder, planner=Planner())
+            dcp.save(state, storage_writer=Writer(folder), planner=Planner())
 
         def write() -> None:
             (folder / "client_state.json").write_bytes(content)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import IO
 
+from torchrft.tools.disk import writing
 from torchrft.tools.logging import logger
 
 FILE_NAME = ".lock"
@@ -45,8 +46,9 @@ def hold(folder: Path, option: str) -> None:
                     f"other's files; wait for that one to end, or give this one another {option}"
                 ) from None
             time.sleep(0.1)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
+    with writing(path):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
     status = os.fstat(file.fileno())
     _held[status.st_dev, status.st_ino] = file

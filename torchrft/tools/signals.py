@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
@@ -38,18 +38,24 @@ def end_with_launcher() -> None:
 
 
 def exit_on_signal() -> None:
-    """Ctrl-C and SIGTERM end the program by SystemExit with 128 + signal, after one line.
+    """A signal of STOPS ends the program by SystemExit with 128 + signal, after one line.
 
-    Meant for what comes before a run can save. A rank among several keeps the default of SIGTERM,
-    which also ends what waits for other ranks in C++; its launcher says the line.
+    Meant for what comes before a run can save. A rank among several keeps the default of all but
+    Ctrl-C, which also ends what waits for other ranks in C++; its launcher says the line.
     """
-    signal.signal(signal.SIGINT, _exit)
-    if os.environ.get("WORLD_SIZE", "1") == "1" or "RANK" not in os.environ:
-        signal.signal(signal.SIGTERM, _exit)
+    alone = os.environ.get("WORLD_SIZE", "1") == "1" or "RANK" not in os.environ
+    for signum in heard_signals(STOPS if alone else (signal.SIGINT,)):
+        signal.signal(signum, _exit)
+
+
+def heard_signals(signals: Sequence[signal.Signals]) -> list[signal.Signals]:
+    """`signals` without SIGHUP where nohup ignores it."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [signum for signum in signals if not (signum == signal.SIGHUP and ignored)]
 
 
 def _exit(signum: int, frame: FrameType | None) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in heard_signals(STOPS):
         signal.signal(number, signal.SIG_DFL)
     _say(f"error: stopped by {signal.Signals(signum).name}")
     raise SystemExit(128 + signum)
@@ -88,10 +94,8 @@ class StopSignal:
         self._ended = threading.Event()
 
     def __enter__(self) -> Self:
-        for signum in STOPS:
-            # nohup ignores SIGHUP.
-            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
-                self._previous[signum] = signal.signal(signum, self._handle)
+        for signum in heard_signals(STOPS):
+            self._previous[signum] = signal.signal(signum, self._handle)
         threading.Thread(target=self._remind, name="signals", daemon=True).start()
         return self
 
