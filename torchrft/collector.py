@@ -112,6 +112,12 @@ class Collector:
 
         return distributed.on_all(work, phase)
 
+    def _generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
+        completions: list[Completion] = []
+        generate = self.engine.generate
+        self._on_all(lambda: completions.extend(generate(prompts, sampling)), "rollout")
+        return completions
+
     def flight_rows(self, flight: _Flight | None) -> dict[str, Any] | None:
         """What was generated ahead, of all ranks, as a checkpoint keeps it; collective."""
         if not self.rollout.async_level:
@@ -188,9 +194,8 @@ class Collector:
                 seeds=None,
                 replay=False,
             )
-            parts = self._on_all(
-                lambda: self.scorer.score(prompts, self.engine.generate(prompts, greedy)), "eval"
-            )
+            completions = self._generate(prompts, greedy)
+            parts = self._on_all(lambda: self.scorer.score(prompts, completions), "reward")
         return statistics.fmean(score.value for part in parts for score in part)
 
     def _draw(self) -> list[list[Sample]]:
@@ -198,12 +203,10 @@ class Collector:
         prompts, places, sampling = self._round()
         flight, self.flight = self.flight, None
         with self.timer.phase("rollout"):
-            completions: list[Completion] = []
             if flight is not None and flight.place == self.prompts.position:
                 completions = flight.completions.result()
             else:
-                generate = self.engine.generate
-                self._on_all(lambda: completions.extend(generate(prompts, sampling)), "rollout")
+                completions = self._generate(prompts, sampling)
         self.prompts.next()
         with self.timer.phase("reward"):
             # A reward that fails on one rank ends the job on all.

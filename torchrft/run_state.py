@@ -90,6 +90,7 @@ class RunState:
             "pending": pending,
             "flight": collector.flight_rows(progress["flight"]),
         }
+        progress = {name: value for name, value in progress.items() if value is not None}
         tensors = {name: part.state_dict() for name, part in self.steppers.items()}
         return {**tensors, **self.taken, "progress": progress}
 

@@ -101,7 +101,10 @@ def test_a_signal_before_ranks_can_save_ends_them_at_once(tmp_path, signum, code
     assert result(process) == (code, "", ended)
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("signum", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)],
+)
 def test_ranks_save_and_end_after_a_signal(tmp_path, signum, code):
     save = "    time.sleep(1)\n    os.write(1, b'saved %d\\n' % RANK)\n    os._exit(143)\n"
     rank = f"def save(*_):\n{save}signal.signal(15, save)\nready()\ntime.sleep(60)"

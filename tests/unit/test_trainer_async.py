@@ -7,9 +7,13 @@ import threading
 
 import pytest
 import tiny_job
+import torch
+from helpers import run_ranks
 from tiny_job import records, rollout
 
 from torchrft import model_builder
+from torchrft.tools.distributed import World
+from torchrft.trainer import Trainer
 
 ASYNC = {
     "engine_type": "vllm",
@@ -168,6 +172,32 @@ def test_a_reward_that_fails_loses_neither_steps_nor_what_was_generated(tmp_path
     assert [path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()] == ["step-3"]
     tiny_job.run(tmp_path / "cut", **options, load_checkpoint="true")
     assert_same(tmp_path / "whole", tmp_path / "cut", 5)
+
+
+def _on_two_ranks(rank, folder, options):
+    build = model_builder.build_engine
+    changed = {"engine_type": "native", "server_urls": []}
+    model_builder.build_engine = lambda config, *rest, **more: build(
+        config.model_copy(update=changed), *rest, **more
+    )
+    config = tiny_job.tiny_config(2, save_path=folder, **options)
+    job = Trainer(config, World(rank, 2, rank, torch.device("cpu")))
+    landed = job.collector.flight is not None and len(job.collector.flight.completions.result())
+    job.train()
+    return landed
+
+
+def test_ranks_share_what_was_generated_ahead(tmp_path):
+    """Each rank takes up what it had generated; on one rank, that takes up everything."""
+    options = ASYNC | {"max_steps": 4}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run_ranks(_on_two_ranks, 2, str(whole), options)
+    run_ranks(_on_two_ranks, 2, str(cut), options | {"max_steps": 2})
+    with tiny_job.trainer(cut, **options, load_checkpoint="true") as job:
+        flown = job.collector.flight.completions.result()
+    assert [(c.prompt_index, c.sample_index) for c in flown] == [divmod(i, 4) for i in range(16)]
+    assert run_ranks(_on_two_ranks, 2, str(cut), options | {"load_checkpoint": "true"}) == [8, 8]
+    assert_same(whole, cut, 4)
 
 
 def test_other_sampling_options_generate_anew(tmp_path, caplog, monkeypatch):

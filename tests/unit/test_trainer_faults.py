@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import tiny_job
@@ -19,7 +20,6 @@ from tiny_job import records
 from torchrft import train
 from torchrft.checkpoint import CheckpointManager, hf_export
 from torchrft.metrics import logger as logger_module
-from torchrft.metrics.logger import MetricLogger
 from torchrft.tools import distributed
 from torchrft.tools.distributed import Agreement, RankError, World
 from torchrft.tools.signals import Insisted
@@ -243,30 +243,24 @@ def test_a_full_disk_is_one_sentence_and_loses_no_checkpoint(
 @pytest.mark.parametrize("name", ["metrics.jsonl", "rollouts/step-2.jsonl"])
 def test_a_log_that_cannot_be_written_is_one_sentence(tmp_path, capsys, monkeypatch, number, name):
     """The steps before it are saved; the row that was not written is written on resume."""
+    line, write = logger_module.json_line, Path.write_bytes
 
-    def full(*_, **__):
-        raise OSError(number, os.strerror(number))
-
-    log, line = MetricLogger.log, logger_module.json_line
-
-    def logs(self, step, metrics):
-        monkeypatch.setattr(logger_module, "json_line", full if step == 2 else line)
-        log(self, step, metrics)
+    def full(thing, *content):
+        which = thing.get("step") if isinstance(thing, dict) else thing.name
+        if which in (2, ".step-2.jsonl.tmp"):
+            raise OSError(number, os.strerror(number))
+        return line(thing) if isinstance(thing, dict) else write(thing, *content)
 
     if name == "metrics.jsonl":
-        monkeypatch.setattr(MetricLogger, "log", logs)
+        monkeypatch.setattr(logger_module, "json_line", full)
     else:
-        (tmp_path / "logs" / "rollouts" / ".step-2.jsonl.tmp").mkdir(parents=True)
+        monkeypatch.setattr(Path, "write_bytes", full)
     code, text = ended(tiny_job.argv(save_path=tmp_path, max_steps=3), capsys)
     monkeypatch.undo()
     assert code == 1
-    shown = number if name == "metrics.jsonl" else errno.EISDIR
-    assert re.fullmatch(
-        rf"error: {tmp_path}/logs/\S+: {os.strerror(shown)}; .* another folder", text
-    )
+    sentence = rf"error: {tmp_path}/logs/{name}: {os.strerror(number)}; .*name another folder"
+    assert re.fullmatch(sentence, text)
     assert saved(tmp_path) == ["step-2" if name == "metrics.jsonl" else "step-1"]
-    for leftover in (tmp_path / "logs" / "rollouts").glob(".*"):
-        leftover.rmdir()
     tiny_job.run(tmp_path, max_steps=3, load_checkpoint="true")
     assert [row["step"] for row in records(tmp_path)] == [1, 2, 3]
 
@@ -304,8 +298,7 @@ def test_a_folder_that_is_a_file_is_one_sentence(tmp_path, capsys, option):
 
 def test_a_full_disk_under_the_output_keeps_the_exit_code(tmp_path):
     """/dev/full fails every write that is flushed."""
-    code = "from torchrft import train; import sys; train._end_of_rank('x', 2); print('x');"
-    code += "train._end([7])"
+    code = "from torchrft import train; train._end_of_rank('x', 2); train._end([7])"
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=full)
     assert done.returncode == 7

@@ -16,6 +16,8 @@ from torchrft.tools.disk import writing
 from torchrft.tools.distributed import get_rank, get_world_size, is_main, on_all, on_main
 from torchrft.tools.logging import logger
 
+Export = Callable[[Path], None]
+
 
 class CheckpointManager:
     """Checkpoints under `save_path/checkpoints`, Hugging Face exports under `save_path/hf`.
@@ -36,9 +38,7 @@ class CheckpointManager:
         self.max_num = max_num
         self.max_bytes = max_bytes
 
-    def save(
-        self, step: int, state: dict[str, Any], export: Callable[[Path], None] | None = None
-    ) -> Path:
+    def save(self, step: int, state: dict[str, Any], export: Export | None = None) -> Path:
         """Save `state` (see state_io) as step `step` and return its folder.
 
         `export(folder)` writes the Hugging Face export; it too is called on every rank. The
@@ -50,10 +50,9 @@ class CheckpointManager:
         """
         self.set_aside_after(step)
         final = self.checkpoints / f"step-{step}"
-        temporary = folders.with_suffix(final, ".tmp")
         try:
             with writing(final):
-                self._write(step, temporary, state, export)
+                temporary = self._write(step, state, export)
                 on_main(lambda: folders.publish(temporary, final), "publish checkpoint")
                 on_main(lambda: self._rotate(step), "rotate checkpoints")
         except OSError:
@@ -63,13 +62,9 @@ class CheckpointManager:
             raise
         return final
 
-    def _write(
-        self,
-        step: int,
-        temporary: Path,
-        state: dict[str, Any],
-        export: Callable[[Path], None] | None,
-    ) -> None:
+    def _write(self, step: int, state: dict[str, Any], export: Export | None) -> Path:
+        """Writes step-N.tmp, and all of the export."""
+        temporary = self.checkpoints / f"step-{step}.tmp"
         on_main(lambda: self._start(temporary), "start checkpoint")
         save_state(temporary, state)
         records = on_all(lambda: _fingerprint_own_files(temporary), "checksum checkpoint")
@@ -78,6 +73,7 @@ class CheckpointManager:
         on_main(lambda: manifest.write(temporary, step, ranks, files), "write the manifest")
         if export is not None:
             self._export(step, export)
+        return temporary
 
     def load(self, path: Path, state: dict[str, Any]) -> None:
         """Load the checkpoint `path` (from `find_latest` or `resolve`) into `state`, in place.
@@ -170,7 +166,7 @@ class CheckpointManager:
         self._clear_leftovers()
         temporary.mkdir(parents=True)
 
-    def _export(self, step: int, export: Callable[[Path], None]) -> None:
+    def _export(self, step: int, export: Export) -> None:
         final = self.exports / f"step-{step}"
         temporary = folders.with_suffix(final, ".tmp")
         on_main(lambda: temporary.mkdir(parents=True), "start export")

@@ -10,6 +10,8 @@ import json
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import fields
+from datetime import date, datetime, timedelta
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,7 @@ _MAKES_ARRAY, _MAKES_NUMBER = (value.__reduce__()[0] for value in (np.empty(0), 
 # What objects of earlier versions, which were pickled, are made of beside what torch admits.
 PICKLED: list[Any] = [
     *(Sample, Prompt, Completion, Kept, Score, Image, np.ndarray, np.dtype),
-    *(_MAKES_ARRAY, _MAKES_NUMBER),
+    *(_MAKES_ARRAY, _MAKES_NUMBER, date, datetime, timedelta, Decimal),
     *((f, f"numpy.core.multiarray.{f.__name__}") for f in (_MAKES_ARRAY, _MAKES_NUMBER)),
     *(type(np.dtype(name)) for name in ("bool", "u1", "i4", "i8", "u4", "u8", "f4", "f8")),
 ]
