@@ -480,6 +480,10 @@ def test_a_second_job_in_one_folder_is_refused(never_stopped, tmp_path, monkeypa
         first.communicate()
     with tiny_job.trainer(save_path, log_dir=log_dir), tiny_job.trainer(save_path):
         pass  # one process may hold a folder twice
+    again = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE)  # it was let go of
+    assert again.stdout.readline() == b"held\n"
+    again.kill()
+    again.communicate()
 
 
 def test_a_job_waits_for_one_that_was_just_killed(tmp_path):

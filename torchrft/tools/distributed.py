@@ -15,6 +15,7 @@ from typing import Any, Self, TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from torchrft.tools import lock
 from torchrft.tools.signals import Abandoned
 
 T = TypeVar("T")
@@ -115,8 +116,9 @@ def setup(timeout_seconds: float = 1800.0) -> World:
 
 
 def teardown() -> None:
-    """Leave the process group, if `setup` made it."""
+    """Leave the process group, if `setup` made it, and the folders that this process holds."""
     global _started_here
+    lock.release()
     if _started_here and dist.is_initialized():
         dist.destroy_process_group()
     _started_here = False

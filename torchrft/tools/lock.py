@@ -17,7 +17,7 @@ _held: dict[tuple[int, int], IO[str]] = {}  # by device and inode; open as long 
 
 
 def hold(folder: Path, option: str) -> None:
-    """Holds `folder`, that of `option`, until this process ends, in whatever way.
+    """Holds `folder`, that of `option`, until `release`, or until this process ends in any way.
 
     The lock is the kernel's (POSIX), so it ends with its process, is not handed to children and
     works over NFS. A process may hold a folder twice. Where the file system has no locks, a
@@ -52,3 +52,9 @@ def hold(folder: Path, option: str) -> None:
         file.flush()
     status = os.fstat(file.fileno())
     _held[status.st_dev, status.st_ino] = file
+
+
+def release() -> None:
+    """Others may have the folders that this process holds."""
+    while _held:
+        _held.popitem()[1].close()
