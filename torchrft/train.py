@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from torchrft.tools.signals import Insisted, end_with_launcher, exit_on_signal
+from torchrft.tools.signals import SecondKeyboardInterrupt, end_with_launcher, exit_on_signal
 
 # All else is imported late, so that Ctrl-C is heard, and that help and config errors come at once.
 
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         return _end_of_rank(error)
     except OSError as error:
         return _end_of_rank(disk_fault(error) or _crash(error, crashes))
-    except Insisted:
+    except SecondKeyboardInterrupt:
         return _end_of_rank("stopped by a second Ctrl-C, without saving", 130)
     except (Exception, KeyboardInterrupt) as error:  # a user's function may raise the latter
         if isinstance(error, RuntimeError) and distributed.comes_from_a_collective(error):

@@ -43,7 +43,7 @@ from torchrft.tools.distributed import World, on_all, on_main
 from torchrft.tools.lock import hold
 from torchrft.tools.logging import logger
 from torchrft.tools.seeds import seed_everything
-from torchrft.tools.signals import Abandoned, Insisted, StopSignal
+from torchrft.tools.signals import Abandoned, SecondKeyboardInterrupt, StopSignal
 from torchrft.types import Prompt, Sample
 
 SECONDS_TO_AGREE = 20.0  # that ranks may be apart when a fault has ended what they do
@@ -243,7 +243,7 @@ class Trainer:
     def _save_after(self, fault: BaseException) -> None:
         """Saves the last finished step before a `fault` ends the run; says so where it cannot."""
         step = self.state.step
-        if isinstance(fault, Insisted) or step == self.saved_step:
+        if isinstance(fault, SecondKeyboardInterrupt) or step == self.saved_step:
             return
         saved, why = self.saved_step, "the fault came in the middle of an update"
         if step is not None:

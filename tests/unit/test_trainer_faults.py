@@ -22,7 +22,7 @@ from torchrft.checkpoint import CheckpointManager, hf_export
 from torchrft.metrics import logger as logger_module
 from torchrft.tools import distributed
 from torchrft.tools.distributed import Agreement, RankError, World
-from torchrft.tools.signals import Insisted
+from torchrft.tools.signals import SecondKeyboardInterrupt
 from torchrft.trainer import Trainer
 
 STEPS = 5
@@ -104,8 +104,8 @@ def test_a_fault_in_an_update_saves_nothing_and_says_so(tmp_path, caplog, monkey
 
 def test_a_second_ctrl_c_saves_nothing(tmp_path):
     with tiny_job.trainer(tmp_path, **OPTIONS) as job:
-        raises(job.scorer, "score", 4, Insisted())
-        with pytest.raises(Insisted):
+        raises(job.scorer, "score", 4, SecondKeyboardInterrupt())
+        with pytest.raises(SecondKeyboardInterrupt):
             job.train()
     assert saved(tmp_path) == []
 

@@ -14,7 +14,7 @@ from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
 from torchrft.config.registry import Registry
 from torchrft.rewards.source import RewardResult
-from torchrft.tools.signals import Abandoned, Insisted
+from torchrft.tools.signals import Abandoned, SecondKeyboardInterrupt
 
 RewardCallable = Callable[..., Any]
 F = TypeVar("F", bound=RewardCallable)
@@ -130,7 +130,7 @@ class Rule:
 
     def _failed(self, index: int, error: BaseException) -> RewardResult:
         """What an exception means: no verdict, or a bug, which is raised."""
-        if isinstance(error, RuleFault | MemoryError | Insisted | Abandoned):
+        if isinstance(error, RuleFault | MemoryError | SecondKeyboardInterrupt | Abandoned):
             raise error
         if isinstance(error, LabelError):
             raise RuleFault(index, str(error), of_data=True) from error

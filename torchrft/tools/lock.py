@@ -5,6 +5,7 @@ import fcntl
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -13,7 +14,7 @@ from torchrft.tools.logging import logger
 
 FILE_NAME = ".lock"
 SECONDS_TO_END = 10.0  # that a job which was just killed may take to let go
-_held: dict[tuple[int, int], IO[str]] = {}  # by device and inode; open as long as the process is
+_held: dict[Path, IO[str]] = {}  # open as long as it is held
 
 
 def hold(folder: Path, option: str) -> None:
@@ -24,15 +25,18 @@ def hold(folder: Path, option: str) -> None:
     warning says so. Raises ValueError if another process holds the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / FILE_NAME
-    if path.exists() and (path.stat().st_dev, path.stat().st_ino) in _held:
+    path = (folder / FILE_NAME).resolve()
+    if path in _held:
         return  # to open and close it once more would end the lock
-    file = path.open("a+", encoding="utf-8", errors="replace")
     until = time.monotonic() + SECONDS_TO_END
+    file = path.open("a+", encoding="utf-8", errors="replace")
     while True:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
+            if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                break
+            file.close()  # who held it has removed it
+            file = path.open("a+", encoding="utf-8", errors="replace")
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 text = "%s has no locks (%s): see to it that no other job has the same %s"
@@ -46,15 +50,17 @@ def hold(folder: Path, option: str) -> None:
                     f"other's files; wait for that one to end, or give this one another {option}"
                 ) from None
             time.sleep(0.1)
+    _held[path] = file
     with writing(path):
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
-    status = os.fstat(file.fileno())
-    _held[status.st_dev, status.st_ino] = file
 
 
 def release() -> None:
     """Others may have the folders that this process holds."""
     while _held:
-        _held.popitem()[1].close()
+        path, file = _held.popitem()
+        with suppress(OSError):  # the folder may be gone
+            path.unlink(missing_ok=True)
+        file.close()

@@ -70,16 +70,16 @@ class Abandoned(BaseException):
     """The run is to end, and what is under way takes too long to be waited for."""
 
 
-class Insisted(KeyboardInterrupt):
+class SecondKeyboardInterrupt(KeyboardInterrupt):
     """A second Ctrl-C, told apart from a KeyboardInterrupt that a user's function raises."""
 
 
 class StopSignal:
     """While entered, a signal of STOPS asks the run to save and end instead of killing it.
 
-    `received` is the first signal's number. A second Ctrl-C raises Insisted. What runs within
-    `abandonable` is left by Abandoned if it does not end within SECONDS_TO_FINISH. Enter it in the
-    main thread only (Python allows signal handlers nowhere else).
+    `received` is the first signal's number. A second Ctrl-C raises SecondKeyboardInterrupt. What
+    runs within `abandonable` is left by Abandoned if it does not end within SECONDS_TO_FINISH.
+    Enter it in the main thread only (Python allows signal handlers nowhere else).
 
     >>> with StopSignal() as stop:
     ...     stop.received is None
@@ -130,7 +130,7 @@ class StopSignal:
             rank, name = os.environ.get("RANK", "0"), signal.Signals(signum).name
             _say(f"rank {rank}: received {name}, saving at the end of this step")
         elif signum == signal.SIGINT and now - self._received_at > SECONDS_BETWEEN_KEY_PRESSES:
-            raise Insisted
+            raise SecondKeyboardInterrupt
         elif self._may_leave and self._is_late():
             self._may_leave = False
             raise Abandoned
