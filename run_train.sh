@@ -10,7 +10,8 @@
 # TORCH_ELASTIC_SHUTDOWN_TIMEOUT  seconds to save in after SIGTERM (default 600)
 # LOG_RANK   ranks whose output is shown, e.g. 0,1 (default: all); warnings and faults always are
 #
-# Ends with 0, 130 after Ctrl-C, 143 after SIGTERM, 2 for a wrong config, and 1 for any other fault.
+# Ends with 0, 128 + signal after Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 (all save first), 2 for a wrong
+# config, and 1 for any other fault.
 set -euo pipefail
 if [ ! -f "${CONFIG_FILE:=train_configs/debug_model.toml}" ]; then
     cd "$(dirname "$0")"  # the jobs of the repository have paths relative to it

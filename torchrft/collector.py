@@ -2,8 +2,10 @@
 
 import dataclasses
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
 from torchrft.config.job_config import JobConfig
 from torchrft.data.loader import PromptLoader
@@ -13,8 +15,11 @@ from torchrft.rewards.shaping import RewardShaper
 from torchrft.rollout import RolloutEngine
 from torchrft.tools import distributed
 from torchrft.tools.distributed import DataRanks
+from torchrft.tools.logging import logger
 from torchrft.tools.seeds import derive_seed
 from torchrft.types import Completion, Prompt, Sample, SamplingParams
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +27,8 @@ class _Flight:
     """A round of generation that runs in another thread while the trainer computes."""
 
     place: int  # in the stream of prompts
+    places: list[int]  # of this rank's prompts
+    sampling: dict[str, Any]  # how it samples, but for the seeds
     completions: Future[list[Completion]]
 
 
@@ -54,6 +61,8 @@ class Collector:
         self.ranks, self.dp, self.helpers = ranks, ranks.size, helpers
         self.helper = distributed.get_rank() % helpers
         self.flight: _Flight | None = None
+        # Within it, a signal that asks the run to end may leave what hangs.
+        self.abandonable: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.thread = ThreadPoolExecutor(1, "rollout")
 
     def collect(self, ahead: bool = False) -> tuple[list[Sample], dict[str, float]]:
@@ -82,16 +91,65 @@ class Collector:
             if not kept:  # every rank needs something to compute
                 kept = [[dataclasses.replace(sample, filler=True) for sample in drawn[0]]]
         if ahead:
-            prompts, _, sampling = self._round()
+            prompts, places, sampling = self._round()
             completions = self.thread.submit(self.engine.generate, prompts, sampling)
-            self.flight = _Flight(self.prompts.position, completions)
+            position = self.prompts.position
+            self.flight = _Flight(position, places, _without_seeds(sampling), completions)
         return [sample for group in kept[:size] for sample in group], metrics
 
     def wait(self) -> None:
         """Until nothing is generated any more."""
-        if self.flight is not None:
+        if (flight := self.flight) is not None:
             with self.timer.phase("rollout"):
-                self.flight.completions.result()
+                self._on_all(lambda: len(flight.completions.result()), "rollout")
+
+    def _on_all(self, function: Callable[[], T], phase: str) -> list[T]:
+        """As distributed.on_all: a fault of one rank is one of all, so that they save together."""
+
+        def work() -> T:
+            with self.abandonable():
+                return function()
+
+        return distributed.on_all(work, phase)
+
+    def _generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
+        completions: list[Completion] = []
+        generate = self.engine.generate
+        self._on_all(lambda: completions.extend(generate(prompts, sampling)), "rollout")
+        return completions
+
+    def flight_rows(self, flight: _Flight | None) -> dict[str, Any] | None:
+        """What was generated ahead, of all ranks, as a checkpoint keeps it; collective."""
+        if not self.rollout.async_level:
+            return None
+        rows = None
+        if flight is not None and flight.completions.done() and not flight.completions.exception():
+            rows = [(flight.places[c.prompt_index], c) for c in flight.completions.result()]
+        parts = distributed.on_all(lambda: rows, "gather what was generated ahead")
+        if flight is None or None in parts:
+            return None
+        every = [row for part in parts for row in part or ()]
+        return {"place": flight.place, "sampling": flight.sampling, "rows": every}
+
+    def load_flight(self, state: Mapping[str, Any] | None) -> None:
+        """Takes over what `flight_rows` returned, if this run would have generated it, too."""
+        if state is None or not self.rollout.async_level:
+            return
+        _, places, sampling = self._round()
+        if state["sampling"] != _without_seeds(sampling):
+            text = "the rollout's options changed: what was generated ahead is generated anew"
+            logger.warning(text)
+            return
+        index = {place: number for number, place in enumerate(places)}
+        mine = [
+            dataclasses.replace(completion, prompt_index=index[place])
+            for place, completion in state["rows"]
+            if place in index
+        ]
+        mine.sort(key=lambda completion: (completion.prompt_index, completion.sample_index))
+        completions = Future[list[Completion]]()
+        completions.set_result(mine)
+        self.flight = _Flight(state["place"], places, state["sampling"], completions)
 
     def share(self, samples: Sequence[Sample]) -> list[Sample]:
         """This rank's part of all ranks' samples; all ranks get equally many.
@@ -113,6 +171,18 @@ class Collector:
         parts = [_batched(part, self.unit) for part in self.ranks.gather(samples)]
         return [s for units in zip(*parts, strict=True) for unit in units for s in unit]
 
+    def rows(self, samples: Sequence[Sample]) -> list[dict[str, Any]]:
+        """`samples` as a checkpoint keeps them: their prompts by their places in the stream."""
+        names = ("completion", "score", "group", "filler")
+        return [{name: getattr(sample, name) for name in names} for sample in samples]
+
+    def from_rows(self, rows: Sequence[Any]) -> list[Sample]:
+        """The samples of `rows`; those of earlier versions' checkpoints were samples already."""
+        return [
+            row if isinstance(row, Sample) else Sample(self.prompts.at(row["group"]), **row)
+            for row in rows
+        ]
+
     def evaluate(self, prompts: Sequence[Prompt]) -> float:
         """Mean reward of greedy completions of all ranks' `prompts`."""
         with self.timer.phase("eval"):
@@ -124,8 +194,8 @@ class Collector:
                 seeds=None,
                 replay=False,
             )
-            completions = self.engine.generate(prompts, greedy)
-            parts = distributed.on_all(lambda: self.scorer.score(prompts, completions), "reward")
+            completions = self._generate(prompts, greedy)
+            parts = self._on_all(lambda: self.scorer.score(prompts, completions), "reward")
         return statistics.fmean(score.value for part in parts for score in part)
 
     def _draw(self) -> list[list[Sample]]:
@@ -136,11 +206,11 @@ class Collector:
             if flight is not None and flight.place == self.prompts.position:
                 completions = flight.completions.result()
             else:
-                completions = self.engine.generate(prompts, sampling)
+                completions = self._generate(prompts, sampling)
         self.prompts.next()
         with self.timer.phase("reward"):
             # A reward that fails on one rank ends the job on all.
-            parts = distributed.on_all(lambda: self._score(prompts, completions, places), "reward")
+            parts = self._on_all(lambda: self._score(prompts, completions, places), "reward")
         # In the order of the stream, so that statistics do not depend on the number of ranks.
         samples = sorted((s for part in parts for s in part), key=lambda s: s.group)
         groups: dict[int, list[Sample]] = {}
@@ -191,6 +261,11 @@ class Collector:
             replay=rollout.truncation_replay,
             seeds=tuple(tuple(derive_seed(self.seed, p, j) for j in range(n)) for p in places),
         )
+
+
+def _without_seeds(sampling: SamplingParams) -> dict[str, Any]:
+    """The options of `sampling`, which seeds follow the prompts' places."""
+    return dataclasses.asdict(dataclasses.replace(sampling, seeds=None))
 
 
 def _differ(group: Sequence[Sample]) -> bool:

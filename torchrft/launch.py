@@ -21,7 +21,13 @@ from datetime import timedelta
 from ipaddress import ip_address
 from queue import Empty, SimpleQueue
 
-from torchrft.tools.signals import SECONDS_BETWEEN_KEY_PRESSES, exit_on_signal
+from torchrft.tools.signals import (
+    LAUNCHER,
+    SECONDS_BETWEEN_KEY_PRESSES,
+    STOPS,
+    exit_on_signal,
+    heard_signals,
+)
 from torchrft.tools.text import one_line
 
 Codes = dict[int, int]  # exit codes, by rank
@@ -29,8 +35,8 @@ Address = tuple[str, int]  # of a socket
 Listener = socket.socket | None  # None on all hosts but the first
 
 RANK = [sys.executable, "-m", "torchrft.train"]
-# Its exit codes; a rank that ends with one of them has said why. The last two mean that it saved.
-SPOKEN = (1, 2, 0, 128 + signal.SIGINT, 128 + signal.SIGTERM)
+# Its exit codes; a rank that ends with one of them has said why. Those above 128: that it saved.
+SPOKEN = (1, 2, 0, *(128 + signum for signum in STOPS))
 # Seconds until the ranks that are left get a signal, which one, and seconds until they are killed:
 # after a signal they save, after a rank failed they may say so, after a second Ctrl-C they end.
 SIGNALLED = (0.0, signal.SIGTERM, float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 600)))
@@ -82,13 +88,15 @@ def _one_host(argv: list[str], count: int) -> int:
 def _job(argv: list[str], count: int, first: int, store: Address, listener: Listener) -> int:
     """Runs the ranks from `first` on; all meet at `store`, where rank 0 answers by `listener`."""
     heard: list[tuple[int, float]] = []
-    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # nohup
-            signal.signal(signum, lambda number, _: heard.append((number, time.monotonic())))
+    for signum in heard_signals(STOPS):
+        signal.signal(signum, lambda number, _: heard.append((number, time.monotonic())))
     shown = os.environ.get("LOG_RANK") or ",".join(map(str, range(count)))
     env = _interface(store) | os.environ | {"LOCAL_WORLD_SIZE": str(count)}
     env |= {"MASTER_ADDR": store[0], "MASTER_PORT": str(store[1])}
-    env["TORCHRFT_STORE"] = str(listener.fileno()) if listener else ""
+    env |= {
+        "TORCHRFT_STORE": str(listener.fileno()) if listener else "",
+        LAUNCHER: str(os.getpid()),
+    }
     ranks = []
     for local in range(count):
         process = subprocess.Popen(

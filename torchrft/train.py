@@ -4,10 +4,11 @@ import atexit
 import os
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from torchrft.tools.signals import exit_on_signal
+from torchrft.tools.signals import SecondKeyboardInterrupt, end_with_launcher, exit_on_signal
 
 # All else is imported late, so that Ctrl-C is heard, and that help and config errors come at once.
 
@@ -29,12 +30,14 @@ def main(argv: list[str] | None = None) -> int:
     from torchrft.rewards.source import RewardError
     from torchrft.rollout.canary import WeightSyncError
     from torchrft.tools import distributed
+    from torchrft.tools.disk import disk_fault
     from torchrft.tools.images import ImageError
     from torchrft.tools.progress import told
     from torchrft.trainer import Trainer
 
     of_ranks = (distributed.RankError, TimeoutError, ConnectionError)
     faults = (RewardError, WeightSyncError, ImageError, *of_ranks)
+    crashes = Path(config.checkpoint.save_path, "crashes")
     trainer = None
     try:
         world = distributed.setup(config.parallel.collective_timeout)
@@ -48,13 +51,15 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if signum is None else 128 + signum
     except faults as error:
         return _end_of_rank(error)
-    except KeyboardInterrupt:
+    except OSError as error:
+        return _end_of_rank(disk_fault(error) or _crash(error, crashes))
+    except SecondKeyboardInterrupt:
         return _end_of_rank("stopped by a second Ctrl-C, without saving", 130)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:  # a user's function may raise the latter
         if isinstance(error, RuntimeError) and distributed.comes_from_a_collective(error):
             phase = (trainer and trainer.timer.failed) or "training"
             return _end_of_rank(distributed.peer_error(error, phase))
-        return _end_of_rank(_crash(error, Path(config.checkpoint.save_path, "crashes")))
+        return _end_of_rank(_crash(error, crashes))
     finally:
         distributed.teardown()
 
@@ -65,12 +70,13 @@ def _end_of_rank(fault: object, code: int = 1) -> int:
 
     text, rank = one_line(str(fault)), os.environ.get("RANK")
     several = os.environ.get("WORLD_SIZE", "1") != "1" and rank is not None
-    # In one piece, since ranks write at the same time.
-    sys.stderr.write(f"error: {text}" + (f" (rank {rank})\n" if several else "\n"))
+    with suppress(OSError):  # a full disk takes the line, but not the exit code
+        # In one piece, since ranks write at the same time.
+        sys.stderr.write(f"error: {text}" + (f" (rank {rank})\n" if several else "\n"))
     return code
 
 
-def _crash(error: Exception, folder: Path) -> str:
+def _crash(error: BaseException, folder: Path) -> str:
     """What a bug raised, and where; its traceback goes to a file, or is printed if none can be."""
     from torchrft.tools.text import redact
 
@@ -92,14 +98,16 @@ def _end(codes: list[int]) -> None:
     """Ends the process of a job that has ended, its exit code in `codes`, without torch's own
     destructors: threads of gloo that are still at it abort a rank there now and then, and its
     launcher then ends the others, whatever they are about to save."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # its disk may be full
+            stream.flush()
     if codes:
         os._exit(codes[0])
 
 
 def run(argv: list[str] | None = None) -> NoReturn:
     """`main` as the whole program."""
+    end_with_launcher()
     exit_on_signal()
     ended: list[int] = []
     atexit.register(_end, ended)  # the first to be registered is the last to run

@@ -2,7 +2,6 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +19,7 @@ from torchrft.data.batch import make_batch
 from torchrft.data.loader import PromptLoader
 from torchrft.data.prompts import PromptDataset, load_prompts
 from torchrft.metrics.console import Console
-from torchrft.metrics.files import METRICS_FILE, read_metrics
+from torchrft.metrics.files import METRICS_FILE, read_metrics, write_atomically
 from torchrft.metrics.logger import MetricLogger
 from torchrft.metrics.plots import plot_curves, plot_lengths
 from torchrft.metrics.rollout_dump import dump
@@ -32,18 +31,22 @@ from torchrft.models.loader import load_tokenizer
 from torchrft.optim.lr_scheduler import build_scheduler
 from torchrft.optim.optimizer import build_optimizer
 from torchrft.optimizer_step import OptimizerStep
-from torchrft.parallel import ParallelDims
+from torchrft.parallel import ParallelDims, reshard
 from torchrft.parallel.zero import sharding
 from torchrft.policy_update import PolicyUpdate
 from torchrft.reward_builder import build_rewards, with_source_key
 from torchrft.rewards.shaping import RewardShaper
 from torchrft.rollout.weight_sync import named_full_tensors
+from torchrft.run_state import RunState
 from torchrft.tools import distributed
 from torchrft.tools.distributed import World, on_all, on_main
+from torchrft.tools.lock import hold
 from torchrft.tools.logging import logger
-from torchrft.tools.seeds import rng_state, seed_everything, set_rng_state
-from torchrft.tools.signals import StopSignal
+from torchrft.tools.seeds import seed_everything
+from torchrft.tools.signals import Abandoned, SecondKeyboardInterrupt, StopSignal
 from torchrft.types import Prompt, Sample
+
+SECONDS_TO_AGREE = 20.0  # that ranks may be apart when a fault has ended what they do
 
 
 class Trainer:
@@ -58,6 +61,10 @@ class Trainer:
         # As the slowest host of the job computes.
         self.lacks_bf16 = distributed.any_rank(lacks_bf16())
         self.config = config = with_precision(config, lambda: self.lacks_bf16)
+        save_path = Path(config.checkpoint.save_path)
+        self.log_dir = Path(config.logging.log_dir or save_path / "logs")
+        on_main(lambda: hold(save_path, "save_path"), "lock save_path")
+        on_main(lambda: hold(self.log_dir, "log_dir"), "lock log_dir")
         self.dtype = torch.bfloat16 if config.training.bf16 else torch.float32
         seed_everything(config.training.seed)
         # On a CPU it costs nothing: there several threads add up in any order otherwise.
@@ -65,13 +72,21 @@ class Trainer:
         torch.use_deterministic_algorithms(on_cpu or config.training.deterministic)
         self.dims = ParallelDims.of(config.parallel, world.world_size)
         self.ranks = self.dims.data_ranks(world.device.type)
-        self.step = self.pending_rollouts = self.step_began = 0  # where in the stream it began
+        self.step = self.saved_step = self.pending_rollouts = 0
+        self.step_began = 0  # where in the stream
+        self.row: dict[str, float] = {}  # metrics of the step under way
         self.stop_requested: int | None = None
         self.pending: list[Sample] = []  # samples that wait for a full train_batch_size
         check_models(config)  # before data and engines, which take minutes
         self._build_data()
         self._build_rollout()  # first: an engine that does not start or fit shows at once
         self._build_models()
+        steppers = {"policy": self.update.stepper}
+        steppers |= {} if self.critic is None else {"critic": self.critic.stepper}
+        small = {"coefficients": self.update, "data": self.prompts}
+        parts = self.collector, self.scorer, self.shaper
+        self.state = RunState(config, world, *parts, steppers, small)
+        self.agreement = distributed.Agreement()
         self._build_output()
 
     def _build_data(self) -> None:
@@ -101,7 +116,7 @@ class Trainer:
     def _load_prompts(self, name: str, source: str, data: Data) -> PromptDataset:
         prompts = load_prompts(source, data, self.tokenizer, name, self.vision)
         kept = on_all(lambda: (len(prompts), prompts.digest()), name)
-        if len({*kept}) > 1:
+        if any(other != kept[0] for other in kept):
             raise ValueError(
                 f"{name}: the ranks keep other prompts, {', '.join(str(n) for n, _ in kept)} of "
                 "them: give all hosts the same files, with their images"
@@ -171,40 +186,80 @@ class Trainer:
     def _build_output(self) -> None:
         config = self.config
         save_path = Path(config.checkpoint.save_path)
-        self.log_dir = Path(config.logging.log_dir or save_path / "logs")
         most, size = config.checkpoint.max_ckpt_num, config.checkpoint.max_ckpt_mem * 10**9
         self.checkpoints = CheckpointManager(save_path, most, size)
         self.other_files: dict[str, bytes] = {}  # rank 0's; read now, since they may be gone later
         read = partial(files_beside_weights, config.model.pretrain)
         on_main(lambda: self.other_files.update(read()), "read pretrain")
-        if not (config.checkpoint.load_checkpoint and self._resume()):
+        if not (config.checkpoint.load_checkpoint and self.state.resume(self.checkpoints)):
             set_aside(save_path, self.log_dir)
-        if self.world.is_main:
-            save_path.mkdir(parents=True, exist_ok=True)
-            (save_path / "config.toml").write_text(to_toml(config))
+        progress = self.state.progress
+        self.step = self.saved_step = progress["step"]
+        self.pending = list(progress["pending"])
+        self.pending_rollouts = progress["pending_rollouts"]
+        self.step_began = self.prompts.position
+        config_file, text = save_path / "config.toml", to_toml(config)
+        on_main(lambda: write_atomically(config_file, text), "write config.toml")
         settings, began = config.model_dump(mode="json"), self.step or None
         self.logger = MetricLogger(config.logging, self.log_dir, settings, resume_step=began)
-        self.stuck = StuckAlarm(read_metrics(self.log_dir) if began else ())
+        records = read_metrics(self.log_dir) if began else []
+        if on_main(lambda: bool(records) and records[-1]["step"] == self.step, "read metrics"):
+            self.state.logged()
+        self.stuck = StuckAlarm(records)
         self.console = Console(self.last_step, self.step)
 
     def train(self) -> int | None:
-        """Runs to the last step. Returns the number of the signal that ended it early, or None."""
+        """Runs to the last step. Returns the number of the signal that ended it early, or None.
+
+        Whatever ends it, the state after the last finished step is saved, if all ranks get there.
+        """
         with StopSignal() as stop, self.console, self.logger:
-            self._sync_weights()
-            while self.step < self.last_step and self.stop_requested is None:
-                metrics = self._measured_step()
-                stopping = distributed.any_rank(stop.received is not None)
-                self.stop_requested = (stop.received or 15) if stopping else None
-                self._finish_step(metrics)
+            self.collector.abandonable = stop.abandonable
+            try:
+                self._sync_weights()
+                if unlogged := self.state.progress["unlogged"]:  # a fault came after its update
+                    self._finish_step(self._completed(unlogged))
+                while self.step < self.last_step and self.stop_requested is None:
+                    metrics = self._measured_step()
+                    stopping = distributed.any_rank(stop.received is not None)
+                    self.stop_requested = (stop.received or 15) if stopping else None
+                    self._finish_step(metrics)
+            except BaseException as fault:
+                self._save_after(fault)
+                if isinstance(fault, SystemExit):  # it would end the job as if all were well
+                    raise RuntimeError("a function of the job called sys.exit()") from fault
+                if not (stop.received and isinstance(fault, Abandoned | distributed.RankError)):
+                    raise
+                if self.state.step != self.saved_step:
+                    raise TimeoutError(
+                        "stopped in a step that did not end, without saving"
+                    ) from None
+                self.stop_requested = stop.received
         self.engine.close()
         self.scorer.close()
         self._summarize()
         return self.stop_requested
 
+    def _save_after(self, fault: BaseException) -> None:
+        """Saves the last finished step before a `fault` ends the run; says so where it cannot."""
+        step = self.state.step
+        if isinstance(fault, SecondKeyboardInterrupt) or step == self.saved_step:
+            return
+        saved, why = self.saved_step, "the fault came in the middle of an update"
+        if step is not None:
+            why = "the other ranks have not come to the same point"
+            if self.agreement.on(step, SECONDS_TO_AGREE):
+                try:
+                    for stepper in self.state.steppers.values():
+                        reshard(stepper.model)  # it may have been left in the middle of a forward
+                    return self.save()
+                except Exception as error:
+                    self.saved_step, why = saved, str(error)
+        logger.error("what came after step %d is lost: %s", saved, why)
+
     def _summarize(self) -> None:
         if not self.world.is_main:
             return
-        plot_curves(self.log_dir)
         paths = {
             "config": Path(self.config.checkpoint.save_path) / "config.toml",
             "checkpoints": self.checkpoints.checkpoints,
@@ -213,12 +268,19 @@ class Trainer:
             **{name: self.log_dir / name for name in ("rollouts", "plots")},
         }
         paths = {name: path for name, path in paths.items() if path.exists()}
-        self.console.summary(paths, read_metrics(self.log_dir))
+        try:
+            plot_curves(self.log_dir)
+            records = read_metrics(self.log_dir)
+        except (OSError, ValueError) as error:  # all is saved by now
+            logger.warning("the summary lacks metrics: %s", error)
+            records = [{"step": self.step}]
+        self.console.summary(paths, records)
 
     def train_step(self) -> dict[str, float]:
         """One rollout and what is learned from it."""
         self.step_began = self.prompts.position
-        ahead = self.config.rollout.async_level > 0 and self.step + 1 < self.last_step
+        # Beyond max_steps, too: a run that it stops goes on as one that never stopped.
+        ahead = self.config.rollout.async_level > 0 and self.step + 1 < self.schedule_steps
         samples, metrics = self.collector.collect(ahead)
         if self.sleeps:
             self.engine.sleep()
@@ -226,7 +288,7 @@ class Trainer:
         self.pending += self.collector.share(samples)
         self.pending_rollouts += 1
         if self._batch_is_full():
-            for stepper in self._steppers():
+            for stepper in self.state.steppers.values():
                 stepper.prepare()
             filtering = self.config.algorithm.overlong_filtering
             batch = make_batch(self.pending, self.world.device, filtering)
@@ -239,35 +301,40 @@ class Trainer:
             batch, shaped = self.advantages.add(batch, self.update.kl_coef, split)
             metrics |= shaped
             with self.timer.phase("update"):
+                self.state.leave()
                 if self.critic is not None:
                     metrics |= self.critic.run(batch)
                 frozen = self.step < self.config.training.freezing_actor_steps
                 metrics |= self.update.run(batch, frozen)
-                for stepper in self._steppers():
+                for stepper in self.state.steppers.values():
                     stepper.rest()
         else:
             metrics |= self.update.waiting()
-        self.collector.wait()
         self.step += 1
+        self.row |= metrics
+        # Whatever fails from here on, the update is not lost.
+        self.state.take(self.step, self.pending, self.pending_rollouts, self.row)
+        self.collector.wait()
         with self.timer.phase("weight_sync"):
             self._sync_weights()
         return metrics
 
-    def _steppers(self) -> list[OptimizerStep]:
-        critic = [] if self.critic is None else [self.critic.stepper]
-        return [self.update.stepper, *critic]
-
     def _measured_step(self) -> dict[str, float]:
         """A step with what surrounds it: evaluation, times, throughput and memory."""
-        metrics: dict[str, float] = {}
+        self.row = {}
         every = self.config.evaluation.eval_steps or self.schedule_steps
         with self.timer.phase("step"):
             if self.evaluates and self.step % every == 0 and self.step + 1 < self.last_step:
-                metrics |= self.evaluate()
-            metrics |= self.train_step()
+                self.row |= self.evaluate()
+            self.train_step()
+        return self._completed(self.row)
+
+    def _completed(self, row: dict[str, float]) -> dict[str, float]:
+        """The metrics of a step with what comes after its update."""
+        with self.timer.phase("step"):
             if self.evaluates and self.step == self.last_step:
-                metrics |= self.evaluate()
-        metrics |= self.timer.pop()
+                row = row | self.evaluate()
+        metrics = row | self.timer.pop()
         tokens = metrics.pop("tokens")
         metrics["throughput/tokens_per_second"] = tokens / metrics["time/step"]
         peak = {"memory/peak_gib": peak_memory_gib(self.world.device)}
@@ -310,6 +377,7 @@ class Trainer:
             if warning := self.stuck.hear(metrics):
                 logger.warning("step %d: %s", self.step, warning)
         self.logger.log(self.step, metrics)
+        self.state.logged()
         self.console.step(self.step, metrics)
         if self._save_is_due():
             self.save()
@@ -327,73 +395,5 @@ class Trainer:
         model, files = self.policy.model, self.other_files
         export = partial(export_hf, model, self.processor, dtype=self.dtype, files=files)
         with self.timer.phase("checkpoint"):
-            self.checkpoints.save(self.step, self.state_dict(), export)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything a run needs to go on as if it had never stopped."""
-        return {
-            **{name: part.state_dict() for name, part in self._stateful().items()},
-            "reward": {**self.shaper.state_dict(), "sources": self.scorer.state_dict()},
-            "progress": {
-                "step": self.step,
-                "pending": self.collector.unshare(self.pending),
-                "pending_rollouts": self.pending_rollouts,
-                "batches": self._batches(),
-            },
-            "rng": {f"rank{self.world.rank}": rng_state()},
-        }
-
-    def _stateful(self) -> dict[str, Any]:
-        parts = {"policy": self.update.stepper, "coefficients": self.update, "data": self.prompts}
-        return parts if self.critic is None else {**parts, "critic": self.critic.stepper}
-
-    def _batches(self) -> dict[str, int]:
-        """What decides how pending samples become optimizer steps."""
-        rollout = self.config.rollout
-        return {
-            "rollout_batch_size": rollout.rollout_batch_size,
-            "n_samples_per_prompt": rollout.n_samples_per_prompt,
-            "train_batch_size": self.config.training.train_batch_size,
-            "data_parallel_ranks": self.ranks.size,
-        }
-
-    def _resume(self) -> bool:
-        """Goes on from a checkpoint; False if there is none, or it is another run's: then what lies
-        under save_path is not gone on with."""
-        options = self.config.checkpoint
-        source = options.ckpt_path
-        if source is not None and self.checkpoints.began_from(source):
-            logger.info("%s began from ckpt_path before and goes on", options.save_path)
-            source = None
-        path = self.checkpoints.resolve(source)
-        if path is None:
-            logger.info("no checkpoint under %s: starting from the beginning", options.save_path)
-            return False
-        own = path.resolve().parent == self.checkpoints.checkpoints.resolve()
-        state = self.state_dict()
-        self.checkpoints.load(path, state)
-        for name, part in self._stateful().items():
-            part.load_state_dict(state[name])
-        self.shaper.load_state_dict(state["reward"])
-        self.scorer.load_state_dict(state["reward"].get("sources", {}))
-        progress = state["progress"]
-        saved, pending = progress["batches"], progress["pending"]
-        waiting = " and holds samples that wait for their optimizer step" if pending else ""
-        for name, value in self._batches().items():
-            # A step is a rollout: with others, the steps done and those left would not add up.
-            fixed = name == "rollout_batch_size" or (pending and name != "data_parallel_ranks")
-            if fixed and saved[name] != value:
-                raise ValueError(
-                    f"{path} was saved with {name} = {saved[name]}{waiting}; this run has {value}: "
-                    f"resume with {saved[name]}"
-                )
-        if saved["data_parallel_ranks"] != self.ranks.size:
-            pending = [sample for sample in pending if not sample.filler]
-        self.step = progress["step"]
-        self.pending = self.collector.share(pending)
-        self.pending_rollouts = progress["pending_rollouts"]
-        set_rng_state(state["rng"][f"rank{self.world.rank}"])
-        if own:  # what later steps left belongs to a course of training that is not gone on with
-            self.checkpoints.set_aside_after(self.step)
-        logger.info("resumed from %s, after step %d", path, self.step)
-        return own
+            self.saved_step = self.step  # even if it fails: a second time it would, too
+            self.checkpoints.save(self.step, self.state.state_dict(), export)

@@ -224,10 +224,9 @@ KILL = """
 
     if phase == "during DCP":
         count = 0
-        def reduce_ex(self, protocol):
-            die()
-        class Deadly:
-            __reduce_ex__ = reduce_ex
+        class Deadly(dict):
+            def items(self):
+                die()
     if phase == "after DCP":
         after(module, "save_state")
     if phase == "after checksums":
@@ -255,7 +254,7 @@ KILL = """
     if phase == "during rotation":
         folders.shutil.rmtree = lambda path: (next(Path(path).iterdir()).unlink(), die())
 
-    value = {**state(step), "extra": Deadly() if phase == "during DCP" else 0}
+    value = {**state(step), "extra": [Deadly()] if phase == "during DCP" else 0}
     CheckpointManager(folder, 2, 10**12).save(step, value, export)
     print("survived")
 """
@@ -389,3 +388,58 @@ def test_set_aside_of_nothing(tmp_path, caplog):
     set_aside(tmp_path)
     assert names(tmp_path) == ["other.txt"]
     assert not caplog.records
+
+
+def test_names_that_only_look_like_a_step_are_no_checkpoints(manager, tmp_path):
+    path = manager.save(4, state(4), export)
+    for name in ("step-04", "step-٤", "step-004", "step-4 ", "step-+4", "step-4.0"):
+        shutil.copytree(path, path.with_name(name))
+    assert manager.find_latest() == path
+    manager.save(5, state(5), export)
+    assert loaded_step(manager, path) == 4
+    for step in (6, 7, 8, 9):
+        manager.save(step, state(step), export)
+    assert {"step-04", "step-٤", "step-004"} < set(names(tmp_path / "checkpoints"))
+    assert folders_module.steps_in(tmp_path / "checkpoints").keys() == {7, 8, 9}
+
+
+@pytest.mark.parametrize("kind", ["file", "dead link", "link to a file"])
+@pytest.mark.parametrize("suffix", ["", ".tmp", ".old"])
+def test_what_is_no_folder_is_not_in_a_checkpoints_way(manager, tmp_path, kind, suffix):
+    manager.save(3, state(3), export)
+    (tmp_path / "other").write_text("kept")
+    for parent in ("checkpoints", "hf"):
+        place = tmp_path / parent / f"step-4{suffix}"
+        if kind == "file":
+            place.write_text("kept")
+        else:
+            place.symlink_to(tmp_path / ("other" if kind == "link to a file" else "nowhere"))
+    assert manager.find_latest().name == "step-3"
+    path = manager.save(4, state(4), export)
+    assert manager.find_latest() == path
+    assert loaded_step(manager, path) == 4
+    assert names(tmp_path / "hf") == names(tmp_path / "checkpoints") == ["step-3", "step-4"]
+    assert (tmp_path / "other").read_text() == "kept"
+    if not suffix:  # it may be a user's
+        moved = tmp_path / "previous-1" / "checkpoints" / "step-4"
+        assert os.path.lexists(moved)
+
+
+def test_a_link_to_a_checkpoint_elsewhere_is_rotated_away_alone(manager, tmp_path):
+    path = manager.save(1, state(1))
+    path.rename(tmp_path / "step-1")
+    path.symlink_to(tmp_path / "step-1")
+    assert manager.find_latest() == path
+    for step in (2, 3, 4):
+        manager.save(step, state(step))
+    assert names(tmp_path / "checkpoints") == ["step-2", "step-3", "step-4"]
+    assert (tmp_path / "step-1" / "manifest.json").exists()
+
+
+def test_what_a_killed_rotation_left_goes_on_resume(manager, tmp_path):
+    for step in (1, 2, 3):
+        manager.save(step, state(step), export)
+    few = CheckpointManager(tmp_path, max_num=2, max_bytes=BIG)
+    (tmp_path / "hf" / "step-1").rename(tmp_path / "hf" / "step-1.tmp")  # killed here
+    few.tidy(3)
+    assert names(tmp_path / "hf") == names(tmp_path / "checkpoints") == ["step-2", "step-3"]

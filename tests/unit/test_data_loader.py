@@ -1,6 +1,7 @@
 """The prompt order: permutations, shards, exact resumption."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from torchrft.data.loader import PromptLoader
 from torchrft.data.prompts import PromptDataset
+from torchrft.tools.images import Image
 from torchrft.types import Prompt
 
 
@@ -144,3 +146,45 @@ def test_impossible_shapes_are_refused():
         PromptLoader(dataset(10), 4, seed=0, world_size=3)
     with pytest.raises(ValueError, match="there are no prompts"):
         PromptLoader(dataset(0), 4, seed=0)
+
+
+def changed_dataset(change):
+    """Four prompts, of which one is changed, or the order."""
+    prompts = [Prompt(row, str(row), (row + 1,), str(row), {"level": row}) for row in range(4)]
+    data = PromptDataset()
+    for prompt in change(prompts):
+        data.append(prompt)
+    return data
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda p: p[::-1], "has the same prompts in another order than"),
+        (lambda p: [p[1], p[0], *p[2:]], "has the same prompts in another order than"),
+        (lambda p: [replace(p[0], token_ids=(9,)), *p[1:]], "has other prompts than"),
+        (lambda p: [p[0], p[0], *p[2:]], "has other prompts than"),
+        (lambda p: [replace(p[0], label="5"), *p[1:]], "has other labels than"),
+        (lambda p: [*p[:3], replace(p[3], metadata={"level": 0})], "has other labels than"),
+        (lambda p: [replace(p[0], images=(Image(data=b"x"),)), *p[1:]], "has other prompts than"),
+    ],
+)
+def test_other_prompts_of_equal_number_are_refused(change, text):
+    state = PromptLoader(changed_dataset(lambda p: p), 2, seed=0).state_dict()
+    with pytest.raises(ValueError, match=text + r".*bring back the file"):
+        PromptLoader(changed_dataset(change), 2, seed=0).load_state_dict(state)
+
+
+def test_what_is_no_change_is_gone_on_with():
+    state = PromptLoader(changed_dataset(lambda p: p), 2, seed=0).state_dict()
+    again = PromptLoader(changed_dataset(lambda p: [replace(x, row=9) for x in p]), 2, seed=0)
+    again.load_state_dict(state)
+    del state["content"]  # of an earlier version
+    PromptLoader(changed_dataset(lambda p: p[::-1]), 2, seed=0).load_state_dict(state)
+    odd = [Prompt(0, "", (1,), {1, 2}, {"a": object(), 3: b"x"}) for _ in range(2)]
+    digests = []
+    for prompt in odd:
+        data = PromptDataset()
+        data.append(prompt)
+        digests.append(data.digest())
+    assert digests[0] == digests[1]

@@ -23,7 +23,7 @@ ROWS = [
     {"data", "rewards", "algorithms", "rollout", "optim", "checkpoint", "metrics"},
     # What the trainer is made of.
     {"collector", "advantage_step", "optimizer_step", "model_builder", "preflight"},
-    {"policy_update", "critic_update", "reward_builder"},
+    {"policy_update", "critic_update", "reward_builder", "run_state"},
     {"trainer"},
     {"train", "deepspeed", "rewards/server.py"},
     {"launch"},

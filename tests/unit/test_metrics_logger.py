@@ -197,3 +197,26 @@ def _log_on_rank(rank: int, folder: str) -> None:
 def test_only_rank_0_writes(tmp_path):
     run_ranks(_log_on_rank, 2, str(tmp_path))
     assert read_metrics(tmp_path) == [{"step": 1, "rank": 0}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    ["[1]", "7", "null", '"step"', "{}", '{"reward/mean": 1.0}', '{"step": "2"}', '{"step": true}',
+     '{"step": 1.5}', '{"step": 2, "reward/mean": "high"}', '{"step": 2, "a": {"b": 1}}'],
+)  # fmt: skip
+def test_a_foreign_row_is_named(tmp_path, row):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": null}\n' + row + "\n")
+    with pytest.raises(ValueError, match=r"jsonl, line 2 is no record of a step: .*remove"):
+        MetricLogger(Logging(), tmp_path, {}, resume_step=1)
+
+
+def test_a_resume_leaves_foreign_files_and_removes_half_written_ones(tmp_path):
+    (tmp_path / "rollouts" / "step-9.jsonl").mkdir(parents=True)
+    (tmp_path / "rollouts" / "step-٩.jsonl").write_text("mine")
+    (tmp_path / "plots").mkdir()
+    for name in ("plots/.reward.png.tmp", ".metrics.jsonl.tmp"):
+        (tmp_path / name).write_text("half")
+    MetricLogger(Logging(), tmp_path, {}, resume_step=1).close()
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    kept = {"metrics.jsonl", "plots", "rollouts", "rollouts/step-9.jsonl", "rollouts/step-٩.jsonl"}
+    assert left == kept

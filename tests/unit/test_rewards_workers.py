@@ -50,6 +50,10 @@ def behave(response):
         sys.stdout.flush()
     if response == "quit":
         sys.exit(1)
+    if response == "interrupt":
+        raise KeyboardInterrupt
+    if response == "cancel":
+        raise asyncio.CancelledError
     return float(len(response))
 
 def many(responses):
@@ -164,10 +168,14 @@ def test_a_rule_that_never_judges_ends_the_run(own, monkeypatch, caplog):
         ("nan", "a reward must be a finite number, got nan"),
         ("text", "a reward must be a finite number, got '1'"),
         ("quit", "SystemExit: 1"),
+        ("interrupt", r"KeyboardInterrupt:  \(.*own\.py, line \d+\)"),
+        ("cancel", "CancelledError: "),
     ],
 )
 def test_a_bug_stops_the_run_and_names_source_and_row(function, bad, text, own):
-    row = {"many": "10" if bad in ("bug", "quit") else "11", "later": "1[01]"}.get(function, "11")
+    row = {"many": "10" if bad not in ("nan", "text") else "11", "later": "1[01]"}.get(
+        function, "11"
+    )
     with pytest.raises(RewardError, match=f"reward function 'own', prompt row {row}: {text}"):
         scored(own, function, "a", bad, "c")
 

@@ -102,7 +102,10 @@ def test_a_signal_before_ranks_can_save_ends_them_at_once(tmp_path, signum, code
     assert result(process) == (code, "", ended)
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("signum", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)],
+)
 def test_ranks_save_and_end_after_a_signal(tmp_path, signum, code):
     save = "    time.sleep(1)\n    os.write(1, b'saved %d\\n' % RANK)\n    os._exit(143)\n"
     rank = f"def save(*_):\n{save}signal.signal(15, save)\nready()\ntime.sleep(60)"
@@ -111,6 +114,25 @@ def test_ranks_save_and_end_after_a_signal(tmp_path, signum, code):
     process.send_signal(signum)
     returned, out, errors = result(process)
     assert (returned, sorted(out.splitlines()), errors) == (code, ["saved 0", "saved 1"], [])
+
+
+def test_ranks_end_when_their_launcher_is_killed(tmp_path):
+    rank = "from torchrft.tools.signals import end_with_launcher\n"
+    rank += "signal.signal(15, signal.SIG_IGN)\nend_with_launcher()\nready()\ntime.sleep(600)"
+    process = start(tmp_path, rank)
+    wait_for(tmp_path)
+    process.kill()
+    process.communicate(timeout=60)  # it ends once the ranks, which hold the pipes, have ended
+
+
+def test_a_rank_that_starts_after_its_launcher_has_ended_ends(tmp_path):
+    code = "from torchrft.tools.signals import end_with_launcher; end_with_launcher(); print(1)"
+    env = INHERITED | {"TORCHRFT_LAUNCHER": str(os.getpid()), "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-c", code]
+    assert subprocess.run(words, env=env, stdout=-1, text=True).stdout == "1\n"
+    env["TORCHRFT_LAUNCHER"] = "1"
+    done = subprocess.run(words, env=env, stdout=-1, text=True)
+    assert (done.returncode, done.stdout) == (137, "")
 
 
 def test_a_second_ctrl_c_ends_ranks_that_are_saving(tmp_path):

@@ -17,6 +17,8 @@ import torch.distributed.checkpoint as dcp
 from tiny_job import ROOT, argv, prompt_file, records, run_process
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from torchrft.checkpoint.dcp_files import LoadPlanner, Reader
+
 STEPS = 8  # 10 prompts in rollouts of 4, 3 episodes: passes end within steps 3, 5 (exactly) and 8
 KINDS = {
     # Checkpoints after steps 3 and 6 and where a pass ends: 3, 5, 8.
@@ -89,7 +91,7 @@ def never_stopped(tmp_path_factory):
 
 def everything_in(checkpoint: Path) -> dict:
     """All tensors and objects of a checkpoint by their path."""
-    reader = dcp.FileSystemReader(checkpoint)
+    reader = Reader(checkpoint)
     content = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         if isinstance(entry, TensorStorageMetadata)
@@ -97,7 +99,7 @@ def everything_in(checkpoint: Path) -> dict:
         for name, entry in reader.read_metadata().state_dict_metadata.items()
     }
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner = LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     dcp.load(content, storage_reader=reader, planner=planner, no_dist=True)
     return content
 
@@ -444,3 +446,66 @@ def test_lr_total_steps_on_resume_are_those_of_the_job_that_resumes(tmp_path):
     assert run_process(again, tmp_path / "log") == 0, (tmp_path / "log").read_text()
     rates = [line["lr"] for line in records(tmp_path / "run")]
     assert rates == pytest.approx([1e-3, 7.5e-4, 7.5e-4, 6.25e-4], rel=1e-12)
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from torchrft.tools.lock import hold
+hold(Path(sys.argv[1]), "x")
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("option", ["save_path", "log_dir"])
+def test_a_second_job_in_one_folder_is_refused(never_stopped, tmp_path, monkeypatch, option):
+    """It ends before it touches a file; once the first is gone, in whatever way, it runs."""
+    monkeypatch.setattr("torchrft.tools.lock.SECONDS_TO_END", 0.0)
+    save_path, log_dir = tmp_path / "run", tmp_path / "logs"
+    shutil.copytree(never_stopped("plain").run, save_path)
+    words = [sys.executable, "-c", HOLDER, str(save_path if option == "save_path" else log_dir)]
+    first = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE)
+    try:
+        assert first.stdout.readline() == b"held\n"
+        before = sorted(save_path.rglob("*"))
+        with (
+            pytest.raises(ValueError, match=rf"{option} \S+ is in use by process {first.pid} on "),
+            tiny_job.trainer(save_path, log_dir=log_dir),
+        ):
+            pass
+        assert sorted(save_path.rglob("*")) == before
+    finally:
+        first.kill()
+        first.communicate()
+    with tiny_job.trainer(save_path, log_dir=log_dir), tiny_job.trainer(save_path):
+        pass  # one process may hold a folder twice
+    again = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE)  # it was let go of
+    assert again.stdout.readline() == b"held\n"
+    again.kill()
+    again.communicate()
+
+
+def test_a_job_waits_for_one_that_was_just_killed(tmp_path):
+    from torchrft.tools.lock import hold
+
+    words = [sys.executable, "-c", HOLDER.replace("60", "0.5"), str(tmp_path)]
+    first = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE)
+    assert first.stdout.readline() == b"held\n"
+    hold(tmp_path, "save_path")
+    assert first.wait(60) == 0
+
+
+def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch, caplog):
+    import errno
+    import fcntl
+
+    from torchrft.tools.lock import hold
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    monkeypatch.setattr("torchrft.tools.lock.logger.propagate", True)
+    hold(tmp_path, "save_path")
+    assert "has no locks (No locks available): see to it that no other job has" in caplog.text

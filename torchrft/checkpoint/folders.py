@@ -4,6 +4,7 @@
 that is being replaced. Only `step-N` counts as a checkpoint.
 """
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 from torchrft.checkpoint.manifest import sync
 from torchrft.tools.logging import logger
 
-STEP_NAME = re.compile(r"step-(\d+)")
+STEP_NAME = re.compile(r"step-(0|[1-9][0-9]*)")  # as int() would also read step-04 and step-٤
 
 
 def step_of(folder: Path) -> int | None:
@@ -28,13 +29,19 @@ def steps_in(parent: Path) -> dict[int, Path]:
     return dict(sorted((step, path) for step, path in found if step is not None))
 
 
+def no_folders_in(parent: Path) -> list[Path]:
+    """Files and dead links of `parent` that are called step-N: the next save would meet them."""
+    found = parent.glob("step-*") if parent.is_dir() else ()
+    return [path for path in found if step_of(path) is not None and not path.is_dir()]
+
+
 def with_suffix(folder: Path, suffix: str) -> Path:
     """`step-3` -> `step-3.tmp` (Path.with_suffix would replace a suffix)."""
     return folder.with_name(folder.name + suffix)
 
 
 def suffixed_in(parent: Path, suffix: str) -> list[Path]:
-    """The step-N`suffix` folders of `parent`."""
+    """What is called step-N`suffix` in `parent`."""
     found = parent.glob(f"step-*{suffix}")
     return sorted(p for p in found if STEP_NAME.fullmatch(p.name.removesuffix(suffix)))
 
@@ -46,29 +53,35 @@ def publish(temporary: Path, final: Path) -> None:
     where `restore_interrupted` finds it.
     """
     old = with_suffix(final, ".old")
-    if final.exists():
+    if os.path.lexists(final):
         final.rename(old)
     temporary.rename(final)
     sync(final.parent)
-    if old.exists():
-        shutil.rmtree(old)
+    delete(old)
+
+
+def delete(path: Path) -> None:
+    """Delete what is at `path`, if anything: a folder, a file or a link, not what it points to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove(folder: Path) -> None:
     """Delete a step folder so that a kill never leaves half of it under its own name."""
     doomed = with_suffix(folder, ".tmp")
-    if doomed.exists():
-        shutil.rmtree(doomed)
+    delete(doomed)
     folder.rename(doomed)
-    shutil.rmtree(doomed)
+    delete(doomed)
 
 
 def restore_interrupted(parent: Path) -> None:
     """Finish what a killed `publish` left: bring back step-N.old if there is no step-N."""
     for old in suffixed_in(parent, ".old"):
         final = old.with_name(old.name.removesuffix(".old"))
-        if final.exists():
-            shutil.rmtree(old)
+        if final.is_dir() or not old.is_dir():
+            delete(old)
         else:
             old.rename(final)
             logger.warning("a save was interrupted while replacing %s; the old one stays", final)
@@ -78,7 +91,7 @@ def clear_leftovers(parent: Path) -> None:
     """Delete step-N.tmp folders of runs that died while saving."""
     for leftover in suffixed_in(parent, ".tmp"):
         logger.warning("removing %s, left half-written by a run that died", leftover)
-        shutil.rmtree(leftover)
+        delete(leftover)
 
 
 def size_in_bytes(folder: Path) -> int:

@@ -5,14 +5,18 @@ Every method is collective: all ranks call it, on a file system that all of them
 
 import tomllib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torchrft.checkpoint import folders, manifest
 from torchrft.checkpoint.set_aside import move_to_previous
 from torchrft.checkpoint.state_io import load_state, save_state
-from torchrft.tools.distributed import get_rank, get_world_size, on_all, on_main
+from torchrft.tools.disk import writing
+from torchrft.tools.distributed import get_rank, get_world_size, is_main, on_all, on_main
 from torchrft.tools.logging import logger
+
+Export = Callable[[Path], None]
 
 
 class CheckpointManager:
@@ -34,9 +38,7 @@ class CheckpointManager:
         self.max_num = max_num
         self.max_bytes = max_bytes
 
-    def save(
-        self, step: int, state: dict[str, Any], export: Callable[[Path], None] | None = None
-    ) -> Path:
+    def save(self, step: int, state: dict[str, Any], export: Export | None = None) -> Path:
         """Save `state` (see state_io) as step `step` and return its folder.
 
         `export(folder)` writes the Hugging Face export; it too is called on every rank. The
@@ -48,7 +50,21 @@ class CheckpointManager:
         """
         self.set_aside_after(step)
         final = self.checkpoints / f"step-{step}"
-        temporary = folders.with_suffix(final, ".tmp")
+        try:
+            with writing(final):
+                temporary = self._write(step, state, export)
+                on_main(lambda: folders.publish(temporary, final), "publish checkpoint")
+                on_main(lambda: self._rotate(step), "rotate checkpoints")
+        except OSError:
+            if is_main():  # what does not fit on a disk makes room there
+                with suppress(OSError):
+                    self._clear_leftovers()
+            raise
+        return final
+
+    def _write(self, step: int, state: dict[str, Any], export: Export | None) -> Path:
+        """Writes step-N.tmp, and all of the export."""
+        temporary = self.checkpoints / f"step-{step}.tmp"
         on_main(lambda: self._start(temporary), "start checkpoint")
         save_state(temporary, state)
         records = on_all(lambda: _fingerprint_own_files(temporary), "checksum checkpoint")
@@ -57,9 +73,7 @@ class CheckpointManager:
         on_main(lambda: manifest.write(temporary, step, ranks, files), "write the manifest")
         if export is not None:
             self._export(step, export)
-        on_main(lambda: folders.publish(temporary, final), "publish checkpoint")
-        on_main(lambda: self._rotate(step), "rotate checkpoints")
-        return final
+        return temporary
 
     def load(self, path: Path, state: dict[str, Any]) -> None:
         """Load the checkpoint `path` (from `find_latest` or `resolve`) into `state`, in place.
@@ -126,19 +140,33 @@ class CheckpointManager:
         for parent in (self.checkpoints, self.exports):
             numbers = [number for number in folders.steps_in(parent) if number > step]
             later += [f"{parent.name}/step-{number}" for number in numbers]
+            later += [f"{parent.name}/{path.name}" for path in folders.no_folders_in(parent)]
         if moved := move_to_previous(self.save_path, later):
-            logger.warning("%s: later than step %d", moved, step)
+            logger.warning("%s: later than step %d, or no folder", moved, step)
+
+    def tidy(self, step: int) -> None:
+        """`set_aside_after`, and ends what a kill has left undone: saves and rotations."""
+
+        def tidy() -> None:
+            self._set_aside_after(step)
+            self._clear_leftovers()
+            self._rotate(step)
+
+        on_main(tidy, "tidy checkpoints")
+
+    def _clear_leftovers(self) -> None:
+        folders.clear_leftovers(self.checkpoints)
+        folders.clear_leftovers(self.exports)
 
     def _restore_interrupted(self) -> None:
         folders.restore_interrupted(self.checkpoints)
         folders.restore_interrupted(self.exports)
 
     def _start(self, temporary: Path) -> None:
-        folders.clear_leftovers(self.checkpoints)
-        folders.clear_leftovers(self.exports)
+        self._clear_leftovers()
         temporary.mkdir(parents=True)
 
-    def _export(self, step: int, export: Callable[[Path], None]) -> None:
+    def _export(self, step: int, export: Export) -> None:
         final = self.exports / f"step-{step}"
         temporary = folders.with_suffix(final, ".tmp")
         on_main(lambda: temporary.mkdir(parents=True), "start export")

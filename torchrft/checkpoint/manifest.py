@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 FILE_NAME = "manifest.json"
-FORMAT = 1
+FORMAT = 2  # objects are JSON; they were pickled in format 1
 
 
 def fingerprint(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
@@ -46,8 +46,9 @@ def read(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{FILE_NAME} cannot be read ({error})") from None
     if not isinstance(content, dict) or content.pop("sha256", None) != _own_digest(content):
         raise ValueError(f"{FILE_NAME} is damaged")
-    if content["format"] != FORMAT:
-        raise ValueError(f"{FILE_NAME} has format {content['format']}, this version reads {FORMAT}")
+    if content["format"] not in (1, FORMAT):
+        text = f"this version reads up to {FORMAT}"
+        raise ValueError(f"{FILE_NAME} has format {content['format']}, {text}")
     return content
 
 

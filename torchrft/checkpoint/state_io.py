@@ -1,15 +1,12 @@
 """A nested state dict to and from a folder of torch.distributed.checkpoint (DCP) files.
 
 Tensors and DTensors are saved under their path ("model/lm_head.weight") and loaded in place, so
-any number of ranks reads what any other number wrote. Everything else is pickled: a dict without a
-tensor in it counts as one object, because its keys may differ from one save to the next. A key
+any number of ranks reads what any other number wrote. Everything else becomes JSON: a dict without
+a tensor in it counts as one object, because its keys may differ from one save to the next. A key
 `rank<N>` marks what belongs to one rank; all other objects are equal on all ranks and are rank 0's.
 """
 
 import re
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from torchrft.checkpoint.dcp_files import LoadPlanner, Planner, Reader, Writer, calling_dcp
 from torchrft.tools.distributed import is_main, on_all
 from torchrft.tools.logging import logger
 
@@ -31,16 +29,17 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
     """Write `state` into `folder`. Every rank must call it.
 
     Raises:
-        ValueError: a key is not a plain string or integer, or two keys give the same path.
+        ValueError: a key is not a plain string or integer, two keys give the same path, or an
+            object is no plain data.
     """
     mine = {
         path: container[key]
         for path, (container, key) in _leaves(state).items()
         if is_main() or isinstance(container[key], Tensor) or _belongs_to_rank(path)
     }
-    planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    with _quiet_without_group():
-        dcp.save(mine, storage_writer=dcp.FileSystemWriter(folder), planner=planner)
+    planner = Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    with calling_dcp():
+        dcp.save(mine, storage_writer=Writer(folder), planner=planner)
 
 
 def load_state(folder: Path, state: dict[str, Any]) -> None:
@@ -51,9 +50,9 @@ def load_state(folder: Path, state: dict[str, Any]) -> None:
 
     Raises:
         ValueError: the checkpoint's keys, shapes or dtypes differ from those of `state`; every
-            difference is listed (up to ten).
+            difference is listed (up to ten). Or a file is damaged or was forged.
     """
-    reader = dcp.FileSystemReader(folder)
+    reader = Reader(folder)
     leaves = _leaves(state)
 
     def compare() -> list[str]:
@@ -67,8 +66,8 @@ def load_state(folder: Path, state: dict[str, Any]) -> None:
         if faults:
             raise ValueError(_describe(folder, faults))
     flat = {path: container[key] for path, (container, key) in leaves.items()}
-    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    with _quiet_without_group():
+    planner = LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    with calling_dcp():
         dcp.load(flat, storage_reader=reader, planner=planner)
     for path, (container, key) in leaves.items():
         if not isinstance(container[key], Tensor):
@@ -130,11 +129,3 @@ def _describe(folder: Path, faults: list[str]) -> str:
         shown.append(f"... and {len(faults) - len(shown)} more")
     remedy = "resume with the model and optimizer options it was saved with"
     return "\n  ".join([f"checkpoint {folder} does not fit this run ({remedy}):", *shown])
-
-
-@contextmanager
-def _quiet_without_group() -> Iterator[None]:
-    """DCP warns when there is no process group; for a single process that is intended."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield

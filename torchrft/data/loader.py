@@ -43,7 +43,9 @@ class PromptLoader:
         if prompts_per_step % world_size:
             asked = f"{prompts_per_step} prompts per step"
             raise ValueError(f"{asked} cannot be divided among {world_size} ranks")
-        self.num_prompts, self.prompts_per_step, self.seed = len(prompts), prompts_per_step, seed
+        self.prompts, self.seed = prompts, seed
+        self.num_prompts, self.prompts_per_step = len(prompts), prompts_per_step
+        self.content = prompts.digest()
         self.rank, self.world_size, self.position = rank, world_size, 0
         with warnings.catch_warnings():
             # torchdata 0.11 calls a function that torch has deprecated since.
@@ -81,6 +83,10 @@ class PromptLoader:
         finally:
             self.position = position
 
+    def at(self, position: int) -> Prompt:
+        """The prompt at a position of the stream."""
+        return self.prompts[self._index(position)]
+
     @property
     def episode(self) -> float:
         """Passes over the prompts finished so far, with the part of the current one."""
@@ -96,9 +102,10 @@ class PromptLoader:
         # Whole numbers: a quotient of floats may lie just above the whole number it should be.
         return -(-num_episodes * self.num_prompts // self.prompts_per_step)
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Where the stream stands, and what its order follows from."""
-        return {"position": self.position, "seed": self.seed, "num_prompts": self.num_prompts}
+        order = {"seed": self.seed, "num_prompts": self.num_prompts}
+        return {"position": self.position, **order, "content": self.content}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from `state`; raises ValueError if it belongs to another order of prompts."""
@@ -107,6 +114,16 @@ class PromptLoader:
                 held = f"the checkpoint has {key} = {state[key]}, this run {value}"
                 remedy = "bring back what is missing, or start anew with another save_path"
                 raise ValueError(f"cannot resume the prompt order: {held}; {remedy}")
+        before = state.get("content", self.content)  # earlier versions did not keep it
+        changed = [name for name, value in self.content.items() if before[name] != value]
+        if changed:
+            other = "the same prompts in another order" if changed[0] == "order" else "other labels"
+            other = "other prompts" if "prompts" in changed else other
+            raise ValueError(
+                f"cannot resume the prompt order: prompt_data has {other} than when the checkpoint "
+                "was saved (tokens, labels, metadata columns); bring back the file and the [data] "
+                "options, or start anew with another save_path and pretrain = hf/step-N of this run"
+            )
         self.position = int(state["position"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -41,15 +42,33 @@ class PromptDataset(Sequence[Prompt]):
         self.dropped = 0
         self._prompts: list[Prompt] = []
         self._token_ids: list[array[int]] = []
+        self._digest: dict[str, str] | None = None
 
     def append(self, prompt: Prompt) -> None:
         """Adds a prompt at the end."""
         self._prompts.append(replace(prompt, token_ids=()))
         self._token_ids.append(array("i", prompt.token_ids))
+        self._digest = None
 
-    def digest(self) -> int:
-        """A number of the rows that are kept."""
-        return hash(tuple(prompt.row for prompt in self._prompts))
+    def digest(self) -> dict[str, str]:
+        """SHA-256 of the prompts in their order and, as a sum, in any; and of labels and metadata.
+
+        Of values that JSON lacks, and of pictures in files, it holds the kind or the file's name.
+        """
+        if self._digest is not None:
+            return self._digest
+        ordered, labels, total = hashlib.sha256(), hashlib.sha256(), 0
+        for prompt, token_ids in zip(self._prompts, self._token_ids, strict=True):
+            pictures = [image.data or os.path.basename(image.path or "") for image in prompt.images]
+            one = hashlib.sha256(token_ids.tobytes() + repr(pictures).encode()).digest()
+            ordered.update(one)
+            total += int.from_bytes(one, "big")
+            content = [prompt.label, dict(prompt.metadata)]
+            text = json.dumps(content, skipkeys=True, default=lambda value: type(value).__name__)
+            labels.update(text.encode() + b"\n")
+        numbers = (ordered.hexdigest(), f"{total % 2**256:064x}", labels.hexdigest())
+        self._digest = dict(zip(("order", "prompts", "labels"), numbers, strict=True))
+        return self._digest
 
     def __len__(self) -> int:
         return len(self._prompts)

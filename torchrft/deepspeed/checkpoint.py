@@ -9,6 +9,15 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
+from torchrft.checkpoint import objects
+from torchrft.checkpoint.dcp_files import (
+    DamagedError,
+    LoadPlanner,
+    Planner,
+    Reader,
+    Writer,
+    calling_dcp,
+)
 from torchrft.deepspeed.whole import WholeWeights, frozen
 from torchrft.tools import distributed
 from torchrft.tools.logging import logger
@@ -63,7 +72,7 @@ class Checkpoints:
         exclude_frozen_parameters: bool = False,
     ) -> bool:
         """Writes save_dir/tag, for any number of ranks to load. Raises ValueError on all ranks if
-        their tags differ."""
+        their tags differ, and for a client_state that holds more than plain data and tensors."""
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
         tags = distributed.DataRanks.all().gather(tag, "compare checkpoint tags")
         if len(set(tags)) > 1:
@@ -72,17 +81,19 @@ class Checkpoints:
                 f"{', '.join(map(repr, dict.fromkeys(tags)))}; give the same tag on all ranks"
             )
         folder = Path(save_dir) / tag
+        schedule = None if self.lr_scheduler is None else self.lr_scheduler.state_dict()
+        counts = {name: getattr(self, name) for name in _COUNTS}
+        host_state = {"counts": counts, "schedule": schedule, "client": dict(client_state or {})}
+        content = distributed.on_main(lambda: objects.dumps(host_state), "read client_state")
         with self.weights.as_shards():
             state = self._state()
             for name in frozen(self.module) if exclude_frozen_parameters else ():
                 state["model"].pop(name, None)
-            dcp.save(state, checkpoint_id=folder)
+            with calling_dcp():
+                dcp.save(state, storage_writer=Writer(folder), planner=Planner())
 
         def write() -> None:
-            schedule = None if self.lr_scheduler is None else self.lr_scheduler.state_dict()
-            counts = {name: getattr(self, name) for name in _COUNTS}
-            rest = {"counts": counts, "schedule": schedule, "client": dict(client_state or {})}
-            torch.save(rest, folder / "client_state.pt")
+            (folder / "client_state.json").write_bytes(content)
             if save_latest:
                 (Path(save_dir) / "latest").write_text(tag)
 
@@ -115,12 +126,13 @@ class Checkpoints:
             raise ValueError(f"there is no checkpoint of this engine in {folder}")
         with self.weights.as_shards():
             self._load(folder, load_module_strict, load_optimizer_states and not load_module_only)
-        rest = torch.load(folder / "client_state.pt", weights_only=False)
+        host_state = _read_host_state(folder)
         if not load_module_only:
-            vars(self).update({name: rest["counts"][name] for name in _COUNTS})
-            if load_lr_scheduler_states and self.lr_scheduler is not None and rest["schedule"]:
-                self.lr_scheduler.load_state_dict(rest["schedule"])
-        return str(folder), rest["client"]
+            vars(self).update({name: int(host_state["counts"][name]) for name in _COUNTS})
+            schedule = host_state["schedule"]
+            if load_lr_scheduler_states and self.lr_scheduler is not None and schedule:
+                self.lr_scheduler.load_state_dict(schedule)
+        return str(folder), host_state["client"]
 
     def _state(self, optimizer: bool = True) -> dict[str, Any]:
         used = [self.optimizer] if self.optimizer is not None and optimizer else []
@@ -131,9 +143,11 @@ class Checkpoints:
         state = self._state(optimizer)
         _fit(state["model"], folder, strict)
         try:
-            dcp.load(state, checkpoint_id=folder)
-        except dcp.CheckpointException as error:
-            reason = next(iter(error.failures.values()))[0]
+            with calling_dcp():
+                dcp.load(state, storage_reader=Reader(folder), planner=LoadPlanner())
+        except (DamagedError, OSError):
+            raise
+        except Exception as reason:
             raise ValueError(
                 f"checkpoint {folder} does not fit the optimizer ({str(reason).splitlines()[0]}); "
                 "load_optimizer_states=False loads the weights alone"
@@ -147,9 +161,23 @@ class Checkpoints:
         )
 
 
+def _read_host_state(folder: Path) -> dict[str, Any]:
+    """What save_checkpoint wrote beside the tensors: JSON, or in earlier versions torch.save's.
+
+    Raises ValueError for a file that is damaged, or holds more than plain data and tensors.
+    """
+    new = folder / "client_state.json"
+    path = new if new.exists() else folder / "client_state.pt"
+    try:
+        content = objects.loads(path.read_bytes())
+        return {name: content[name] for name in ("counts", "schedule", "client")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedError(path, error) from None
+
+
 def _fit(model: dict[str, Any], folder: Path, strict: bool) -> None:
     """Compares names and shapes with the checkpoint's; unless `strict`, drops what it lacks."""
-    entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    entries = Reader(folder).read_metadata().state_dict_metadata
     start = "model."
     held = {name.removeprefix(start): e for name, e in entries.items() if name.startswith(start)}
     saved = {name: getattr(entry, "size", None) for name, entry in held.items()}

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
+from torchrft.checkpoint.dcp_files import LoadPlanner, Reader, calling_dcp
 from torchrft.deepspeed.accelerator import get_accelerator
 from torchrft.deepspeed.whole import shard_of, write
 from torchrft.tools.logging import logger
@@ -124,7 +126,7 @@ def get_fp32_state_dict_from_zero_checkpoint(
 ) -> dict[str, Tensor]:
     """The whole float32 weights of a checkpoint that `engine.save_checkpoint` wrote; one process.
 
-    Raises ValueError for a folder without a checkpoint.
+    Raises ValueError for a folder without a checkpoint, and for a file that was forged.
     """
     latest = Path(checkpoint_dir) / "latest"
     if tag is None and not latest.is_file():
@@ -132,13 +134,19 @@ def get_fp32_state_dict_from_zero_checkpoint(
     folder = Path(checkpoint_dir) / (latest.read_text().strip() if tag is None else tag)
     if not (folder / ".metadata").is_file():
         raise ValueError(f"there is no checkpoint of this engine in {folder}")
-    whole = folder / "whole.pt.tmp"
-    try:
-        dcp_to_torch_save(folder, whole)
-        model = torch.load(whole, weights_only=False)["model"]
-    finally:
-        whole.unlink(missing_ok=True)
-    return {k: v.float() if v.is_floating_point() else v for k, v in model.items()}
+    reader = Reader(folder)
+    entries = reader.read_metadata().state_dict_metadata
+    model = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+    }
+    with calling_dcp():
+        dcp.load(model, storage_reader=reader, planner=LoadPlanner(), no_dist=True)
+    return {
+        name.removeprefix("model."): value.float() if value.is_floating_point() else value
+        for name, value in model.items()
+    }
 
 
 def load_state_dict_from_zero_checkpoint(

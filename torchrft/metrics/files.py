@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torchrft.tools.disk import writing
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -21,13 +23,14 @@ def json_line(record: Mapping[str, Any]) -> str:
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write `content` to a temporary file beside `path` and rename it there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     if isinstance(content, str):
         # A lone surrogate, which UTF-8 lacks, becomes the escape that JSON has for it.
         content = content.encode(errors="backslashreplace")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
 
 
 def write_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
@@ -39,7 +42,7 @@ def read_metrics(log_dir: str | Path) -> list[dict[str, Any]]:
     """The records of `log_dir`/metrics.jsonl; without a last line that a kill cut short.
 
     Raises:
-        ValueError: another line is not JSON; the file and the line are named.
+        ValueError: another line is not JSON, or no record of a step; file and line are named.
     """
     path = Path(log_dir) / METRICS_FILE
     if not path.exists():
@@ -52,7 +55,17 @@ def read_metrics(log_dir: str | Path) -> list[dict[str, Any]]:
             records.append(json.loads(line))
         except ValueError as error:
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+        if not _is_record(records[-1]):
+            text = f"is no record of a step: {line:.80}; remove it, or move the file away"
+            raise ValueError(f"{path}, line {number} {text}")
     return records
+
+
+def _is_record(row: Any) -> bool:
+    """Whether it has a step, and numbers or null beside it."""
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return False
+    return all(isinstance(value, int | float | None) for value in row.values())
 
 
 def _plain(value: Any) -> Any:

@@ -11,10 +11,12 @@ from typing import Any, cast
 
 from torchrft.config.job_config import Logging
 from torchrft.metrics.files import METRICS_FILE, json_line, read_metrics, write_json_lines
+from torchrft.tools.disk import writing
 from torchrft.tools.distributed import is_main
+from torchrft.tools.logging import logger
 
 # The second group marks a file whose writing was cut short (see files.write_atomically).
-STEP_FILE = re.compile(r".*step-(\d+)\.\w+(\.tmp)?")
+STEP_FILE = re.compile(r".*step-([0-9]+)\.\w+(\.tmp)?")
 RUN_ID_FILE = "wandb_run_id"
 
 
@@ -43,7 +45,8 @@ class MetricLogger(AbstractContextManager["MetricLogger"]):
         run_config: Mapping[str, Any],
         resume_step: int | None = None,
     ) -> None:
-        self._file = self._tensorboard = self._wandb = cast(Any, None)
+        self._path: Path | None = None
+        self._tensorboard = self._wandb = cast(Any, None)
         self._opened = ExitStack()
         if not is_main():
             return
@@ -55,7 +58,8 @@ class MetricLogger(AbstractContextManager["MetricLogger"]):
         elif path.exists():
             raise ValueError(f"{path} holds an earlier run; resume it or set it aside first")
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._opened.enter_context(path.open("a", encoding="utf-8"))
+        path.touch()
+        self._path = path
         if config.use_tensorboard is not None:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and seldom needed
 
@@ -68,10 +72,14 @@ class MetricLogger(AbstractContextManager["MetricLogger"]):
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append the record of `step`. Values that are not finite are written as null."""
-        if self._file is None:
+        if (path := self._path) is None:
             return
-        self._file.write(json_line({"step": step, **metrics}))
-        self._file.flush()  # a kill loses nothing that was logged
+        if not path.exists():
+            logger.warning("%s was deleted: it has no steps before %d now", path, step)
+            path.parent.mkdir(parents=True, exist_ok=True)
+        # Opened for each row, so that neither a kill nor whoever moves the file loses one.
+        with writing(path), path.open("a", encoding="utf-8") as file:
+            file.write(json_line({"step": step, **metrics}))
         finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
         if self._tensorboard is not None:
             for name, value in finite.items():
@@ -96,8 +104,11 @@ def drop_after(log_dir: Path, step: int) -> None:
     for folder in ("rollouts", "plots"):
         for path in (log_dir / folder).glob("*step-*"):
             match = STEP_FILE.fullmatch(path.name)
-            if match and (int(match[1]) > step or match[2]):
+            if match and (int(match[1]) > step or match[2]) and path.is_file():
                 path.unlink()
+    for path in (*log_dir.glob(".*.tmp"), *log_dir.glob("plots/.*.tmp")):
+        if path.is_file():
+            path.unlink()  # a kill came while it was written
 
 
 def _open_wandb(

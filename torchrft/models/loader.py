@@ -1,6 +1,7 @@
 """Models and tokenizers from a Hugging Face folder or hub id."""
 
 import copy
+import pickle
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -108,6 +109,13 @@ def read_weights(
     options |= {"output_loading_info": True, "trust_remote_code": trusts_code_of(source)}
     try:
         model, info = auto.from_pretrained(source, config=config, **options)
+    except pickle.UnpicklingError as error:  # it holds more than tensors: code, say
+        lines = [line.strip() for line in str(error).splitlines() if "Unsupported" in line]
+        names = ", ".join(path.name for path in sorted(Path(source).glob("*.bin"))) or "a file"
+        raise ValueError(
+            f'the weights of {what} "{source}" are damaged or were forged: {names} holds more than '
+            f"tensors ({(lines or ['it cannot be read'])[0]:.150}); use a model of safetensors"
+        ) from None
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f'the weights of {what} "{source}" do not load: {error}') from error
     buffers = dict(persistent_buffers(model)).keys() & info["missing_keys"]

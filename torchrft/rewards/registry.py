@@ -14,6 +14,7 @@ from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
 from torchrft.config.registry import Registry
 from torchrft.rewards.source import RewardResult
+from torchrft.tools.signals import Abandoned, SecondKeyboardInterrupt
 
 RewardCallable = Callable[..., Any]
 F = TypeVar("F", bound=RewardCallable)
@@ -95,7 +96,7 @@ class Rule:
         for row in rows:
             try:
                 values.append(self._call_one(row))
-            except (Exception, SystemExit) as error:
+            except BaseException as error:  # sys.exit() and KeyboardInterrupt, too
                 values.append(self._failed(len(values), error))
         return values
 
@@ -124,12 +125,12 @@ class Rule:
     def _guarded(self, call: Callable[[], Any], index: int = 0) -> Any:
         try:
             return call()
-        except (Exception, SystemExit) as error:
+        except BaseException as error:  # sys.exit() and KeyboardInterrupt, too
             return self._failed(index, error)
 
     def _failed(self, index: int, error: BaseException) -> RewardResult:
         """What an exception means: no verdict, or a bug, which is raised."""
-        if isinstance(error, RuleFault | MemoryError):
+        if isinstance(error, RuleFault | MemoryError | SecondKeyboardInterrupt | Abandoned):
             raise error
         if isinstance(error, LabelError):
             raise RuleFault(index, str(error), of_data=True) from error

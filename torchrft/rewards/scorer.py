@@ -13,6 +13,7 @@ from torchrft.rewards.shaping import RunningNorm
 from torchrft.rewards.source import RewardError, RewardRequest, RewardResult, RewardSource
 from torchrft.tools import distributed
 from torchrft.tools.logging import logger
+from torchrft.tools.signals import Abandoned
 from torchrft.types import Completion, Prompt, Score
 
 _LARGEST = float(torch.finfo(torch.float32).max)
@@ -53,13 +54,13 @@ class Scorer:
         """
         requests = [RewardRequest(prompts[c.prompt_index], c) for c in completions]
         found: list[dict[str, RewardResult]] = [{} for _ in requests]
-        failure: Exception | None = None
+        failure: BaseException | None = None
         try:
             counted = [self._counted(request.prompt) for request in requests]
             for source in self.sources.values():
                 if not source.collective:
                     self._take(source.name, *self._ask(source, requests, counted), found)
-        except Exception as error:
+        except (Exception, Abandoned) as error:
             failure = error
         together = [source for source in self.sources.values() if source.collective]
         if together and distributed.any_rank(failure is not None) and failure is None:

@@ -17,6 +17,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from torchrft.tools import lock
+from torchrft.tools.signals import Abandoned
+
 T = TypeVar("T")
 
 _STORE_SECONDS = 10.0  # in which the store must say where the other ranks are
@@ -123,8 +126,9 @@ def setup(timeout_seconds: float = 1800.0) -> World:
 
 
 def teardown() -> None:
-    """Leave the process group, if `setup` made it."""
+    """Leave the process group, if `setup` made it, and the folders that this process holds."""
     global _started_here, _store
+    lock.release()
     if _started_here and dist.is_initialized():
         dist.destroy_process_group()
     _started_here, _store = False, None
@@ -222,6 +226,29 @@ def barrier(phase: str = "barrier") -> None:
     _all_reduce({"here": 0.0}, dist.ReduceOp.SUM, phase)
 
 
+class Agreement:
+    """Finds out whether all ranks have come to the same place, past faults of their own.
+
+    On a group of its own, since a rank may still wait in a collective of the others. Make it on all
+    ranks together.
+    """
+
+    def __init__(self) -> None:
+        self.group = dist.new_group(backend="gloo") if get_world_size() > 1 else None
+
+    def on(self, value: Any, seconds: float) -> bool:
+        """Whether all ranks call this within `seconds` of each other, with equal values."""
+        if self.group is None:
+            return True
+        values: list[Any] = [None] * get_world_size()
+        try:
+            dist.monitored_barrier(self.group, timedelta(seconds=seconds))
+            dist.all_gather_object(values, value, group=self.group)
+        except RuntimeError:  # a rank is gone, or waits elsewhere
+            return False
+        return all(other == value for other in values)
+
+
 def on_main(function: Callable[[], T], phase: str) -> T:
     """Run `function` on rank 0 alone and return its result on every rank.
 
@@ -240,11 +267,11 @@ def on_all(function: Callable[[], T], phase: str) -> list[T]:
     """
     if get_world_size() == 1:
         return [function()]
-    raised: Exception | None = None
+    raised: BaseException | None = None
     failure, value = None, None
     try:
         value = function()
-    except Exception as error:
+    except (Exception, Abandoned) as error:
         raised, failure = error, f"{type(error).__name__}: {error}"
     outcomes = DataRanks.all().gather((failure, value), phase)
     if raised is not None:

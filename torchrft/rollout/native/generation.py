@@ -90,6 +90,8 @@ class Generation:
         self.active = _Active(empty, empty, empty, empty, empty, empty)
 
     def _seeds(self, count: int) -> Tensor:
+        if self.sampling.temperature == 0:  # nothing is drawn: the generators stay as they are
+            return torch.zeros(count, dtype=torch.long, device=self.device)
         if self.sampling.seeds is None:
             return torch.randint(2**62, (count,)).to(self.device)
         flat = [seed for row in self.sampling.seeds for seed in row]

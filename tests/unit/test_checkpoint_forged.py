@@ -1,0 +1,317 @@
+"""A checkpoint from outside runs no code where it is read; those of earlier versions load."""
+
+import builtins
+import json
+import os
+import pickle
+import random
+import subprocess
+import warnings
+from collections import Counter, OrderedDict
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_job
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+
+from torchrft import deepspeed
+from torchrft.checkpoint import CheckpointManager, manifest, objects
+from torchrft.models.loader import load_model
+from torchrft.tools.seeds import rng_state, set_rng_state
+from torchrft.types import Completion, Kept, Prompt, Sample, Score
+
+
+class Calls:
+    """Pickled, a call of `function`."""
+
+    def __init__(self, function, *args) -> None:
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+def attacks(marker: Path) -> dict[str, object]:
+    """What creates `marker` where it is unpickled."""
+    touch = f"open({str(marker)!r}, 'w').close()"
+    system = Calls(getattr, Calls(__import__, "os"), "system")
+    inner = marker.with_name("inner.pt")
+    torch.save(Calls(exec, touch), inner)
+    return {
+        "os.system": Calls(os.system, f"touch {marker}"),
+        "eval": Calls(builtins.eval, touch.replace(".close()", "")),
+        "exec": Calls(exec, touch),
+        "subprocess": Calls(subprocess.getoutput, f"touch {marker}"),
+        "getattr": Calls(next, Calls(map, system, [f"touch {marker}"])),
+        "torch.load": Calls(partial(torch.load, weights_only=False), str(inner)),
+        "rebuild": Calls(torch._utils._rebuild_parameter, Calls(exec, touch), False, {}),
+        "numpy": Calls(np.frompyfunc, Calls(exec, touch), 1, 1),
+    }
+
+
+NAMES = ["os.system", "eval", "exec", "subprocess", "getattr", "torch.load", "rebuild", "numpy"]
+
+
+def dotted(marker: Path) -> bytes:
+    """A pickle that reaches for os.system through a module that is admitted."""
+    name = f"touch {marker}".encode()
+    return (
+        b"\x80\x04\x8c\x25torch.distributed.checkpoint.metadata\x8c\x09os.system\x93"
+        b"\x8c" + bytes([len(name)]) + name + b"\x85R."
+    )
+
+
+def state() -> dict:
+    return {"model": {"w": torch.arange(6.0).reshape(2, 3)}, "data": {"position": 3}}
+
+
+def saved(folder: Path, content: dict, planner=None) -> Path:
+    """A checkpoint as DCP itself writes it, objects pickled, with a manifest."""
+    path = folder / "checkpoints" / "step-1"
+    path.mkdir(parents=True)
+    planner = planner or dcp.DefaultSavePlanner(
+        flatten_state_dict=False, flatten_sharded_tensors=False
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        flat = {"model/w": content["model"]["w"], "data": content["data"]}
+        dcp.save(flat, storage_writer=dcp.FileSystemWriter(path), planner=planner)
+    seal(path)
+    return path
+
+
+def seal(path: Path) -> None:
+    (path / "manifest.json").unlink(missing_ok=True)
+    names = [file.name for file in path.iterdir()]
+    manifest.write(path, 1, 1, manifest.fingerprint(path, names))
+
+
+def load(folder: Path, path: Path) -> dict:
+    manager = CheckpointManager(folder, max_num=3, max_bytes=10**12)
+    assert manager.find_latest() == path
+    target = {"model": {"w": torch.zeros(2, 3)}, "data": {}}
+    manager.load(path, target)
+    return target
+
+
+@pytest.mark.parametrize("name", [*NAMES, "dotted"])
+def test_forged_metadata_is_refused(tmp_path, name):
+    marker = tmp_path / "ran"
+    path = saved(tmp_path, state())
+    forged = dotted(marker) if name == "dotted" else pickle.dumps(attacks(marker)[name], 4)
+    (path / ".metadata").write_bytes(forged)
+    seal(path)
+    with pytest.raises(ValueError, match=r"/\.metadata is damaged or was forged \("):
+        load(tmp_path, path)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_forged_object_is_refused(tmp_path, name):
+    marker = tmp_path / "ran"
+    path = saved(tmp_path, {**state(), "data": {"position": attacks(marker)[name]}})
+    with pytest.raises(ValueError, match=r"/__0_0\.distcp is damaged or was forged \("):
+        load(tmp_path, path)
+    assert not marker.exists()
+
+
+class Attributes:
+    """Pickled, an object of DCP's own whose attributes are others."""
+
+    def __init__(self, value, **attributes) -> None:
+        self.value, self.attributes = value, attributes
+
+    def __reduce__(self):
+        return type(self.value), (), {**vars(self.value), **self.attributes}
+
+
+@pytest.mark.parametrize("target", ["../../../secret", "/etc/passwd", "fifo"])
+def test_metadata_that_points_elsewhere_is_refused(tmp_path, target):
+    path = saved(tmp_path, state())
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    for place in metadata.storage_data.values():
+        place.relative_path = target
+    os.mkfifo(path / "fifo")
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    (path / "manifest.json").unlink()
+    names = [".metadata", "__0_0.distcp"]
+    manifest.write(path, 1, 1, manifest.fingerprint(path, names))
+    with pytest.raises(ValueError, match=r"was forged .it holds what no checkpoint holds"):
+        load(tmp_path, path)
+
+
+def test_no_file_of_a_checkpoint_holds_a_pickled_object(tmp_path):
+    manager = CheckpointManager(tmp_path, max_num=3, max_bytes=10**12)
+    path = manager.save(1, state())
+    assert b'{"position": 3}' in (path / "__0_0.distcp").read_bytes()
+    assert load(tmp_path, path)["data"] == {"position": 3}
+
+
+def test_objects_come_back_as_they_were():
+    completion = Completion(0, 1, (5,) * 20, (-0.1,) * 20, "\ud800é", "stop", 3)
+    values = [
+        *(None, True, 2**70, -0.0, 1e-300, "\ud800", b"\x00\xff", (), (1, 2), {3, 4}, frozenset()),
+        *({"torchrft": "tuple", "is": 1}, {1: {"a": (1,)}}, Counter("aab"), {(1, 2): 3}),
+        *(np.float64(0.1), np.arange(3, dtype=np.uint32), np.zeros((0, 2)), rng_state()["python"]),
+        *(completion, Score(1.5, {"a": 0.5}, {"b": 1.0}), tuple(range(100)), (2**64,) * 20),
+    ]
+    again = objects.loads(objects.dumps(values))
+    for old, new in zip(values, again, strict=True):
+        assert type(old) is type(new)
+        assert np.array_equal(old, new) if isinstance(old, np.ndarray) else old == new
+    assert str(again[3]) == "-0.0"
+    for dtype in (torch.bfloat16, torch.int64, torch.bool):
+        for shape in ((), (0, 4), (2, 3)):
+            tensor = torch.ones(shape, dtype=dtype)
+            new = objects.loads(objects.dumps(tensor))
+            assert (new.dtype, new.shape, torch.equal(new, tensor)) == (dtype, shape, True)
+    kept = Kept(torch.tensor([2, 4, 0], dtype=torch.int32), torch.tensor([2, 1]))
+    new = objects.loads(objects.dumps(kept))
+    assert torch.equal(new.ids, kept.ids)
+    assert torch.equal(new.counts, kept.counts)
+
+
+@pytest.mark.parametrize("value", [object(), print, np.array([None]), Path("a"), random.Random(1)])
+def test_what_is_no_plain_data_is_not_saved(tmp_path, value):
+    manager = CheckpointManager(tmp_path, max_num=3, max_bytes=10**12)
+    with pytest.raises(ValueError, match="data: a checkpoint holds plain data, tensors and"):
+        manager.save(1, {**state(), "data": {"position": value}})
+    assert not (tmp_path / "checkpoints" / "step-1").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[" * 100_000,
+        b"\x80\x04.",
+        b'{"torchrft": "eval", "is": "1"}',
+        b'{"torchrft": ["tuple"], "is": []}',
+        b'{"torchrft": "tuple"}',
+        b'{"torchrft": "Score", "is": {"__class__": 1}}',
+        b'{"torchrft": "tensor", "is": ["load", [1], {"torchrft": "bytes", "is": "AAAA"}]}',
+        b'{"torchrft": "array", "is": ["O", [1], {"torchrft": "bytes", "is": "AAAAAAAAAAA="}]}',
+    ],
+)
+def test_forged_json_is_one_kind_of_error(content):
+    with pytest.raises(ValueError):
+        objects.loads(content)
+
+
+def test_objects_that_an_earlier_version_pickled_load(tmp_path):
+    kept = Kept(torch.tensor([2, 4], dtype=torch.int32), torch.tensor([2]))
+    prompt = Prompt(3, "1 2=", (3, 4), "2", {"level": 1})
+    completion = Completion(0, 0, (7,), (-0.1,), "7", "stop", 3, kept)
+    sample = Sample(prompt, completion, Score(1.0, {"a": 1.0}), 5)
+    position = {
+        "pending": [sample],
+        "rng": {**rng_state(), "seen": {3, 4}},
+        "groups": [OrderedDict(lr=0.1, betas=(0.9, 0.95), mean=np.float64(0.5))],
+    }
+    torch.rand(1), random.random(), np.random.rand()
+    path = saved(tmp_path, {**state(), "data": position})
+    target = load(tmp_path, path)
+    assert target["model"]["w"].tolist() == state()["model"]["w"].tolist()
+    data = target["data"]
+    assert data["pending"] == [sample]
+    assert data["pending"][0].completion.kept.ids.tolist() == [2, 4]
+    assert data["groups"] == position["groups"]
+    assert data["rng"]["seen"] == {3, 4}
+    set_rng_state(data["rng"])
+    first = torch.rand(1), random.random(), np.random.rand()
+    set_rng_state(position["rng"])
+    assert first == (torch.rand(1), random.random(), np.random.rand())
+
+
+def test_waiting_samples_of_an_earlier_version_are_gone_on_with(tmp_path, monkeypatch):
+    """Their prompts were pickled with them, by way of DCP's own planner."""
+    options = {"train_batch_size": 32, "top_p": 0.9, "truncation_replay": "true"}
+    tiny_job.run(tmp_path / "new", max_steps=3, **options)
+    from torchrft.checkpoint import state_io
+    from torchrft.collector import Collector
+
+    with monkeypatch.context() as old:
+        old.setattr(state_io, "Planner", dcp.DefaultSavePlanner)
+        old.setattr(Collector, "rows", lambda self, samples: list(samples))
+        tiny_job.run(tmp_path / "old", max_steps=3, **options)
+    ends = []
+    for name in ("new", "old"):
+        tiny_job.run(tmp_path / name, max_steps=4, load_checkpoint="true", **options)
+        ends.append((tmp_path / name / "hf" / "step-4" / "model.safetensors").read_bytes())
+    assert ends[0] == ends[1]
+
+
+@pytest.fixture
+def engine(tmp_path):
+    torch.manual_seed(0)
+    made, *_ = deepspeed.initialize(
+        model=nn.Linear(2, 2), config={"train_batch_size": 1, "optimizer": {"type": "AdamW"}}
+    )
+    made.save_checkpoint(str(tmp_path), "a", client_state={"epoch": 3, "best": torch.ones(2)})
+    yield made
+    from torchrft.tools import distributed
+
+    distributed.teardown()
+
+
+def test_forged_files_of_the_deepspeed_engine_are_refused(engine, tmp_path):
+    marker = tmp_path / "ran"
+    folder = tmp_path / "a"
+    assert engine.load_checkpoint(str(tmp_path), "a")[1]["epoch"] == 3
+    expected = {name: value.clone() for name, value in engine.module_state_dict().items()}
+    whole = deepspeed.utils.get_fp32_state_dict_from_zero_checkpoint(str(tmp_path), "a")
+    assert whole.keys() == expected.keys()
+    assert all(torch.equal(whole[name], expected[name]) for name in whole)
+    good = (folder / "client_state.json").read_bytes()
+    json.loads(good)
+    (folder / "client_state.json").unlink()
+    for attack in attacks(marker).values():
+        torch.save({"counts": {}, "schedule": None, "client": attack}, folder / "client_state.pt")
+        with pytest.raises(ValueError, match=r"client_state\.pt is damaged or was forged"):
+            engine.load_checkpoint(str(tmp_path), "a")
+        assert not marker.exists()
+    (folder / "client_state.json").write_bytes(good)
+    metadata = (folder / ".metadata").read_bytes()
+    for attack in attacks(marker).values():
+        (folder / ".metadata").write_bytes(pickle.dumps(attack))
+        for read in (
+            lambda: engine.load_checkpoint(str(tmp_path), "a"),
+            lambda: deepspeed.utils.get_fp32_state_dict_from_zero_checkpoint(str(tmp_path), "a"),
+        ):
+            with pytest.raises(ValueError, match=r"\.metadata is damaged or was forged"):
+                read()
+            assert not marker.exists()
+    (folder / ".metadata").write_bytes(metadata)
+    with pytest.raises(ValueError, match="a checkpoint holds plain data, tensors and arrays, not"):
+        engine.save_checkpoint(str(tmp_path), "b", client_state={"args": object()})
+
+
+def test_a_forged_object_of_the_deepspeed_engine_is_refused(engine, tmp_path):
+    marker = tmp_path / "ran"
+    for number, attack in enumerate(attacks(marker).values()):
+        folder = tmp_path / str(number)
+        content = engine._state()
+        content["optimizer"]["param_groups"][0]["lr"] = attack
+        dcp.save(content, checkpoint_id=folder)
+        host = {"counts": {}, "schedule": None, "client": {}}
+        (folder / "client_state.json").write_bytes(objects.dumps(host))
+        with pytest.raises(ValueError, match=r"\.distcp is damaged or was forged"):
+            engine.load_checkpoint(str(tmp_path), str(number))
+        assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forged_weights_of_a_model_are_refused(tmp_path, name):
+    marker, folder = tmp_path / "ran", tmp_path / "model"
+    folder.mkdir()
+    for file in Path(tiny_job.MODEL).iterdir():
+        if file.suffix != ".safetensors":
+            (folder / file.name).write_bytes(file.read_bytes())
+    torch.save({"lm_head.weight": attacks(marker)[name]}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"forged: pytorch_model\.bin holds more than"):
+        load_model(str(folder), "pretrained", torch.float32, 0, "policy")
+    assert not marker.exists()
