@@ -180,7 +180,8 @@ def _several_hosts(argv: list[str], count: int, hosts: int, endpoint: str) -> in
     try:
         if not 0 < int(port) < 2**16:
             raise ValueError(f"no port has the number {port}")
-        address = socket.getaddrinfo(name.strip("[]"), int(port), type=socket.SOCK_STREAM)[0][4][:2]
+        found = socket.getaddrinfo(name.strip("[]"), int(port), type=socket.SOCK_STREAM)
+        address = str(found[0][4][0]), int(port)
     except (OSError, ValueError) as error:
         return _refuse(f"RDZV_ENDPOINT={endpoint} is no host:port ({error})")
     if ip_address(address[0]).is_loopback and name not in ("localhost", address[0]):

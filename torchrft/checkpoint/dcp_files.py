@@ -6,13 +6,11 @@ is read by an unpickler that admits only the classes that DCP writes there.
 
 import dataclasses
 import io
-import operator
 import pickle
 import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +82,10 @@ class LoadPlanner(dcp.DefaultLoadPlanner):
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         name, content = read_item.dest_index.fqn, objects.loads(value.getvalue())
         *parents, key = self.mappings[name] if self.flatten_state_dict else (name,)
-        tree = self.original_state_dict if self.flatten_state_dict else self.state_dict
-        reduce(operator.getitem, parents, tree)[key] = content
+        tree: Any = self.original_state_dict if self.flatten_state_dict else self.state_dict
+        for parent in parents:
+            tree = tree[parent]
+        tree[key] = content
 
 
 class Writer(dcp.FileSystemWriter):

@@ -25,12 +25,12 @@ TAG = "torchrft"
 SEQUENCES = {"tuple": tuple, "set": set, "frozenset": frozenset}
 RECORDS = {kind.__name__: kind for kind in (Completion, Kept, Score)}
 ARRAYS = "biufc"  # kinds of numpy's dtypes that hold numbers
-_MAKES_ARRAY, _MAKES_NUMBER = (value.__reduce__()[0] for value in (np.empty(0), np.float64(0)))
+_MAKERS: list[Any] = [value.__reduce__()[0] for value in (np.empty(0), np.float64(0))]
 # What objects of earlier versions, which were pickled, are made of beside what torch admits.
 PICKLED: list[Any] = [
     *(Sample, Prompt, Completion, Kept, Score, Image, np.ndarray, np.dtype),
-    *(_MAKES_ARRAY, _MAKES_NUMBER, date, datetime, timedelta, Decimal),
-    *((f, f"numpy.core.multiarray.{f.__name__}") for f in (_MAKES_ARRAY, _MAKES_NUMBER)),
+    *(*_MAKERS, date, datetime, timedelta, Decimal),
+    *((f, f"numpy.core.multiarray.{f.__name__}") for f in _MAKERS),
     *(type(np.dtype(name)) for name in ("bool", "u1", "i4", "i8", "u4", "u8", "f4", "f8")),
 ]
 

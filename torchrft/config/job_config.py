@@ -390,7 +390,7 @@ class JobConfig(Section):
         model, reward = self.model, self.reward
         sources = [model.pretrain, model.ref_pretrain, model.critic_pretrain, self.data.processor]
         sources = sources if model.trust_remote_code else []
-        for entry in (*reward.models, *reward.judges):
-            if entry.trust_remote_code:
-                sources += [entry.pretrain, getattr(entry, "tokenizer", None)]
+        for entry in reward.models:
+            sources += [entry.pretrain, entry.tokenizer] if entry.trust_remote_code else []
+        sources += [judge.pretrain for judge in reward.judges if judge.trust_remote_code]
         return {source for source in sources if source is not None}

@@ -79,8 +79,9 @@ def _model_class(config: PreTrainedConfig) -> Any:
     """The class that `from_config` makes a model of. Raises ValueError if there is none."""
     auto = auto_class(config)
     custom = (getattr(config, "auto_map", None) or {}).get(auto.__name__)
-    if custom and trusts_code_of(config.name_or_path):
-        return _load_class(custom, config.name_or_path)
+    source = config.name_or_path
+    if custom and source and trusts_code_of(source):
+        return _load_class(custom, source)
     if type(config) not in auto._model_mapping:
         raise ValueError(f"a {config.model_type} model is no causal language model: take another")
     return auto._model_mapping[type(config)]

@@ -263,9 +263,9 @@ class _Split(ast.NodeTransformer):
 
     def questions(self, setup: list[str]) -> list[Mapping[str, Any]]:
         """`setup` runs before the first of them."""
-        asked = [{"call": each, "setup": list[str](), "name": None} for each in self.calls]
-        asked[0]["setup"] = setup
-        return asked
+        setups = [setup, *([] for _ in self.calls[1:])]
+        pairs = zip(self.calls, setups, strict=True)
+        return [{"call": each, "setup": before, "name": None} for each, before in pairs]
 
     def visit(self, node: ast.AST) -> Any:
         is_asked = isinstance(node, ast.expr) and self._is_asked(node)

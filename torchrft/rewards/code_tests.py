@@ -17,7 +17,7 @@ _TOLERANCE = 1e-6  # relative or absolute, of numbers that are not whole
 _CALLS = ("functional", "function_call", "function", "call")
 _SCRIPTS = ("stdin", "stdin_stdout", "standard_input")
 _WRAPPINGS = ("ground_truth", "input_output", "test_cases", "tests", "test_list", "test")
-_LOADED = {"call": "None", "setup": [], "name": None}
+_LOADED: Mapping[str, Any] = {"call": "None", "setup": [], "name": None}
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _IDLE = (*_FUNCTIONS, ast.ClassDef, ast.Assign, ast.Import, ast.ImportFrom)  # tests nothing
 
@@ -95,7 +95,7 @@ def _pair(case: Mapping[str, Any]) -> Check:
         raise LabelError(f"has a case of a function that fn_name does not name: {name!r}")
     wanted_values = [wanted]
     if isinstance(given, str):  # an argument per line
-        arguments = [_parsed(line) for line in given.split("\n") if line.strip()]
+        arguments: Any = [_parsed(line) for line in given.split("\n") if line.strip()]
         wanted_values = [_parsed(wanted) if isinstance(wanted, str) else wanted]
     else:
         arguments = given if isinstance(given, list | Mapping) else [given]

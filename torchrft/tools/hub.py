@@ -15,7 +15,7 @@ def trust_code_of(sources: Iterable[str]) -> None:
     _TRUSTED.update(sources)
 
 
-def trusts_code_of(source: str) -> bool:
+def trusts_code_of(source: str | None) -> bool:
     """What every loader passes on as `trust_remote_code`. Unset, transformers asks at the terminal,
     and runs the code when told yes."""
     return source in _TRUSTED
