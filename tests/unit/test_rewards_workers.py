@@ -145,6 +145,23 @@ def test_what_fails_costs_its_sample_only(bad, own, caplog):
     assert f"no verdict on 1 of 3 samples, which get {said}" in caplog.text
 
 
+@pytest.mark.parametrize("function", ["behave", "many"])
+def test_a_sample_whose_worker_was_killed_is_judged_again(function, own, tmp_path, caplog):
+    with own.open("a") as file:
+        file.write(f"""
+plain, marker = behave, {str(tmp_path / "killed")!r}
+
+def behave(response):
+    if response == "kill" and not os.path.exists(marker):
+        open(marker, "x").close()
+        os.kill(os.getpid(), 9)
+    return plain(response)
+""")
+    scores = scored(own, function, "ab", "kill", "abc")
+    assert [(score.value, dict(score.metrics)) for score in scores] == [(2, {}), (4, {}), (3, {})]
+    assert "no verdict" not in caplog.text
+
+
 def test_a_rule_that_never_judges_ends_the_run(own, monkeypatch, caplog):
     """It is named at its first failure, and not every sample has to wait for it."""
     monkeypatch.setattr("torchrft.rewards.workers._EARLY", 4)

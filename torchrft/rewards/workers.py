@@ -66,6 +66,7 @@ class _Run:
     seconds: float
     jobs: deque[_Job]
     results: dict[int, RewardResult]
+    tried: set[int]  # whose worker has died once
 
 
 class _Worker:
@@ -144,7 +145,7 @@ class WorkerPool:
         size = len(rows) if together else min(len(rows) // (4 * self.count), _MOST)
         starts = range(0, len(rows), max(size, 1))
         jobs = deque(_Job(range(len(rows))[first : first + max(size, 1)]) for first in starts)
-        run = _Run(task, rows, together, seconds, jobs, {})
+        run = _Run(task, rows, together, seconds, jobs, {}, set())
         with self.lock:
             self.output = self.output or Output()
             while len(self.workers) < min(self.count, len(jobs)):
@@ -216,8 +217,11 @@ class WorkerPool:
             worker.job = job if job.done < len(job.places) else None
 
     def _replace(self, worker: _Worker, run: _Run, reason: str | None) -> None:
-        """Another worker for one that hangs, has died or is full; its sample has no verdict."""
-        job = worker.job
+        """Another worker for one that hangs, has died or is full; its sample has no verdict.
+
+        A sample whose worker died is judged again, once: it may have been killed from outside.
+        """
+        job, died = worker.job, reason is None
         at = int.from_bytes(os.pread(worker.current.fileno(), 4, 0), "little")
         code = worker.kill()
         if reason is None:
@@ -227,11 +231,14 @@ class WorkerPool:
             del self.workers[number]
             raise RewardError(f"a worker process for reward functions does not start: {reason}")
         lost = job.places if run.together else job.places[at : at + 1]
-        run.results.update(dict.fromkeys(lost, RewardResult(0.0, error=reason)))
-        self._count_failures(run, reason)
-        rest = [place for place in job.places[job.done :] if place not in lost]
-        if rest:
-            run.jobs.appendleft(_Job(rest))
+        if died and not run.tried.issuperset(lost):
+            run.tried.update(lost)
+            lost = []
+        else:
+            run.results.update(dict.fromkeys(lost, RewardResult(0.0, error=reason)))
+            self._count_failures(run, reason)
+        if left := [place for place in job.places[job.done :] if place not in lost]:
+            run.jobs.appendleft(_Job(left))
         self.workers[number] = _Worker(self.tasks, self.memory, self.output.fd)
 
     def _count_failures(self, run: _Run, reason: str) -> None:
