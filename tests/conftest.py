@@ -1,9 +1,12 @@
 """Makes tests/helpers.py importable (pytest puts this file's folder on the path)."""
 
 import logging
+import signal
 
 import pytest
 
+# A shell or nohup may have it ignored, and processes that tests start would inherit that.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 LOGGER = logging.getLogger("torchrft")
 PRISTINE = LOGGER.level, LOGGER.propagate
 

@@ -131,5 +131,5 @@ def test_the_package_stays_small():
     apart = {path for room in rooms for path in ROOT.glob(room)}
     sources = {path: path.read_text() for path in ROOT.rglob("*.py")}
     core = sum(code_lines(source) for path, source in sources.items() if path not in apart)
-    assert core < 13_150  # docs/design.md: why not 10,200
+    assert core < 14_110  # docs/design.md: why not 10,200
     assert max(source.count("\n") for source in sources.values()) <= 400

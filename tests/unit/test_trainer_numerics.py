@@ -1,5 +1,7 @@
 """What a run computes in and over: threads, precision, the schedule's span, truncated sampling."""
 
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 from tiny_job import records, rollout, run, tiny_config, trainer, weights
@@ -13,6 +15,9 @@ def test_deterministic_on_a_gpu_only_by_option(tmp_path, monkeypatch):
     """As far as a rank on a GPU that is not there comes."""
     for part in ("data", "rollout", "models", "output"):
         monkeypatch.setattr(Trainer, f"_build_{part}", lambda self: None)
+    for part in ("update", "critic", "prompts", "collector", "scorer", "shaper"):
+        monkeypatch.setattr(Trainer, part, MagicMock(), raising=False)
+    monkeypatch.setattr("torchrft.trainer.RunState", MagicMock())
     for value in (True, False):
         config = tiny_config(save_path=tmp_path, deterministic=value)
         Trainer(config, World(0, 1, 0, torch.device("cuda", 0)))

@@ -208,8 +208,8 @@ def _exclusions(config: JobConfig, world_size: int) -> Iterator[Finding]:
         fault = "exclude each other: the servers generate while the trainer computes"
         yield Finding(f"enable_engine_sleep and async_level = 1 {fault}; leave one out")
     for name in ("temperature", "first_token_temperature"):
-        if (value_of(config, name) or 1) < 1e-3:
-            yield Finding(f"{name} makes logits overflow; use at least 0.001")
+        if (value_of(config, name) or 1) < 1e-5:
+            yield Finding(f"{name} makes logits overflow; use at least 0.00001")
     if data.min_pixels and data.max_pixels and data.min_pixels > data.max_pixels:
         fault = f"is above max_pixels = {data.max_pixels}"
         yield Finding(f"min_pixels {fault}; lower it or raise the other")

@@ -15,6 +15,7 @@ from torchrft.tools.logging import logger
 FILE_NAME = ".lock"
 SECONDS_TO_END = 10.0  # that a job which was just killed may take to let go
 _held: dict[Path, IO[str]] = {}  # open as long as it is held
+_made: set[Path] = set()  # folders that were not there before
 
 
 def hold(folder: Path, option: str) -> None:
@@ -24,6 +25,8 @@ def hold(folder: Path, option: str) -> None:
     works over NFS. A process may hold a folder twice. Where the file system has no locks, a
     warning says so. Raises ValueError if another process holds the folder.
     """
+    if not folder.exists():
+        _made.add(folder.resolve())
     folder.mkdir(parents=True, exist_ok=True)
     path = (folder / FILE_NAME).resolve()
     if path in _held:
@@ -63,4 +66,6 @@ def release() -> None:
         path, file = _held.popitem()
         with suppress(OSError):  # the folder may be gone
             path.unlink(missing_ok=True)
+            if path.parent in _made:
+                path.parent.rmdir()  # if the job has left nothing there
         file.close()
