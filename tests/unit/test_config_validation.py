@@ -158,7 +158,7 @@ ERRORS = [
     (
         {"temperature": 1e-308},
         1,
-        "[rollout] temperature = 1e-308 makes logits overflow; use at least 0.001",
+        "[rollout] temperature = 1e-308 makes logits overflow; use at least 0.00001",
     ),
     *(
         (

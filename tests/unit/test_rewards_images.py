@@ -114,9 +114,11 @@ def test_a_picture_that_is_none_is_422_and_names_its_place(prompts, reward):
     broken = picture(16, 8, 1).data[:60]
     with app_server(create_app(build_scorer(reward))) as url:
         remote = RemoteRewards(Reward(remote_rm_url=[url]))
-        for image in (Image(data=b"no picture"), Image(data=broken)):
+        pairs = ((b"no picture", "is none of PNG"), (broken, "cannot be decoded"))
+        for data, fault in pairs:
+            image = Image(data=data)
             wrong = [prompts[0], Prompt(7, "p", (1,), images=(image,))]
-            with pytest.raises(RewardError, match=r"HTTP 422: images\.2: an image cannot be deco"):
+            with pytest.raises(RewardError, match=rf"HTTP 422: images\.2: an image {fault}"):
                 remote.score(requests(wrong))
         lost = Prompt(8, "p", (1,), images=(Image(path="lost.png"),))
         with pytest.raises(RewardError, match=r"prompt row 8: lost\.png cannot be read"):
