@@ -293,7 +293,9 @@ def test_every_isolation_of_this_machine(name, monkeypatch, tmp_path):
             assert "SECRET" not in str(ask("environment()"))
             if way.is_safe:
                 assert ask("os.path.exists('/etc/passwd') or os.path.exists('/home')") is False
-                assert ask("os.getpid() < 99 and os.listdir('/tmp')") == []
+                # Of this machine's /tmp it sees what leads to this Python.
+                shown = {view.split("/")[2] for view in sandbox._view() if view[:5] == "/tmp/"}
+                assert set(ask("os.getpid() < 99 and os.listdir('/tmp')")) == shown
                 # In a namespace of its own a program would have capabilities again.
                 assert ask("ctypes.CDLL(None).unshare(0x10000000)") == -1
                 assert ask("[open('/tmp/x', 'w').write('y')]") == [1]
