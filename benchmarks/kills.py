@@ -37,10 +37,11 @@ def digits(response):
 # The next rollout is made beside the update; the native engine stands in for servers.
 ASYNC = """
 import sys
-from torchrft import model_builder, train
-build = model_builder.build_engine
+from torchrft import train
+from torchrft.build import rollout
+build = rollout.build_engine
 plain = {"engine_type": "native", "server_urls": []}
-model_builder.build_engine = lambda config, *rest, **options: build(
+rollout.build_engine = lambda config, *rest, **options: build(
     config.model_copy(update=plain), *rest, **options)
 train.run(sys.argv[1:])
 """

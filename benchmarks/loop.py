@@ -30,7 +30,7 @@ except ModuleNotFoundError as missing:
     sys.exit(f"benchmarks/loop.py needs {missing.name}: pip install -e . trl accelerate")
 
 from torchrft.config.job_config import JobConfig
-from torchrft.data.batch import make_batch
+from torchrft.learn.batch import make_batch
 from torchrft.rewards.registry import REWARDS
 from torchrft.tools import distributed
 from torchrft.tools.distributed import World
@@ -153,7 +153,7 @@ def check(world: World) -> str:
         peer = peer_trl.build(mine, config, 1, peer_trl.StepClock(lambda: None))
         batch = sampled_batch(mine, config)
         loss, norm = peer_trl.loss_and_norm(peer, batch)
-        metrics = mine.update.run(batch)
+        metrics = mine.learner.update(batch)
     for name, theirs in (("policy/loss", loss), ("grad_norm", norm)):
         error = abs(metrics[name] - theirs) / abs(theirs)
         assert error < 1e-4, f"{name}: torchrft {metrics[name]}, TRL {theirs}"

@@ -92,7 +92,7 @@ def build(
     """The TRL trainer that does what `mine` does, from the same weights, `rows` a micro-batch."""
     folder = tempfile.mkdtemp()
     # Saved, because TRL makes its reference model from the folder that the policy came from.
-    mine.policy.model.save_pretrained(folder)
+    mine.learner.policy.model.model.save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation="sdpa", trust_remote_code=False
     )

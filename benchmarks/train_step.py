@@ -27,7 +27,7 @@ from common import machine, table
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from torchrft.config.job_config import Optimizer, Parallel
-from torchrft.data.packing import build
+from torchrft.learn.packing import build
 from torchrft.models import attention
 from torchrft.models.logprobs import Head, fused_linear_logprob, head_logprob, linear_logprob
 from torchrft.models.policy import PolicyModel
@@ -149,7 +149,7 @@ def step_row(
     optimizer = build_optimizer(policy, Optimizer(), 1e-6)
     batch = samples(options.tokens // options.length, options.length, 24, config.vocab_size)
     rows = list(range(len(batch)))
-    micro = build(batch, rows, way.get("packed", True), batch.mask.shape[1])
+    micro = build(batch, rows, way.get("packed", True))
     for field in ("input_ids", "position_ids", "targets", "labels", "cells"):
         object.__setattr__(micro, field, getattr(micro, field).to(device))
     if micro.layout is not None:

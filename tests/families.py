@@ -21,7 +21,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConf
 
 from torchrft.checkpoint.hf_export import export_hf
 from torchrft.config.job_config import Parallel
-from torchrft.data.packing import build as micro_batch
+from torchrft.learn.packing import build as micro_batch
 from torchrft.models.loader import load_config, load_model, load_tokenizer
 from torchrft.models.policy import PolicyModel
 from torchrft.models.sharded import ShardedWeights

@@ -1,4 +1,4 @@
-"""A small policy, samples for it and a PolicyUpdate, without a trainer around them."""
+"""A small policy, samples for it and a Learner, without a trainer around them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ import torch
 from tiny_job import MODEL, tiny_config
 
 from torchrft.algorithms import advantages
-from torchrft.data.batch import make_batch
+from torchrft.build.learner import build_objective
+from torchrft.learn.batch import make_batch
+from torchrft.learn.learner import Learner
+from torchrft.learn.optimizer_step import OptimizerStep
 from torchrft.models.loader import load_model
 from torchrft.models.policy import PolicyModel
 from torchrft.models.vision import freeze_vision
 from torchrft.optim.lr_scheduler import build_scheduler
-from torchrft.optimizer_step import OptimizerStep
 from torchrft.parallel import ParallelDims, parallelize
 from torchrft.parallel.zero import sharding
-from torchrft.policy_update import PolicyUpdate
+from torchrft.rewards.shaping import RewardShaper
 from torchrft.types import Completion, Prompt, RolloutBatch, Sample, Score
 
 NUM_GROUPS, GROUP_SIZE = 4, 4
@@ -54,7 +56,7 @@ def with_advantages(samples: list[Sample]) -> RolloutBatch:
     return replace(batch, advantages=result.advantages, returns=result.returns)
 
 
-def make_update(
+def make_learner(
     reference_seed: int | None = None,
     *,
     world_size: int = 1,
@@ -63,8 +65,8 @@ def make_update(
     family: dict[str, Any] | None = None,
     vlm: str | None = None,
     **options: Any,
-) -> PolicyUpdate:
-    """A PolicyUpdate of a random policy, with plain gradient descent at rate 1.
+) -> Learner:
+    """A Learner of a random policy, with plain gradient descent at rate 1.
 
     Its steps are the clipped gradients themselves: AdamW would blow rounding errors of tiny
     gradients up to whole steps. `options` are those of the job; a `reference_seed` makes a
@@ -116,18 +118,20 @@ def make_update(
         config.rollout,
         max_norm=config.optimizer.max_norm,
         max_len=config.data.max_len,
+        max_response_length=12,
         reduce_every_micro_batch=sharding(config.parallel).reduce_every_micro_batch,
         ranks=dims.data_ranks("cpu"),
         tp=dims.tp,
         vision=sees,
     )
     reference = None if reference_seed is None else model(reference_seed).requires_grad_(False)
-    return PolicyUpdate(stepper, reference, config.algorithm, max_response_length=12)
+    objective, shaper = build_objective(config), RewardShaper(config.reward)
+    return Learner(objective, config.algorithm, stepper, reference, None, shaper)
 
 
-def full_weights(update: PolicyUpdate) -> dict[str, torch.Tensor]:
+def full_weights(learner: Learner) -> dict[str, torch.Tensor]:
     """A copy of every parameter, gathered from its shards if it has any."""
     return {
         name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
-        for name, p in update.policy.named_parameters()
+        for name, p in learner.policy.model.named_parameters()
     }

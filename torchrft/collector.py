@@ -1,4 +1,4 @@
-"""From prompts to scored samples: generation, rewards, and which samples a step learns from."""
+"""From prompts to scored samples: generation, rewards, and the samples that are learned from."""
 
 import dataclasses
 import statistics
@@ -7,7 +7,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
-from torchrft.config.job_config import JobConfig
 from torchrft.data.loader import PromptLoader
 from torchrft.metrics.timing import PhaseTimer
 from torchrft.rewards.scorer import Scorer
@@ -32,34 +31,44 @@ class _Flight:
     completions: Future[list[Completion]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """How many samples a rollout draws, how, and how ranks share them.
+
+    `max_rounds` bounds the rounds of dynamic sampling; None is without. `unit` neighboring samples
+    stay on one rank. Among `ranks` each place has samples of its own; the `helpers` ranks of a
+    place (tensor and sequence parallelism) divide its prompts among them. With `is_async` the next
+    rollout is generated while the trainer updates.
+    """
+
+    sampling: SamplingParams
+    seed: int
+    prompts_per_rollout: int
+    max_rounds: int | None
+    unit: int
+    ranks: DataRanks
+    helpers: int = 1
+    is_async: bool = False
+
+
 class Collector:
     """Collects rollouts on all ranks.
 
-    `prompts` is the share of the endless stream of this rank's place among `ranks`; what `helpers`
-    ranks have the same place and samples (tensor and sequence parallelism) divide among them.
-    `shaper` adds the overlong penalty.
+    `prompts` is the share of the endless stream of this rank's place. `shaper` adds the overlong
+    penalty.
     """
 
     def __init__(
         self,
-        config: JobConfig,
+        drawing: Drawing,
         engine: RolloutEngine,
         prompts: PromptLoader,
         scorer: Scorer,
         shaper: RewardShaper,
         timer: PhaseTimer,
-        ranks: DataRanks,
-        helpers: int = 1,
     ) -> None:
-        self.rollout, self.data, self.seed = config.rollout, config.data, config.training.seed
-        # Whole prompts go to one rank, which computes each once; unless an optimizer step takes
-        # parts of a group: then sample by sample, so that any number of ranks takes the same.
-        n = config.rollout.n_samples_per_prompt
-        self.unit = 1 if config.training.train_batch_size % (n * ranks.size) else n
-        self.engine, self.prompts, self.timer = engine, prompts, timer
-        self.scorer, self.shaper = scorer, shaper
-        self.ranks, self.dp, self.helpers = ranks, ranks.size, helpers
-        self.helper = distributed.get_rank() % helpers
+        self.drawing, self.engine, self.prompts = drawing, engine, prompts
+        self.scorer, self.shaper, self.timer = scorer, shaper, timer
         self.flight: _Flight | None = None
         # Within it, a signal that asks the run to end may leave what hangs.
         self.abandonable: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -73,19 +82,18 @@ class Collector:
         all ranks' groups in the order of their prompts, so it is the same for any number of ranks.
 
         With `ahead` the next rollout's first round is started, by the weights of now, and this one
-        may have been. `wait` must then be called before the engine gets other weights.
+        may have been. `wait_for_flight` must then be called before the engine gets other weights.
         """
-        size, rollout = self.rollout.rollout_batch_size, self.rollout
-        rounds = rollout.dynamic_sampling_max_rounds if rollout.dynamic_sampling else 1
+        size, max_rounds = self.drawing.prompts_per_rollout, self.drawing.max_rounds
         kept: list[list[Sample]] = []
         drawn: list[list[Sample]] = []
-        for _ in range(rounds):
+        for _ in range(max_rounds or 1):
             drawn += self._draw()
-            kept = [g for g in drawn if _differ(g)] if rollout.dynamic_sampling else drawn
+            kept = drawn if max_rounds is None else [g for g in drawn if _differ(g)]
             if len(kept) >= size:
                 break
         metrics = {}
-        if rollout.dynamic_sampling:
+        if max_rounds is not None:
             metrics["dynamic_sampling/groups_drawn"] = float(len(drawn))
             metrics["dynamic_sampling/groups_missing"] = float(max(size - len(kept), 0))
             if not kept:  # every rank needs something to compute
@@ -97,8 +105,8 @@ class Collector:
             self.flight = _Flight(position, places, _without_seeds(sampling), completions)
         return [sample for group in kept[:size] for sample in group], metrics
 
-    def wait(self) -> None:
-        """Until nothing is generated any more."""
+    def wait_for_flight(self) -> None:
+        """Wait until what is generated ahead is complete."""
         if (flight := self.flight) is not None:
             with self.timer.phase("rollout"):
                 self._on_all(lambda: len(flight.completions.result()), "rollout")
@@ -120,7 +128,7 @@ class Collector:
 
     def flight_rows(self, flight: _Flight | None) -> dict[str, Any] | None:
         """What was generated ahead, of all ranks, as a checkpoint keeps it; collective."""
-        if not self.rollout.async_level:
+        if not self.drawing.is_async:
             return None
         rows = None
         if flight is not None and flight.completions.done() and not flight.completions.exception():
@@ -133,7 +141,7 @@ class Collector:
 
     def load_flight(self, state: Mapping[str, Any] | None) -> None:
         """Takes over what `flight_rows` returned, if this run would have generated it, too."""
-        if state is None or not self.rollout.async_level:
+        if state is None or not self.drawing.is_async:
             return
         _, places, sampling = self._round()
         if state["sampling"] != _without_seeds(sampling):
@@ -151,27 +159,30 @@ class Collector:
         completions.set_result(mine)
         self.flight = _Flight(state["place"], places, state["sampling"], completions)
 
-    def share(self, samples: Sequence[Sample]) -> list[Sample]:
-        """This rank's part of all ranks' samples; all ranks get equally many.
+    def split_over_ranks(self, samples: Sequence[Sample]) -> list[Sample]:
+        """This rank's samples out of all ranks'; all ranks get equally many.
 
-        Where these do not come out even, copies of the last ones fill up that do not count.
+        If the samples do not divide evenly, the last ones are repeated as fillers. Fillers do not
+        count in the loss.
         """
-        short = -len(samples) % (self.unit * self.dp)
-        fillers = [dataclasses.replace(s, filler=True) for s in samples[-self.unit :]] * short
+        unit, ranks = self.drawing.unit, self.drawing.ranks
+        short = -len(samples) % (unit * ranks.size)
+        fillers = [dataclasses.replace(s, filler=True) for s in samples[-unit:]] * short
         even = [*samples, *fillers[:short]]
-        return [s for i, s in enumerate(even) if i // self.unit % self.dp == self.ranks.rank]
+        return [s for i, s in enumerate(even) if i // unit % ranks.size == ranks.rank]
 
     @property
     def splits_groups(self) -> bool:
         """Whether a group's samples may be on several ranks."""
-        return self.unit == 1 < self.dp and self.rollout.n_samples_per_prompt > 1
+        return self.drawing.unit == 1 < self.drawing.ranks.size and self.drawing.sampling.n > 1
 
-    def unshare(self, samples: Sequence[Sample]) -> list[Sample]:
-        """All ranks' samples, of which `samples` is what `share` gave this rank."""
-        parts = [_batched(part, self.unit) for part in self.ranks.gather(samples)]
-        return [s for units in zip(*parts, strict=True) for unit in units for s in unit]
+    def gather_from_ranks(self, samples: Sequence[Sample]) -> list[Sample]:
+        """All ranks' samples, of which `samples` is what `split_over_ranks` gave this rank."""
+        gathered = self.drawing.ranks.gather(samples)
+        units = [_batched(samples_of_rank, self.drawing.unit) for samples_of_rank in gathered]
+        return [s for row in zip(*units, strict=True) for unit in row for s in unit]
 
-    def rows(self, samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    def to_rows(self, samples: Sequence[Sample]) -> list[dict[str, Any]]:
         """`samples` as a checkpoint keeps them: their prompts by their places in the stream."""
         names = ("completion", "score", "group", "filler")
         return [{name: getattr(sample, name) for name in names} for sample in samples]
@@ -187,11 +198,10 @@ class Collector:
         """Mean reward of greedy completions of all ranks' `prompts`."""
         with self.timer.phase("eval"):
             greedy = dataclasses.replace(
-                self.sampling([]),
+                self.drawing.sampling,
                 n=1,
                 temperature=0.0,
                 first_token_temperature=None,
-                seeds=None,
                 replay=False,
             )
             completions = self._generate(prompts, greedy)
@@ -220,10 +230,15 @@ class Collector:
 
     def _round(self) -> tuple[list[Prompt], list[int], SamplingParams]:
         """This rank's prompts at the stream's position, their places, and how to sample them."""
+        drawing, ranks = self.drawing, self.drawing.ranks
         first, prompts = self.prompts.position, self.prompts.peek()
-        places = [first + index * self.dp + self.ranks.rank for index in range(len(prompts))]
-        mine = slice(self.helper, None, self.helpers)
-        return prompts[mine], places[mine], self.sampling(places[mine])
+        places = [first + index * ranks.size + ranks.rank for index in range(len(prompts))]
+        own = slice(distributed.get_rank() % drawing.helpers, None, drawing.helpers)
+        seeds = tuple(
+            tuple(derive_seed(drawing.seed, place, j) for j in range(drawing.sampling.n))
+            for place in places[own]
+        )
+        return prompts[own], places[own], dataclasses.replace(drawing.sampling, seeds=seeds)
 
     def _score(
         self, prompts: Sequence[Prompt], completions: list[Completion], places: list[int]
@@ -243,24 +258,6 @@ class Collector:
             sample if score is sample.score else dataclasses.replace(sample, score=score)
             for sample, score in zip(samples, scores, strict=True)
         ]
-
-    def sampling(self, places: Sequence[int]) -> SamplingParams:
-        """How to sample prompts at these places of the stream, which seed their samples."""
-        rollout, n = self.rollout, self.rollout.n_samples_per_prompt
-        return SamplingParams(
-            n=n,
-            temperature=rollout.temperature,
-            first_token_temperature=rollout.first_token_temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            max_total_tokens=self.data.max_len,
-            max_new_tokens=rollout.max_new_tokens,
-            min_new_tokens=rollout.min_new_tokens,
-            stop_token_ids=tuple(rollout.stop_token_ids),
-            stop=tuple(rollout.stop),
-            replay=rollout.truncation_replay,
-            seeds=tuple(tuple(derive_seed(self.seed, p, j) for j in range(n)) for p in places),
-        )
 
 
 def _without_seeds(sampling: SamplingParams) -> dict[str, Any]:

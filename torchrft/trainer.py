@@ -4,20 +4,21 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from torchrft.advantage_step import AdvantageStep
+from torchrft.build.learner import build_learner
+from torchrft.build.models import check_models, load_vision
+from torchrft.build.rewards import build_rewards, with_source_key
+from torchrft.build.rollout import policy_engine, sampling_params
 from torchrft.checkpoint.hf_export import export_hf, files_beside_weights
 from torchrft.checkpoint.manager import CheckpointManager
 from torchrft.checkpoint.set_aside import set_aside
-from torchrft.collector import Collector
+from torchrft.collector import Collector, Drawing
 from torchrft.config.job_config import Data, JobConfig
 from torchrft.config.manager import to_toml
-from torchrft.config.start import lacks_bf16, optimizer_steps, start_notes, with_precision
-from torchrft.critic_update import CriticUpdate
-from torchrft.data.batch import make_batch
+from torchrft.config.start import lacks_bf16, start_notes, with_precision
 from torchrft.data.loader import PromptLoader
 from torchrft.data.prompts import PromptDataset, load_prompts
+from torchrft.learn.batch import make_batch
 from torchrft.metrics.console import Console
 from torchrft.metrics.files import METRICS_FILE, read_metrics, write_atomically
 from torchrft.metrics.logger import MetricLogger
@@ -26,15 +27,8 @@ from torchrft.metrics.rollout_dump import dump
 from torchrft.metrics.rollout_stats import dump_rows, rollout_metrics, warn_of_mismatch
 from torchrft.metrics.stuck import StuckAlarm
 from torchrft.metrics.timing import PhaseTimer, peak_memory_gib
-from torchrft.model_builder import ModelBuilder, check_models, load_vision, policy_engine
 from torchrft.models.loader import load_tokenizer
-from torchrft.optim.lr_scheduler import build_scheduler
-from torchrft.optim.optimizer import build_optimizer
-from torchrft.optimizer_step import OptimizerStep
 from torchrft.parallel import ParallelDims, reshard
-from torchrft.parallel.zero import sharding
-from torchrft.policy_update import PolicyUpdate
-from torchrft.reward_builder import build_rewards, with_source_key
 from torchrft.rewards.shaping import RewardShaper
 from torchrft.rollout.weight_sync import named_full_tensors
 from torchrft.run_state import RunState
@@ -80,12 +74,10 @@ class Trainer:
         check_models(config)  # before data and engines, which take minutes
         self._build_data()
         self._build_rollout()  # first: an engine that does not start or fit shows at once
-        self._build_models()
-        steppers = {"policy": self.update.stepper}
-        steppers |= {} if self.critic is None else {"critic": self.critic.stepper}
-        small = {"coefficients": self.update, "data": self.prompts}
-        parts = self.collector, self.scorer, self.shaper
-        self.state = RunState(config, world, *parts, steppers, small)
+        self.learner = build_learner(
+            config, world, self.dims, self.dtype, self.schedule_steps, self.shaper, self.vision
+        )
+        self.state = self._build_state()
         self.agreement = distributed.Agreement()
         self._build_output()
 
@@ -123,52 +115,6 @@ class Trainer:
             )
         return prompts
 
-    def _build_models(self) -> None:
-        config, model = self.config, self.config.model
-        models = ModelBuilder(config, self.world, self.dims, self.dtype)
-        budget = config.rollout.max_new_tokens or config.data.max_len
-        reference = None
-        if config.algorithm.init_kl_coef > 0:
-            init = model.init if model.ref_pretrain is None else "pretrained"
-            reference = models.policy(model.ref_pretrain or model.pretrain, init, self.dtype)
-            reference.requires_grad_(False)
-        # With use_mp_opt the float32 master weights are the optimizer's.
-        self.master = torch.bfloat16 if config.optimizer.use_mp_opt else torch.float32
-        self.policy = models.policy(model.pretrain, model.init, self.master)
-        actor = self._stepper(self.policy, config.optimizer.actor_learning_rate)
-        self.update = PolicyUpdate(actor, reference, config.algorithm, budget)
-        self.advantages = AdvantageStep(config, self.update.preset, self.shaper, self.ranks)
-        self.critic: CriticUpdate | None = None
-        if self.advantages.needs_values:
-            init = model.init if model.critic_pretrain is None else "pretrained"
-            source = model.critic_pretrain or model.pretrain
-            critic = models.critic(source, init, self.master)
-            stepper = self._stepper(critic, config.optimizer.critic_learning_rate)
-            aggregation = self.update.preset.loss_aggregation
-            self.critic = CriticUpdate(stepper, config.algorithm, aggregation, budget)
-
-    def _stepper(self, model: nn.Module, learning_rate: float) -> OptimizerStep:
-        """Optimizer and schedule of a model, over the whole run."""
-        config, training = self.config, self.config.training
-        total = config.optimizer.lr_total_steps or optimizer_steps(config, self.schedule_steps)
-        masters = config.optimizer.use_mp_opt
-        optimizer = build_optimizer(model, config.optimizer, learning_rate, masters)
-        scheduler = build_scheduler(optimizer, config.optimizer, total)
-        return OptimizerStep(
-            model,
-            optimizer,
-            scheduler,
-            training,
-            config.rollout,
-            max_norm=config.optimizer.max_norm,
-            max_len=config.data.max_len,
-            reduce_every_micro_batch=sharding(config.parallel).reduce_every_micro_batch,
-            ranks=self.ranks,
-            tp=self.dims.tp,
-            adam_offload=config.optimizer.adam_offload,
-            vision=self.vision,
-        )
-
     def _build_rollout(self) -> None:
         config = self.config
         phases = ("rollout", "reward", "logprob", "update", "weight_sync", "step")
@@ -178,10 +124,34 @@ class Trainer:
         self.sleeps = config.rollout.enable_engine_sleep and not config.rollout.async_level
         if self.sleeps:
             self.engine.sleep()
-        ranks, helpers = self.ranks, self.dims.model_ranks
-        self.collector = Collector(
-            config, self.engine, self.prompts, self.scorer, self.shaper, self.timer, ranks, helpers
+        rollout, train_batch_size = config.rollout, config.training.train_batch_size
+        # Whole prompts go to one rank, which computes each once. If an optimizer step takes parts
+        # of groups, samples go one by one, so that any number of ranks takes the same.
+        n = rollout.n_samples_per_prompt
+        drawing = Drawing(
+            sampling_params(config),
+            config.training.seed,
+            rollout.rollout_batch_size,
+            rollout.dynamic_sampling_max_rounds if rollout.dynamic_sampling else None,
+            unit=1 if train_batch_size % (n * self.ranks.size) else n,
+            ranks=self.ranks,
+            helpers=self.dims.model_ranks,
+            is_async=rollout.async_level > 0,
         )
+        self.collector = Collector(
+            drawing, self.engine, self.prompts, self.scorer, self.shaper, self.timer
+        )
+
+    def _build_state(self) -> RunState:
+        rollout = self.config.rollout
+        batch_sizes = {
+            "rollout_batch_size": rollout.rollout_batch_size,
+            "n_samples_per_prompt": rollout.n_samples_per_prompt,
+            "train_batch_size": self.config.training.train_batch_size,
+            "data_parallel_ranks": self.ranks.size,
+        }
+        options, rank = self.config.checkpoint, self.world.rank
+        return RunState(options, batch_sizes, rank, self.collector, self.learner)
 
     def _build_output(self) -> None:
         config = self.config
@@ -204,7 +174,7 @@ class Trainer:
         self.logger = MetricLogger(config.logging, self.log_dir, settings, resume_step=began)
         records = read_metrics(self.log_dir) if began else []
         if on_main(lambda: bool(records) and records[-1]["step"] == self.step, "read metrics"):
-            self.state.logged()
+            self.state.mark_logged()
         self.stuck = StuckAlarm(records)
         self.console = Console(self.last_step, self.step)
 
@@ -250,7 +220,7 @@ class Trainer:
             why = "the other ranks have not come to the same point"
             if self.agreement.on(step, SECONDS_TO_AGREE):
                 try:
-                    for stepper in self.state.steppers.values():
+                    for stepper in self.learner.steppers.values():
                         reshard(stepper.model)  # it may have been left in the middle of a forward
                     return self.save()
                 except Exception as error:
@@ -285,36 +255,31 @@ class Trainer:
         if self.sleeps:
             self.engine.sleep()
         metrics |= self._log_samples(samples)
-        self.pending += self.collector.share(samples)
+        self.pending += self.collector.split_over_ranks(samples)
         self.pending_rollouts += 1
         if self._batch_is_full():
-            for stepper in self.state.steppers.values():
-                stepper.prepare()
+            for stepper in self.learner.steppers.values():
+                stepper.fetch_state()
             filtering = self.config.algorithm.overlong_filtering
             batch = make_batch(self.pending, self.world.device, filtering)
             self.pending, self.pending_rollouts = [], 0
             with self.timer.phase("logprob"):
-                batch = self.update.with_logprobs(batch)
-                if self.critic is not None:
-                    batch = self.critic.with_values(batch)
-            split = self.collector.splits_groups
-            batch, shaped = self.advantages.add(batch, self.update.kl_coef, split)
+                batch = self.learner.compute_logprobs(batch)
+            batch, shaped = self.learner.compute_advantages(batch, self.collector.splits_groups)
             metrics |= shaped
             with self.timer.phase("update"):
-                self.state.leave()
-                if self.critic is not None:
-                    metrics |= self.critic.run(batch)
+                self.state.invalidate()
                 frozen = self.step < self.config.training.freezing_actor_steps
-                metrics |= self.update.run(batch, frozen)
-                for stepper in self.state.steppers.values():
-                    stepper.rest()
+                metrics |= self.learner.update(batch, frozen)
+                for stepper in self.learner.steppers.values():
+                    stepper.offload_state()
         else:
-            metrics |= self.update.waiting()
+            metrics |= self.learner.metrics_without_update()
         self.step += 1
         self.row |= metrics
         # Whatever fails from here on, the update is not lost.
-        self.state.take(self.step, self.pending, self.pending_rollouts, self.row)
-        self.collector.wait()
+        self.state.capture(self.step, self.pending, self.pending_rollouts, self.row)
+        self.collector.wait_for_flight()
         with self.timer.phase("weight_sync"):
             self._sync_weights()
         return metrics
@@ -355,7 +320,9 @@ class Trainer:
     def _sync_weights(self) -> None:
         if self.sleeps:
             self.engine.wake()
-        self.engine.update_weights(named_full_tensors(self.policy.model), version=self.step)
+        self.engine.update_weights(
+            named_full_tensors(self.learner.policy.model.model), version=self.step
+        )
 
     def _log_samples(self, samples: list[Sample]) -> dict[str, float]:
         """Writes all ranks' samples down and returns their metrics."""
@@ -377,7 +344,7 @@ class Trainer:
             if warning := self.stuck.hear(metrics):
                 logger.warning("step %d: %s", self.step, warning)
         self.logger.log(self.step, metrics)
-        self.state.logged()
+        self.state.mark_logged()
         self.console.step(self.step, metrics)
         if self._save_is_due():
             self.save()
@@ -392,7 +359,7 @@ class Trainer:
 
     def save(self) -> None:
         """Writes checkpoints/step-N and hf/step-N."""
-        model, files = self.policy.model, self.other_files
+        model, files = self.learner.policy.model.model, self.other_files
         export = partial(export_hf, model, self.processor, dtype=self.dtype, files=files)
         with self.timer.phase("checkpoint"):
             self.saved_step = self.step  # even if it fails: a second time it would, too

@@ -11,9 +11,9 @@ import torch
 from tiny_job import ASSETS, tiny_config
 from transformers import AutoModelForImageTextToText
 
+from torchrft.build.rollout import judge_engine
 from torchrft.config.job_config import Rollout
 from torchrft.config.reward_config import Judge
-from torchrft.model_builder import judge_engine
 from torchrft.models.loader import load_config, load_model, load_tokenizer
 from torchrft.models.vision import Vision
 from torchrft.rewards.judge import build_judge

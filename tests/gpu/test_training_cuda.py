@@ -5,7 +5,7 @@ import tiny
 import torch
 
 from torchrft.config.job_config import Optimizer, Parallel
-from torchrft.data.packing import build
+from torchrft.learn.packing import build
 from torchrft.models.logprobs import fused_linear_logprob
 from torchrft.models.policy import PolicyModel
 from torchrft.optim.offload import StateOffload
@@ -48,7 +48,7 @@ def gradients(**options):
     config = Parallel(**options.pop("parallel", {}))
     parallelize(model, ParallelDims(), config, torch.bfloat16, **options)
     batch = tiny.batch([(3, [2, 40]), (5, [100, 30, 1]), (20, [7])])
-    micro = build(batch, list(range(6)), True, batch.mask.shape[1])
+    micro = build(batch, list(range(6)), True)
     for name in ("input_ids", "position_ids", "targets", "labels", "cells"):
         object.__setattr__(micro, name, getattr(micro, name).cuda())
     object.__setattr__(micro, "layout", micro.layout.to(torch.device("cuda")))

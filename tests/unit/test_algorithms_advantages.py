@@ -6,7 +6,6 @@ from torch import tensor
 
 from torchrft.algorithms.advantages import ESTIMATORS, compute
 from torchrft.algorithms.presets import PRESETS, resolve
-from torchrft.config.job_config import Algorithm
 
 
 def per_sample(rewards, group, estimator="group_norm"):
@@ -100,11 +99,11 @@ def test_presets_are_made_of_registered_parts_and_can_be_overridden():
     for preset in PRESETS.values():
         assert preset.estimator in ESTIMATORS.names()
         assert preset.policy_loss in LOSSES.names()
-    default = resolve(Algorithm())
+    default = resolve("group_norm")
     assert default == PRESETS["group_norm"]
     assert default.loss_aggregation == "seq_mean_token_mean"
-    other = resolve(Algorithm(policy_loss="reinforce", loss_aggregation="token_mean"))
+    other = resolve("group_norm", policy_loss="reinforce", loss_aggregation="token_mean")
     assert (other.estimator, other.policy_loss) == ("group_norm", "reinforce")
     assert other.loss_aggregation == "token_mean"
-    own = resolve(Algorithm(advantage_estimator="mine.py:best"))
+    own = resolve("mine.py:best", kl_placement=None)
     assert (own.estimator, own.policy_loss) == ("mine.py:best", "ppo_clip")

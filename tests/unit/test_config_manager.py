@@ -275,8 +275,10 @@ def test_the_resolved_config_shows_the_kl_estimator_in_use(flags, estimator, tmp
     assert again.warnings == loaded.warnings
     # A preset's own placement is that of the presets' table.
     algorithm = loaded.config.algorithm
-    assert algorithm.kl_in_reward == (resolve(algorithm).kl_placement == "reward")
-    assert algorithm.loss == resolve(algorithm).policy_loss
+    overrides = {"policy_loss": algorithm.policy_loss, "kl_placement": algorithm.kl_placement}
+    preset = resolve(algorithm.advantage_estimator, **overrides)
+    assert algorithm.kl_in_reward == (preset.kl_placement == "reward")
+    assert algorithm.loss == preset.policy_loss
 
 
 def test_a_loss_that_does_not_clip_shows_no_clip_ranges():

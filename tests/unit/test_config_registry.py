@@ -3,7 +3,7 @@ import doctest
 import pytest
 
 from torchrft.config import registry
-from torchrft.config.registry import Registry
+from torchrft.tools.registry import Registry
 
 
 def test_doctest():

@@ -18,12 +18,13 @@ ROOT = Path(__file__).parents[2] / "torchrft"
 ROWS = [
     {"types", "tools"},
     {"config"},
-    {"parallel"},
+    {"parallel", "algorithms"},
     {"models"},
-    {"data", "rewards", "algorithms", "rollout", "optim", "checkpoint", "metrics"},
-    # What the trainer is made of.
-    {"collector", "advantage_step", "optimizer_step", "model_builder", "preflight"},
-    {"policy_update", "critic_update", "reward_builder", "run_state"},
+    {"data", "rewards", "rollout", "optim", "checkpoint", "metrics"},
+    {"learn"},
+    {"build"},
+    {"collector", "preflight"},
+    {"run_state"},
     {"trainer"},
     {"train", "deepspeed", "rewards/server.py"},
     {"launch"},

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from tiny_job import MODEL, tiny_config
 from transformers import AutoModelForCausalLM
 
+from torchrft.build.models import ModelBuilder
 from torchrft.checkpoint.hf_export import export_hf
 from torchrft.checkpoint.state_io import load_state, save_state
-from torchrft.data.packing import build
-from torchrft.model_builder import ModelBuilder
+from torchrft.learn.packing import build
 from torchrft.models.loader import (
     expected_model,
     load_config,
@@ -60,7 +60,7 @@ def policy(source, dtype=torch.float32, rank=0, world_size=1, **options):
 @torch.no_grad()
 def logprobs(model, packed=True):
     batch = tiny.batch(GROUPS)
-    return model(build(batch, list(range(len(batch))), packed, batch.mask.shape[1]))[0]
+    return model(build(batch, list(range(len(batch))), packed))[0]
 
 
 def exported(model, folder, dtype):

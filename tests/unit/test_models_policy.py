@@ -7,7 +7,7 @@ import tiny
 import torch
 from torch import nn
 
-from torchrft.data.packing import build
+from torchrft.learn.packing import build
 from torchrft.models.policy import PolicyModel
 from torchrft.types import Kept
 
@@ -45,7 +45,7 @@ def models(family, options):
 
 def inputs(batch, packed, rows=None):
     rows = list(range(len(batch))) if rows is None else rows
-    return build(batch, rows, packed, batch.mask.shape[1])
+    return build(batch, rows, packed)
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])

@@ -11,8 +11,8 @@ from helpers import run_ranks
 from safetensors.torch import load_file, save_file
 
 from torchrft.config.job_config import Parallel
-from torchrft.data.batch import make_batch
-from torchrft.data.packing import build
+from torchrft.learn.batch import make_batch
+from torchrft.learn.packing import build
 from torchrft.models.heads import ValueModel
 from torchrft.models.loader import load_model
 from torchrft.models.policy import PolicyModel
@@ -196,9 +196,9 @@ def image_logprobs(rank, folder):
         policy = filled(f"{folder}/{name}", PolicyModel, ParallelDims(dp_shard=2))
         sees = tiny_vlm.vision(name)
         batch = make_batch(tiny_vlm.samples(sees))
-        micro = build(batch, list(range(len(batch))), True, batch.mask.shape[1], sees)
+        micro = build(batch, list(range(len(batch))), True, sees)
         with torch.no_grad():
-            found[name] = micro.scatter(policy(micro)[0], batch.mask.shape[1])
+            found[name] = micro.scatter(policy(micro)[0])
     return found
 
 

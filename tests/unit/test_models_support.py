@@ -11,8 +11,8 @@ import torch
 from tiny_job import MODEL, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from torchrft.data.packing import build
-from torchrft.model_builder import check_models
+from torchrft.build.models import check_models
+from torchrft.learn.packing import build
 from torchrft.models.heads import ValueModel
 from torchrft.models.loader import load_config, load_model, load_tokenizer
 from torchrft.models.policy import PolicyModel
@@ -64,7 +64,7 @@ def samples(*lengths, prompt=3):
 
 
 def forward(policy, batch, packed):
-    inputs = build(batch, list(range(len(batch))), packed, batch.mask.shape[1])
+    inputs = build(batch, list(range(len(batch))), packed)
     with torch.no_grad():
         return policy(inputs)
 

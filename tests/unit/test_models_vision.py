@@ -4,8 +4,8 @@ import pytest
 import tiny_vlm
 import torch
 
-from torchrft.data.batch import make_batch
-from torchrft.data.packing import build
+from torchrft.learn.batch import make_batch
+from torchrft.learn.packing import build
 from torchrft.models.policy import PolicyModel
 
 FAMILIES = tiny_vlm.FAMILIES
@@ -47,13 +47,12 @@ def test_logprobs_and_gradients_are_those_of_transformers(family, packed):
     sum((w * part).sum() for w, part in zip(weights, expected, strict=True)).backward()
     seen = encoded_images(policy.model)
     batch = make_batch(samples)
-    width = batch.mask.shape[1]
     found, passes = torch.zeros(batch.mask.shape), []
     # Mixed, with images only, without any, and with equal tokens under different images.
     for rows in ([0, 1, 2, 3], [7, 6, 5], [4]):
-        micro = build(batch, rows, packed, width, vision)
+        micro = build(batch, rows, packed, vision)
         logprobs, _ = policy(micro)
-        table = micro.scatter(logprobs, width)
+        table = micro.scatter(logprobs)
         weight = torch.nn.utils.rnn.pad_sequence([weights[row] for row in rows], batch_first=True)
         (table[:, : weight.shape[1]] * weight).sum().backward()
         found[rows] = table.detach()

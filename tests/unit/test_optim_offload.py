@@ -96,12 +96,16 @@ def test_a_run_with_master_weights(tmp_path):
     """bfloat16 parameters; it resumes bit by bit, masters included."""
     options = {"bf16": True, "use_mp_opt": True, "actor_learning_rate": 1e-3}
     whole = run(tmp_path / "a", **options, max_steps=3)
-    assert {p.dtype for p in whole.policy.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in whole.learner.policy.model.parameters()} == {torch.bfloat16}
     run(tmp_path / "b", **options, max_steps=2)
     resumed = run(tmp_path / "b", **options, max_steps=3, load_checkpoint=True)
-    for one, other in zip(resumed.policy.parameters(), whole.policy.parameters(), strict=True):
-        mine = resumed.update.stepper.optimizer.state[one]
-        theirs = whole.update.stepper.optimizer.state[other]
+    for one, other in zip(
+        resumed.learner.policy.model.parameters(),
+        whole.learner.policy.model.parameters(),
+        strict=True,
+    ):
+        mine = resumed.learner.policy.optimizer.state[one]
+        theirs = whole.learner.policy.optimizer.state[other]
         assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     assert all(line["grad_norm"] > 0 for line in records(tmp_path / "a"))
 

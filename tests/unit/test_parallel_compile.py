@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_policy import make_samples, make_update, with_advantages
+from tiny_policy import make_learner, make_samples, with_advantages
 from torch._dynamo.utils import counters
 
 OPTIONS = {"packing_samples": True, "max_tokens_per_microbatch": 64, "max_len": 40}
@@ -12,14 +12,14 @@ def test_twenty_ragged_steps_compile_once():
     """Lengths differ from micro-batch to micro-batch; after the first step nothing is compiled."""
     torch._dynamo.reset()
     counters.clear()
-    eager = make_update(**OPTIONS)
-    compiled = make_update(**OPTIONS, compile=True)
+    eager = make_learner(**OPTIONS)
+    compiled = make_learner(**OPTIONS, compile=True)
     graphs, lengths = [], set()
     for step in range(20):
         batch = with_advantages(make_samples(seed=step, longest=5 + step))
         lengths.add(int(batch.mask.sum()))
         mine, theirs = (
-            update.run(update.with_logprobs(batch), frozen=False) for update in (compiled, eager)
+            learner.update(learner.compute_logprobs(batch)) for learner in (compiled, eager)
         )
         for name in ("policy/loss", "grad_norm", "policy/entropy"):
             assert mine[name] == pytest.approx(theirs[name], rel=2e-4, abs=1e-5), (step, name)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_policy import full_weights, make_samples, make_update, with_advantages
+from tiny_policy import full_weights, make_learner, make_samples, with_advantages
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -28,41 +28,41 @@ def test_decoder_layers_are_the_repeated_blocks():
 
 
 def test_one_rank_in_its_own_dtype_stays_as_it_is():
-    update = make_update()
-    assert not any(isinstance(p, DTensor) for p in update.policy.parameters())
-    set_gradient_sync(update.policy, False)  # nothing to do, and no error
+    learner = make_learner()
+    assert not any(isinstance(p, DTensor) for p in learner.policy.model.parameters())
+    set_gradient_sync(learner.policy.model, False)  # nothing to do, and no error
 
 
 def test_bf16_computes_in_bfloat16(group, monkeypatch):
-    update = make_update(dtype=torch.bfloat16, bf16=True)
+    learner = make_learner(dtype=torch.bfloat16, bf16=True)
     batch = with_advantages(make_samples())
     computed: list[torch.dtype] = []
 
     def spy(module, args, output):
         computed.extend([args[0].dtype, module.weight.dtype, output.dtype])
 
-    for module in update.policy.modules():
+    for module in learner.policy.model.modules():
         if isinstance(module, nn.Linear):
             module.register_forward_hook(spy)
     gradients: list[torch.dtype] = []
-    step = update.stepper.optimizer.step
+    step = learner.policy.optimizer.step
 
     def spy_step() -> None:
-        gradients.extend(p.grad.dtype for p in update.policy.parameters())
+        gradients.extend(p.grad.dtype for p in learner.policy.model.parameters())
         step()
 
-    monkeypatch.setattr(update.stepper.optimizer, "step", spy_step)
-    before = full_weights(update)
-    metrics = update.run(batch)
+    monkeypatch.setattr(learner.policy.optimizer, "step", spy_step)
+    before = full_weights(learner)
+    metrics = learner.update(batch)
     assert len(computed) >= 3 * 2 * 7  # 7 projections in each of 2 layers
     assert set(computed) == {torch.bfloat16}
     assert set(gradients) == {torch.float32}
-    assert {p.dtype for p in update.policy.parameters()} == {torch.float32}
+    assert {p.dtype for p in learner.policy.model.parameters()} == {torch.float32}
     # The step has digits that bfloat16 weights could not hold.
-    after = full_weights(update)
+    after = full_weights(learner)
     assert any((v != v.bfloat16().float()).any() for v in after.values())
     assert any((v != before[name]).any() for name, v in after.items())
-    exact = make_update().run(batch)
+    exact = make_learner().update(batch)
     assert metrics["grad_norm"] == pytest.approx(exact["grad_norm"], rel=0.1)
     assert metrics["grad_norm"] != exact["grad_norm"]
     assert metrics["policy/entropy"] == pytest.approx(exact["policy/entropy"], rel=0.02)
@@ -70,9 +70,9 @@ def test_bf16_computes_in_bfloat16(group, monkeypatch):
 
 def test_bf16_log_probs_are_float32_and_close(group):
     batch = with_advantages(make_samples())
-    update, exact = make_update(dtype=torch.bfloat16, bf16=True), make_update()
-    got = update.logprobs(update.policy, batch)
-    expected = exact.logprobs(exact.policy, batch)
+    learner, exact = make_learner(dtype=torch.bfloat16, bf16=True), make_learner()
+    got = learner.logprobs(learner.policy.model, batch)
+    expected = exact.logprobs(exact.policy.model, batch)
     assert got.dtype == torch.float32
     assert not torch.equal(got, expected)
     assert (got - expected).abs().max() < 0.2
@@ -81,6 +81,6 @@ def test_bf16_log_probs_are_float32_and_close(group):
 def test_the_bf16_model_is_wrapped_once_per_layer_and_once_as_a_whole(group):
     from torch.distributed.fsdp import FSDPModule
 
-    update = make_update(dtype=torch.bfloat16, bf16=True)
-    wrapped = [m for m in update.policy.modules() if isinstance(m, FSDPModule)]
-    assert wrapped == [update.policy, *update.policy.model.get_decoder().layers]
+    learner = make_learner(dtype=torch.bfloat16, bf16=True)
+    wrapped = [m for m in learner.policy.model.modules() if isinstance(m, FSDPModule)]
+    assert wrapped == [learner.policy.model, *learner.policy.model.model.get_decoder().layers]

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from helpers import run_ranks
-from tiny_policy import full_weights, make_samples, make_update, with_advantages
+from tiny_policy import full_weights, make_learner, make_samples, with_advantages
 
 from torchrft import parallel
 
@@ -59,14 +59,14 @@ OPTIONS = {"init_kl_coef": 0.1, "entropy_coef": 0.05, "train_batch_size": 16}
 
 def three_steps(rank, world_size, family, options):
     """Losses, gradient norms and the weights at the end, of three rollouts of 16 samples."""
-    update = make_update(1, world_size=world_size, family=family, **OPTIONS, **(PACKED | options))
-    ranks, found = update.stepper.ranks, []
+    learner = make_learner(1, world_size=world_size, family=family, **OPTIONS, **(PACKED | options))
+    ranks, found = learner.policy.ranks, []
     for seed in range(3):
         batch = with_advantages(make_samples(seed))
         mine = [row for row in range(16) if int(batch.group[row]) % ranks.size == ranks.rank]
-        metrics = update.run(update.with_logprobs(batch.select(mine)))
+        metrics = learner.update(learner.compute_logprobs(batch.select(mine)))
         found.append({name: metrics[name] for name in ("policy/loss", "grad_norm", "policy/kl")})
-    return found, full_weights(update)
+    return found, full_weights(learner)
 
 
 def all_layouts(rank, family, layouts):
@@ -88,7 +88,7 @@ def test_every_layout_takes_the_same_steps(name):
     family = FAMILIES[name]
     alone = three_steps(0, 1, family, {})
     assert all(step["grad_norm"] > 0.1 for step in alone[0])
-    start = full_weights(make_update(family=family))
+    start = full_weights(make_learner(family=family))
     assert all((weight - start[key]).abs().max() > 1e-3 for key, weight in alone[1].items())
     names = LAYOUTS if name == "llama" else SPLIT
     layouts = {layout: LAYOUTS[layout] for layout in names}

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchrft.config.job_config import Parallel
-from torchrft.data.packing import build
+from torchrft.learn.packing import build
 from torchrft.models.policy import PolicyModel
 from torchrft.parallel import ParallelDims, deepspeed, parallelize
 from torchrft.parallel.tensor_parallel import layer_plan_of
@@ -35,7 +35,7 @@ def matmuls_of_backward(mode):
     model = PolicyModel(tiny.model("llama"))
     parallelize(model, ParallelDims(), Parallel(), gradient_checkpointing=mode)
     batch = tiny.batch([(3, [2, 4]), (5, [1])])
-    logprobs, _ = model(build(batch, [0, 1, 2], True, batch.mask.shape[1]))
+    logprobs, _ = model(build(batch, [0, 1, 2], True))
     with CountMatmuls() as counter:
         logprobs.sum().backward()
     return counter.count
@@ -102,7 +102,7 @@ def gathered(rank, tied, plain):
     what the model computes is checked against one process."""
     found, results = [], []
     batch = tiny.batch([(3, [2, 4]), (5, [1])])
-    inputs = build(batch, [0, 1, 2], True, batch.mask.shape[1])
+    inputs = build(batch, [0, 1, 2], True)
     for sharded in (False, True):
         model = tiny.model("llama", "sdpa" if plain else "torchrft", tie_word_embeddings=tied)
         whole = model if plain else PolicyModel(model)

@@ -7,7 +7,7 @@ import tiny_vlm
 import torch
 from helpers import run_ranks
 from test_models_vision import gradients
-from tiny_policy import full_weights, make_update, with_advantages
+from tiny_policy import full_weights, make_learner, with_advantages
 
 from torchrft import parallel
 from torchrft.config.job_config import Parallel
@@ -36,17 +36,17 @@ def two_steps(rank, world_size, family, options):
     """Losses and gradient norms of two rollouts of 16 samples, and the weights at the end; of the
     first, which has no KL term, log-probs by sample and the gradients before clipping."""
     options = OPTIONS | PACKED | options
-    update, found = make_update(1, world_size=world_size, vlm=family, **options), []
-    ranks, first = update.stepper.ranks, ({}, {})
+    learner, found = make_learner(1, world_size=world_size, vlm=family, **options), []
+    ranks, first = learner.ranks, ({}, {})
     for seed, coef in enumerate((0.0, 0.1)):
-        update.kl_coef = coef
+        learner.kl_coef = coef
         batch = with_advantages(samples_of(family, seed))
         mine = [row for row in range(16) if int(batch.group[row]) % ranks.size == ranks.rank]
-        batch, start = batch.select(mine), full_weights(update)
-        logprobs = update.logprobs(update.policy, batch)
-        metrics = update.run(update.with_logprobs(batch))
+        batch, start = batch.select(mine), full_weights(learner)
+        logprobs = learner.logprobs(learner.policy.model, batch)
+        metrics = learner.update(learner.compute_logprobs(batch))
         found.append({name: metrics[name] for name in ("policy/loss", "grad_norm", "policy/kl")})
-        after = full_weights(update)
+        after = full_weights(learner)
         if seed == 0:
             scale = max(1.0, metrics["grad_norm"])  # what it was divided by
             gradients = {name: (start[name] - weight) * scale for name, weight in after.items()}
@@ -90,7 +90,7 @@ def test_every_layout_takes_the_same_steps(names):
     ranks = run_ranks(all_layouts, 4, names, timeout=400)
     for family in names:
         alone, plain = two_steps(0, 1, family, {}), transformers_step(family)
-        start = full_weights(make_update(vlm=family))
+        start = full_weights(make_learner(vlm=family))
         tower = [key for key in start if "visual" in key or "vision_tower" in key]
         assert any((alone[1][key] - start[key]).abs().max() > 1e-3 for key in tower)
         for layout, found in (item for rank in ranks for item in rank[family].items()):
@@ -125,7 +125,7 @@ def assert_same_as_transformers(layout, found, plain):
 
 def test_freeze_vision_trains_the_language_model_only():
     """And what it trains takes the same step."""
-    start, free = full_weights(make_update(vlm="qwen2_5_vl")), two_steps(0, 1, "qwen2_5_vl", {})
+    start, free = full_weights(make_learner(vlm="qwen2_5_vl")), two_steps(0, 1, "qwen2_5_vl", {})
     frozen = two_steps(0, 1, "qwen2_5_vl", {"freeze_vision": True, "max_norm": 1e9})
     for name, weight in frozen[1].items():
         assert torch.equal(weight, start[name]) == ("visual" in name), name

@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import run_ranks
-from tiny_policy import full_weights, make_samples, make_update, with_advantages
+from tiny_policy import full_weights, make_learner, make_samples, with_advantages
 from torch.distributed.tensor import DTensor
 
-import torchrft.optimizer_step as optimizer_step
+import torchrft.learn.optimizer_step as optimizer_step
 from torchrft.config.job_config import Parallel
-from torchrft.data.packing import plan
+from torchrft.learn.packing import plan
 from torchrft.parallel.zero import sharding
 
 LAYOUTS = {
@@ -50,8 +50,8 @@ def rows_of(batch, rank, world_size):
 def train_one_step(rank, world_size, options):
     """Metrics and full weights after one step, and what was seen of the sharding on the way."""
     batch = lopsided_batch()
-    update = make_update(reference_seed=1, world_size=world_size, **KL, **options)
-    layer = update.policy.model.get_decoder().layers[0]
+    learner = make_learner(reference_seed=1, world_size=world_size, **KL, **options)
+    layer = learner.policy.model.model.get_decoder().layers[0]
     seen = {"sync": [], "gradients": [], "gathered_after_forward": []}
     original = optimizer_step.set_gradient_sync
 
@@ -65,14 +65,16 @@ def train_one_step(rank, world_size, options):
             gathered = not any(isinstance(p, DTensor) for p in layer.parameters())
             seen["gathered_after_forward"].append(gathered)
 
-    update.policy.register_forward_hook(after_forward)
+    learner.policy.model.register_forward_hook(after_forward)
     optimizer_step.set_gradient_sync = spy
     try:
-        metrics = update.run(update.with_logprobs(batch.select(rows_of(batch, rank, world_size))))
+        metrics = learner.update(
+            learner.compute_logprobs(batch.select(rows_of(batch, rank, world_size)))
+        )
     finally:
         optimizer_step.set_gradient_sync = original
-    seen["sharded"] = [isinstance(p, DTensor) for p in update.policy.parameters()]
-    return metrics, full_weights(update), seen
+    seen["sharded"] = [isinstance(p, DTensor) for p in learner.policy.model.parameters()]
+    return metrics, full_weights(learner), seen
 
 
 def all_layouts(rank):
@@ -154,20 +156,20 @@ def skip_on_one_rank(rank):
     torch.set_num_threads(1)
     batch = lopsided_batch()
     mine = batch.select(rows_of(batch, rank, 2))
-    update = make_update(world_size=2, **PADDED)
-    before = full_weights(update)
+    learner = make_learner(world_size=2, **PADDED)
+    before = full_weights(learner)
     bad = mine.advantages.clone()
     if rank == 1:
         bad[0, 0] = float("nan")
     empty = torch.zeros_like(mine.mask)
     skipped = [
-        update.run(replace(mine, advantages=bad)),
-        update.run(replace(mine, mask=empty)),
+        learner.update(replace(mine, advantages=bad)),
+        learner.update(replace(mine, mask=empty)),
     ]
-    unchanged = all(torch.equal(v, before[k]) for k, v in full_weights(update).items())
+    unchanged = all(torch.equal(v, before[k]) for k, v in full_weights(learner).items())
     # One rank has no response token at all: the step is that of the other's samples.
-    half = update.run(replace(mine, mask=empty if rank == 1 else mine.mask))
-    return skipped, unchanged, half, full_weights(update)
+    half = learner.update(replace(mine, mask=empty if rank == 1 else mine.mask))
+    return skipped, unchanged, half, full_weights(learner)
 
 
 def test_all_ranks_skip_a_step_together():
@@ -178,8 +180,8 @@ def test_all_ranks_skip_a_step_together():
         assert half["update/skipped_steps"] == 0
         assert half["grad_norm"] == results[0][2]["grad_norm"] > 0
     batch = lopsided_batch()
-    single = make_update(micro_train_batch_size=8)
-    expected = single.run(batch.select(rows_of(batch, 0, 2)))
+    single = make_learner(micro_train_batch_size=8)
+    expected = single.update(batch.select(rows_of(batch, 0, 2)))
     assert results[0][2]["policy/loss"] == pytest.approx(expected["policy/loss"], rel=1e-5)
     for name, value in full_weights(single).items():
         assert torch.allclose(results[1][3][name], value, atol=1e-5), name

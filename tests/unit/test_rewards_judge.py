@@ -17,8 +17,8 @@ from reward_servers import Reply, Scripted
 from tiny_job import records, rollout, tiny_config
 from tokenizers import processors
 
+from torchrft.build.rollout import judge_engine
 from torchrft.config.reward_config import Judge as Entry
-from torchrft.model_builder import judge_engine
 from torchrft.models.loader import load_tokenizer
 from torchrft.rewards.judge import EngineAnswers, Judge, JudgeTemplate, build_judge
 from torchrft.rewards.judge_server import ServerAnswers

@@ -168,14 +168,14 @@ def test_engine_sleeps_while_training(tmp_path, sleeps):
             storages = (p.data.untyped_storage() for p in parameters)
             return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
-        for name in ("with_logprobs", "run"):
-            original = getattr(job.update, name)
+        for name in ("compute_logprobs", "update"):
+            original = getattr(job.learner, name)
 
             def spy(batch, *rest, original=original):
                 seen.append(size())
                 return original(batch, *rest)
 
-            setattr(job.update, name, spy)
+            setattr(job.learner, name, spy)
         # Asleep while the models are built, so that both never lie in memory at once.
         assert (size() == 0) is sleeps
         full = sum(p.nbytes for p in parameters)
@@ -242,12 +242,14 @@ def test_reference_model_from_ref_pretrain(tmp_path):
 
 def test_no_reference_model_without_a_kl_term(tmp_path):
     with trainer(tmp_path) as job:
-        assert job.update.reference is None
+        assert job.learner.reference is None
     with trainer(tmp_path, init_kl_coef=0.1) as job:
-        reference = dict(job.update.reference.model.named_parameters())
+        reference = dict(job.learner.reference.model.named_parameters())
         assert same_weights(weights(job), reference)
         assert not any(p.requires_grad for p in reference.values())
-        assert all(p is not reference[n] for n, p in job.policy.model.named_parameters())
+        assert all(
+            p is not reference[n] for n, p in job.learner.policy.model.model.named_parameters()
+        )
 
 
 # ------------------------------------------------------------- batches
@@ -430,20 +432,20 @@ def test_tensorboard_and_wandb_get_the_metrics(tmp_path, monkeypatch):
 def test_optimizer_and_sharding_options_reach_the_update(tmp_path):
     options = {"max_norm": 0.25, "l2": 0.125, "adam_betas": "0.5,0.75", "zero_stage": 1}
     with trainer(tmp_path, **options) as job:
-        assert job.update.stepper.max_norm == 0.25
-        assert job.update.stepper.reduce_every_micro_batch is False
-        assert {group["betas"] for group in job.update.stepper.optimizer.param_groups} == {
+        assert job.learner.policy.max_norm == 0.25
+        assert job.learner.policy.reduce_every_micro_batch is False
+        assert {group["betas"] for group in job.learner.policy.optimizer.param_groups} == {
             (0.5, 0.75)
         }
-        assert [group["weight_decay"] for group in job.update.stepper.optimizer.param_groups] == [
+        assert [group["weight_decay"] for group in job.learner.policy.optimizer.param_groups] == [
             0.125,
             0.0,
         ]
-        assert job.update.max_response_length == 3
-        assert job.update.stepper.max_len == 16
+        assert job.learner.policy.max_response_length == 3
+        assert job.learner.policy.max_len == 16
     with trainer(tmp_path, max_new_tokens=None, stop_token_ids=None) as job:
-        assert job.update.stepper.reduce_every_micro_batch is True
-        assert job.update.max_response_length == 16
+        assert job.learner.policy.reduce_every_micro_batch is True
+        assert job.learner.policy.max_response_length == 16
 
 
 @pytest.mark.parametrize(

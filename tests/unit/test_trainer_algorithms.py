@@ -85,9 +85,11 @@ def _first_steps(rank, folder, world_size):
         with job.logger:
             job._sync_weights()
             metrics = job.train_step()
-        parameters = [p.full_tensor() if world_size > 1 else p for p in job.policy.parameters()]
-        metrics["kl_coef"], metrics["drift_coef"] = job.update.kl_coef, job.update.drift_coef
-        metrics["next lr"] = job.update.stepper.scheduler.get_last_lr()[0]
+        parameters = [
+            p.full_tensor() if world_size > 1 else p for p in job.learner.policy.model.parameters()
+        ]
+        metrics["kl_coef"], metrics["drift_coef"] = job.learner.kl_coef, job.learner.drift_coef
+        metrics["next lr"] = job.learner.policy.scheduler.get_last_lr()[0]
         metrics["sum of squares"] = sum(
             float(p.detach().double().square().sum()) for p in parameters
         )
@@ -162,7 +164,7 @@ def test_rollout_correction_weighs_the_loss(tmp_path):
     with trainer(
         tmp_path / "cap", rollout_correction="token_tis", rollout_correction_cap=3.0
     ) as job:
-        assert job.update.algorithm.rollout_correction_cap == 3.0
+        assert job.learner.algorithm.rollout_correction_cap == 3.0
 
 
 def test_kl_in_the_reward_or_in_the_loss(tmp_path):
@@ -208,7 +210,7 @@ def test_the_adaptive_coefficient_follows_its_target_and_is_saved(tmp_path):
     )
     kl = records(tmp_path / "below")[0]["policy/kl"]
     error = max(-0.2, min(0.2, kl / 0.05 - 1))
-    assert below.update.kl_coef == pytest.approx(0.1 * (1 + error * 16 / 32))
+    assert below.learner.kl_coef == pytest.approx(0.1 * (1 + error * 16 / 32))
 
 
 def test_cpgd_holds_to_the_old_policy_and_adapts(tmp_path):
@@ -220,7 +222,7 @@ def test_cpgd_holds_to_the_old_policy_and_adapts(tmp_path):
     assert 0 < drifts[20.0] < drifts[0.0]
     # Above kl_target 0.01 by more than a fifth: 20 (1 + 0.2 x 16 / 10000).
     assert drifts[20.0] > 0.012
-    assert job.update.drift_coef == pytest.approx(20 * (1 + 0.2 * 16 / 10000))
+    assert job.learner.drift_coef == pytest.approx(20 * (1 + 0.2 * 16 / 10000))
     unweighted = step_of(tmp_path / "w", advantage_estimator="cpgd", cpgd_weight="none")
     weighted = step_of(tmp_path / "s", advantage_estimator="cpgd")
     assert unweighted["grad_norm"] != pytest.approx(weighted["grad_norm"], rel=1e-2)
@@ -302,13 +304,13 @@ def test_freezing_trains_the_critic_only(tmp_path):
     options = {"advantage_estimator": "gae", "critic_learning_rate": 1e-2, "max_steps": 2}
     with trainer(tmp_path / "a", **options, freezing_actor_steps=1) as job:
         start = weights(job)
-        critic = [p.detach().clone() for p in job.critic.stepper.model.parameters()]
+        critic = [p.detach().clone() for p in job.learner.critic.model.parameters()]
         job._sync_weights()
         first = job.train_step()
         assert same(weights(job), start)
         assert first["update/optimizer_steps"] == 0
         assert first["policy/entropy"] > 0
-        after = list(job.critic.stepper.model.parameters())
+        after = list(job.learner.critic.model.parameters())
         assert any(not torch.equal(old, new) for old, new in zip(critic, after, strict=True))
         job.train_step()
         assert not same(weights(job), start)
@@ -339,12 +341,12 @@ def test_critic_options(tmp_path):
     load_model(MODEL, "random", seed=9).save_pretrained(tmp_path / "critic")
     options = {"advantage_estimator": "gae", "critic_pretrain": tmp_path / "critic"}
     with trainer(tmp_path / "a", **options, critic_learning_rate=3e-4, value_clip=0.125) as job:
-        optimizer = job.critic.stepper.optimizer
+        optimizer = job.learner.critic.optimizer
         assert {group["initial_lr"] for group in optimizer.param_groups} == {3e-4}
-        assert job.critic.algorithm.value_clip == 0.125
+        assert job.learner.algorithm.value_clip == 0.125
         loaded = load_model(str(tmp_path / "critic")).get_input_embeddings().weight
-        assert torch.equal(job.critic.stepper.model.model.get_input_embeddings().weight, loaded)
-        assert not torch.equal(job.policy.model.get_input_embeddings().weight, loaded)
+        assert torch.equal(job.learner.critic.model.model.get_input_embeddings().weight, loaded)
+        assert not torch.equal(job.learner.policy.model.model.get_input_embeddings().weight, loaded)
 
 
 def test_a_run_with_critic_and_running_norm_resumes_bit_identically(tmp_path):
@@ -358,7 +360,7 @@ def test_a_run_with_critic_and_running_norm_resumes_bit_identically(tmp_path):
     run(tmp_path / "b", **options, max_steps=2)
     resumed = run(tmp_path / "b", **options, max_steps=4, load_checkpoint=True)
     assert same(weights(whole), weights(resumed))
-    critics = [job.critic.stepper.model.state_dict() for job in (whole, resumed)]
+    critics = [job.learner.critic.model.state_dict() for job in (whole, resumed)]
     assert same(*critics)
     assert whole.shaper.state_dict() == resumed.shaper.state_dict()
 
@@ -433,7 +435,7 @@ def test_a_users_estimator_takes_fields_of_the_job(tmp_path):
     assert norms[0] != pytest.approx(norms[1], rel=1e-3)
     valued = {"advantage_estimator": f"{own}:valued", "critic_learning_rate": 1e-3}
     job = run(tmp_path / "v", **valued, value_clip=0.125, freezing_actor_steps=1)
-    assert job.critic.algorithm.value_clip == 0.125
+    assert job.learner.algorithm.value_clip == 0.125
     steps = [line["update/optimizer_steps"] for line in records(tmp_path / "v")]
     assert steps == [0, 1]
 

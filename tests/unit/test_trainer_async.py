@@ -11,7 +11,7 @@ import torch
 from helpers import run_ranks
 from tiny_job import records, rollout
 
-from torchrft import model_builder
+from torchrft.build import rollout as engines
 from torchrft.tools.distributed import World
 from torchrft.trainer import Trainer
 
@@ -26,13 +26,13 @@ ASYNC = {
 
 @pytest.fixture(autouse=True)
 def native_in_place_of_servers(monkeypatch):
-    build = model_builder.build_engine
+    build = engines.build_engine
 
     def native(config, *rest, **options):
         changed = {"engine_type": "native", "server_urls": []}
         return build(config.model_copy(update=changed), *rest, **options)
 
-    monkeypatch.setattr(model_builder, "build_engine", native)
+    monkeypatch.setattr(engines, "build_engine", native)
 
 
 def responses(path, step):
@@ -67,7 +67,7 @@ def test_generation_and_update_overlap(tmp_path):
     """The second rollout does not end before the first update has begun."""
     with tiny_job.trainer(tmp_path, **(ASYNC | {"max_steps": 2})) as job:
         updating = threading.Event()
-        generate, update = job.engine.generate, job.update.run
+        generate, update = job.engine.generate, job.learner.update
         calls = []
 
         def slow(prompts, sampling):
@@ -80,7 +80,7 @@ def test_generation_and_update_overlap(tmp_path):
             updating.set()
             return update(*rest)
 
-        job.engine.generate, job.update.run = slow, run
+        job.engine.generate, job.learner.update = slow, run
         assert job.train() is None
     assert calls == [True, False, False]  # the last one for a run that goes on beyond max_steps
 
@@ -175,9 +175,9 @@ def test_a_reward_that_fails_loses_neither_steps_nor_what_was_generated(tmp_path
 
 
 def _on_two_ranks(rank, folder, options):
-    build = model_builder.build_engine
+    build = engines.build_engine
     changed = {"engine_type": "native", "server_urls": []}
-    model_builder.build_engine = lambda config, *rest, **more: build(
+    engines.build_engine = lambda config, *rest, **more: build(
         config.model_copy(update=changed), *rest, **more
     )
     config = tiny_job.tiny_config(2, save_path=folder, **options)

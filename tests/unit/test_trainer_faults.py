@@ -74,7 +74,7 @@ FAULTS = {
     "an evaluation": (lambda job: (job.collector, "evaluate"), 2, 2),
     "the last evaluation": (lambda job: (job.collector, "evaluate"), 3, 5),
     "a rollout": (lambda job: (job.engine, "generate"), 6, 3),
-    "log-probs": (lambda job: (job.update, "with_logprobs"), 2, 3),
+    "log-probs": (lambda job: (job.learner, "compute_logprobs"), 2, 3),
     "the log": (lambda job: (job.logger, "log"), 4, 4),
     "the weights' way to the engine": (lambda job: (job.engine, "update_weights"), 4, 3),
 }
@@ -95,7 +95,7 @@ def test_a_fault_in_an_update_saves_nothing_and_says_so(tmp_path, caplog, monkey
     """The weights are half changed then."""
     monkeypatch.setattr("torchrft.trainer.logger.propagate", True)
     with tiny_job.trainer(tmp_path, **OPTIONS) as job:
-        raises(job.update, "run", 2, RuntimeError("it broke"))
+        raises(job.learner, "update", 2, RuntimeError("it broke"))
         with pytest.raises(RuntimeError, match="it broke"):
             job.train()
     assert saved(tmp_path) == []
@@ -142,7 +142,7 @@ def test_a_signal_while_a_reward_hangs(whole, tmp_path, monkeypatch, signum):
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_lets_a_step_that_ends_finish(tmp_path, signum):
     with tiny_job.trainer(tmp_path, **OPTIONS) as job:
-        raises(job.update, "run", 1, lambda: os.kill(os.getpid(), signum) or {})
+        raises(job.learner, "run", 1, lambda: os.kill(os.getpid(), signum) or {})
         assert job.train() == signum
     assert saved(tmp_path) == ["step-2"]
 
@@ -151,7 +151,7 @@ def test_nohup_goes_on_ignoring_hangups(tmp_path):
     previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with tiny_job.trainer(tmp_path, max_steps=1) as job:
-            raises(job.update, "run", 1, lambda: os.kill(os.getpid(), signal.SIGHUP) or {})
+            raises(job.learner, "run", 1, lambda: os.kill(os.getpid(), signal.SIGHUP) or {})
             assert job.train() is None
     finally:
         signal.signal(signal.SIGHUP, previous)

@@ -24,7 +24,7 @@ def train(rank, folder, world_size, options):
     config = tiny_config(world_size, save_path=folder, **(COMMON | options))
     job = Trainer(config, World(rank, world_size, rank, torch.device("cpu")))
     assert job.train() is None
-    critic = job.critic.stepper.model if job.critic else None
+    critic = job.learner.critic.model if job.learner.critic else None
     return None if critic is None else sum(float(p.sum()) for p in critic.parameters())
 
 

@@ -382,13 +382,13 @@ def test_another_rollout_size_is_refused(tmp_path):
 def test_a_coefficient_to_start_from_that_changed_is_started_from(tmp_path):
     common = {"kl_controller": "adaptive", "init_kl_coef": 0.5, "kl_horizon": 100}
     first = tiny_job.run(tmp_path, max_steps=1, **common)
-    assert first.update.kl_coef != 0.5
+    assert first.learner.kl_coef != 0.5
     with tiny_job.trainer(tmp_path, load_checkpoint=True, **common) as job:
-        assert job.update.kl_coef == first.update.kl_coef
+        assert job.learner.kl_coef == first.learner.kl_coef
     with tiny_job.trainer(
         tmp_path, load_checkpoint=True, **{**common, "init_kl_coef": 0.25}
     ) as job:
-        assert job.update.kl_coef == 0.25
+        assert job.learner.kl_coef == 0.25
 
 
 def test_options_changed_on_resume_hold(tmp_path):
@@ -398,11 +398,11 @@ def test_options_changed_on_resume_hold(tmp_path):
     changed = {"actor_learning_rate": 5e-4, "adam_betas": "0.8,0.9", "l2": 0.25}
     job = tiny_job.run(tmp_path / "run", **common, **changed, load_checkpoint=True)
     assert [line["lr"] for line in records(tmp_path / "run")] == [1e-3, 1e-3, 5e-4, 5e-4]
-    for group in job.update.stepper.optimizer.param_groups:
+    for group in job.learner.policy.optimizer.param_groups:
         assert group["betas"] == (0.8, 0.9)
         assert group["initial_lr"] == 5e-4
-    assert job.update.stepper.optimizer.param_groups[0]["weight_decay"] == 0.25
-    step = next(iter(job.update.stepper.optimizer.state.values()))["step"]
+    assert job.learner.policy.optimizer.param_groups[0]["weight_decay"] == 0.25
+    step = next(iter(job.learner.policy.optimizer.state.values()))["step"]
     assert step == 4  # the moments went on
 
 

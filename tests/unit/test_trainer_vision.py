@@ -91,8 +91,8 @@ def test_export_holds_the_processor(tmp_path):
     with trainer(tmp_path, **VLM) as job:
         prompt = job.prompts.peek()[0]
         (tmp_path / "hf").mkdir()
-        export_hf(job.policy.model, job.processor, tmp_path / "hf", torch.float32)
-        wanted = job.policy.model.state_dict()
+        export_hf(job.learner.policy.model.model, job.processor, tmp_path / "hf", torch.float32)
+        wanted = job.learner.policy.model.model.state_dict()
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "hf")
     assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
     processor = AutoProcessor.from_pretrained(tmp_path / "hf")

@@ -1,7 +1,7 @@
 """Advantage estimators: rewards of samples in, advantages of tokens out."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchrft.algorithms.kl import kl_divergence
-from torchrft.algorithms.options import check_options
-from torchrft.config.registry import Registry
+from torchrft.algorithms.options import bind, check_options
+from torchrft.tools.registry import Registry
 
 Reduce = Callable[[Tensor], Tensor]  # sums a float64 tensor over ranks
 
@@ -54,72 +54,121 @@ ESTIMATORS: Registry[Any] = Registry("advantage_estimator")
 WHITENED = {"reinforce_plus_plus", "reinforce_baseline"}
 
 
+@dataclass(frozen=True)
+class AdvantageEstimator:
+    """The registered estimator `name`, whitened and clipped if asked for, with all its options.
+
+    `advantages_norm` whitens over all response tokens (always, for reinforce_plus_plus and
+    reinforce_baseline); `advantage_clip` > 0 clamps to +-advantage_clip. `options` are those of
+    the estimator.
+    Raises: ValueError for an unknown estimator or option.
+    """
+
+    name: str
+    kl_estimator: str = "k1"
+    init_kl_coef: float = 0.001
+    advantages_norm: bool = False
+    advantage_clip: float = 0.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_options(self.function, self.options, 1, f'advantage estimator "{self.name}"')
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The registered estimator."""
+        return ESTIMATORS.get(self.name)  # type: ignore[no-any-return]
+
+    @property
+    def needs_values(self) -> bool:
+        """Whether the estimator takes a critic's values."""
+        return takes_values(self.function)
+
+    def __call__(
+        self,
+        rewards: Tensor,
+        group: Tensor,
+        mask: Tensor,
+        *,
+        old_logprobs: Tensor | None = None,
+        ref_logprobs: Tensor | None = None,
+        values: Tensor | None = None,
+        reduce: Reduce = lambda tensor: tensor,
+    ) -> Advantages:
+        """Advantages of B samples.
+
+        Args: rewards float [B]; group int [B], equal for the samples of one prompt; mask bool
+            [B, T] of response tokens, a prefix of each row; values float [B, T] of a critic.
+            With ref_logprobs and old_logprobs [B, T] the KL penalty goes into the reward:
+            r_t = -init_kl_coef * KL_t + 1[t is the last token] * R. There only k1 has the policy
+            gradient of the divergence; that of k2 and k3 is next to none near the reference, and
+            may push away from it. `reduce` sums a tensor over ranks, for statistics that span them.
+        Raises: ValueError for shapes that do not fit, a reward that is not finite (naming the
+            sample), values that are missing, or what the estimator refuses.
+        """
+        if rewards.shape != mask.shape[:1] or group.shape != rewards.shape:
+            raise ValueError(
+                f"rewards {tuple(rewards.shape)}, group {tuple(group.shape)} and mask "
+                f"{tuple(mask.shape)} must be [B], [B], [B, T]"
+            )
+        bad = (~rewards.isfinite()).nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(f"the reward of sample {bad[0]} is {rewards[bad[0]].item()}")
+        samples, metrics = rewards.double(), {}
+        last = mask & (mask.cumsum(-1) == mask.sum(-1, keepdim=True))
+        tokens = samples[:, None] * last
+        if ref_logprobs is not None:
+            if old_logprobs is None:
+                raise ValueError(
+                    "a KL penalty in the reward needs old_logprobs beside ref_logprobs"
+                )
+            kl = kl_divergence(old_logprobs, ref_logprobs, self.kl_estimator)
+            kl = kl.double().where(mask, 0.0)
+            tokens = tokens - self.init_kl_coef * kl
+            samples = samples - self.init_kl_coef * kl.sum(-1)
+        estimate = bind(self.function, self.options)
+        seen = Rewards(samples, tokens, group, mask, reduce)
+        if self.needs_values and values is None:
+            raise ValueError(f'advantage estimator "{self.name}" needs the values of a critic')
+        result = estimate(seen, values=values) if self.needs_values else estimate(seen)
+        advantages = result.advantages
+        if self.advantages_norm or self.name in WHITENED:
+            advantages = whiten(advantages, mask, reduce)
+        if (limit := self.advantage_clip) > 0:
+            counts = torch.stack([(advantages.abs() > limit).sum(), mask.sum()]).double()
+            clipped, total = reduce(counts).tolist()
+            metrics["advantages/clipped_fraction"] = clipped / max(total, 1.0)
+            advantages = advantages.clamp(-limit, limit)
+        return Advantages(advantages, result.returns, {**result.metrics, **metrics})
+
+
 def compute(
     estimator: str,
     rewards: Tensor,
     group: Tensor,
     mask: Tensor,
-    *,
-    old_logprobs: Tensor | None = None,
-    ref_logprobs: Tensor | None = None,
-    kl_estimator: str = "k1",
-    init_kl_coef: float = 0.001,
-    advantages_norm: bool = False,
-    advantage_clip: float = 0.0,
-    reduce: Reduce = lambda tensor: tensor,
     **options: Any,
 ) -> Advantages:
-    """Advantages of B samples by the registered `estimator`, whitened and clipped if asked for.
-
-    Args: rewards float [B]; group int [B], equal for the samples of one prompt; mask bool [B, T] of
-        response tokens, a prefix of each row. With ref_logprobs and old_logprobs [B, T] the KL
-        penalty goes into the reward: r_t = -init_kl_coef * KL_t + 1[t is the last token] * R. There
-        only k1 has the policy gradient of the divergence; that of k2 and k3 is next to none near
-        the reference, and may push away from it.
-        advantages_norm whitens over all response tokens (always, for reinforce_plus_plus and
-        reinforce_baseline); advantage_clip > 0 clamps to +-advantage_clip. `reduce` sums a tensor
-        over ranks, for statistics that span them. Further options are the estimator's keywords.
-    Raises: ValueError for an unknown estimator or option, shapes that do not fit, a reward that is
-        not finite (naming the sample), or what the estimator refuses.
+    """`AdvantageEstimator` in one call: its fields, the arguments of its call, and the estimator's
+    own options as keywords.
 
     >>> rewards, group = torch.tensor([1.0, 0.0]), torch.tensor([7, 7])
     >>> compute("group_norm", rewards, group, torch.ones(2, 1).bool()).advantages.squeeze(1)
     tensor([ 0.7071, -0.7071])
     """
-    function = ESTIMATORS.get(estimator)
-    check_options(function, options, f'advantage estimator "{estimator}"')
-    if rewards.shape != mask.shape[:1] or group.shape != rewards.shape:
-        raise ValueError(
-            f"rewards {tuple(rewards.shape)}, group {tuple(group.shape)} and mask "
-            f"{tuple(mask.shape)} must be [B], [B], [B, T]"
-        )
-    bad = (~rewards.isfinite()).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(f"the reward of sample {bad[0]} is {rewards[bad[0]].item()}")
-    samples, metrics = rewards.double(), {}
-    last = mask & (mask.cumsum(-1) == mask.sum(-1, keepdim=True))
-    tokens = samples[:, None] * last
-    if ref_logprobs is not None:
-        if old_logprobs is None:
-            raise ValueError("a KL penalty in the reward needs old_logprobs beside ref_logprobs")
-        kl = kl_divergence(old_logprobs, ref_logprobs, kl_estimator).double().where(mask, 0.0)
-        tokens = tokens - init_kl_coef * kl
-        samples = samples - init_kl_coef * kl.sum(-1)
-    result = function(Rewards(samples, tokens, group, mask, reduce), **options)
-    advantages = result.advantages
-    if advantages_norm or estimator in WHITENED:
-        advantages = whiten(advantages, mask, reduce)
-    if advantage_clip > 0:
-        counts = torch.stack([(advantages.abs() > advantage_clip).sum(), mask.sum()]).double()
-        clipped, total = reduce(counts).tolist()
-        metrics["advantages/clipped_fraction"] = clipped / max(total, 1.0)
-        advantages = advantages.clamp(-advantage_clip, advantage_clip)
-    return Advantages(advantages, result.returns, {**result.metrics, **metrics})
+    inputs = {key: options.pop(key) for key in _INPUTS if key in options}
+    shared = {key: options.pop(key) for key in _SHARED if key in options}
+    return AdvantageEstimator(estimator, **shared, options=options)(rewards, group, mask, **inputs)
 
 
-def needs_values(estimator: str) -> bool:
-    """Whether the estimator takes a critic's values."""
-    return "values" in inspect.signature(ESTIMATORS.get(estimator)).parameters
+_INPUTS = ("old_logprobs", "ref_logprobs", "values", "reduce")
+_SHARED = ("kl_estimator", "init_kl_coef", "advantages_norm", "advantage_clip")
+
+
+def takes_values(function: Callable[..., Any]) -> bool:
+    """Whether an estimator takes a critic's values: its call has a parameter of that name."""
+    call = function.__call__ if isinstance(function, type) else function
+    return "values" in inspect.signature(call).parameters
 
 
 def whiten(values: Tensor, mask: Tensor, reduce: Reduce = lambda tensor: tensor) -> Tensor:
@@ -170,53 +219,70 @@ def rloo(rewards: Rewards) -> Advantages:
 
 
 @ESTIMATORS.register("reinforce")
-def reinforce(rewards: Rewards, gamma: float = 1.0) -> Advantages:
+@dataclass(frozen=True)
+class Reinforce:
     """REINFORCE (Williams, 1992): the discounted return sum_{k >= t} gamma^(k - t) r_k."""
-    returns = discounted_sum(rewards.tokens, gamma)
-    advantages = returns.where(rewards.mask, 0.0).float()
-    return Advantages(advantages, advantages)
+
+    gamma: float = 1.0
+
+    def __call__(self, rewards: Rewards) -> Advantages:
+        returns = discounted_sum(rewards.tokens, self.gamma)
+        advantages = returns.where(rewards.mask, 0.0).float()
+        return Advantages(advantages, advantages)
 
 
 # REINFORCE++ (arXiv:2501.03262) has the KL in the reward, its variant a baseline of the group's
 # mean; `compute` whitens both.
-ESTIMATORS.register("reinforce_plus_plus")(reinforce)
+ESTIMATORS.register("reinforce_plus_plus")(Reinforce)
 ESTIMATORS.register("reinforce_baseline")(dr_grpo)
 
 
 @ESTIMATORS.register("gae")
-def gae(rewards: Rewards, values: Tensor, gamma: float = 1.0, lambd: float = 0.95) -> Advantages:
+@dataclass(frozen=True)
+class GAE:
     """GAE (arXiv:1506.02438) of a critic's `values` float [B, T].
 
     delta_t = r_t + gamma V_{t+1} - V_t, A_t = sum_l (gamma lambd)^l delta_{t+l}, returns = A + V;
     V after the last token is 0.
     """
-    inside = values.double().where(rewards.mask, 0.0)
-    delta = rewards.tokens + gamma * F.pad(inside, (0, 1))[:, 1:] - inside
-    advantages = discounted_sum(delta.where(rewards.mask, 0.0), gamma * lambd)
-    advantages = advantages.where(rewards.mask, 0.0)
-    return Advantages(advantages.float(), (advantages + inside).float())
+
+    gamma: float = 1.0
+    lambd: float = 0.95
+
+    def __call__(self, rewards: Rewards, values: Tensor) -> Advantages:
+        inside = values.double().where(rewards.mask, 0.0)
+        delta = rewards.tokens + self.gamma * F.pad(inside, (0, 1))[:, 1:] - inside
+        delta = delta.where(rewards.mask, 0.0)
+        advantages = discounted_sum(delta, self.gamma * self.lambd).where(rewards.mask, 0.0)
+        return Advantages(advantages.float(), (advantages + inside).float())
 
 
 @ESTIMATORS.register("cpgd")
-def cpgd(rewards: Rewards, cpgd_weight: str = "std") -> Advantages:
+@dataclass(frozen=True)
+class CPGD:
     """CPGD (arXiv:2505.12504): centered rewards, weighted by `cpgd_weight`.
 
     std: / (std_g + 1e-6), as GRPO; clip_filter: times min(n / n_nonzero, 3), where n counts groups
     and n_nonzero those whose rewards differ; none: as they are.
     Raises: ValueError for an unknown weight.
     """
-    centered, std = center_by_group(rewards.samples, rewards.group)
-    if cpgd_weight == "std":
-        return rewards.spread(centered / (std + 1e-6))
-    if cpgd_weight == "clip_filter":
-        groups = rewards.group.unique()
-        varied = rewards.group[centered != 0].unique()
-        sizes = torch.tensor([groups.numel(), varied.numel()], dtype=torch.float64)
-        all_groups, all_varied = rewards.reduce(sizes.to(centered.device)).tolist()
-        return rewards.spread(centered * min(all_groups / max(all_varied, 1.0), 3.0))
-    if cpgd_weight == "none":
-        return rewards.spread(centered)
-    raise ValueError(f'cpgd_weight "{cpgd_weight}" is unknown; choose std, clip_filter or none')
+
+    cpgd_weight: str = "std"
+
+    def __call__(self, rewards: Rewards) -> Advantages:
+        centered, std = center_by_group(rewards.samples, rewards.group)
+        if self.cpgd_weight == "std":
+            return rewards.spread(centered / (std + 1e-6))
+        if self.cpgd_weight == "clip_filter":
+            groups = rewards.group.unique()
+            varied = rewards.group[centered != 0].unique()
+            sizes = torch.tensor([groups.numel(), varied.numel()], dtype=torch.float64)
+            all_groups, all_varied = rewards.reduce(sizes.to(centered.device)).tolist()
+            return rewards.spread(centered * min(all_groups / max(all_varied, 1.0), 3.0))
+        if self.cpgd_weight == "none":
+            return rewards.spread(centered)
+        choices = "choose std, clip_filter or none"
+        raise ValueError(f'cpgd_weight "{self.cpgd_weight}" is unknown; {choices}')
 
 
 def center_by_group(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,10 @@
 
 from dataclasses import dataclass, replace
 
-from torchrft.config.job_config import Algorithm
-
 
 @dataclass(frozen=True)
 class Preset:
-    """The parts of an algorithm, by their registered names."""
+    """The components of an algorithm, by their registered names."""
 
     estimator: str
     policy_loss: str = "ppo_clip"
@@ -32,16 +30,10 @@ PRESETS = {
 }
 
 
-def resolve(config: Algorithm) -> Preset:
-    """The preset of `config.advantage_estimator`, with the parts that the config overrides.
+def resolve(estimator: str, **overrides: str | None) -> Preset:
+    """The preset of `estimator`, with the fields that `overrides` set.
 
-    An estimator that is no preset (a user's own) goes with the parts of group_norm.
+    An estimator that is no preset (a user's own) goes with the fields of group_norm.
     """
-    name = config.advantage_estimator
-    preset = PRESETS.get(name, Preset(name))
-    overrides = {
-        part: value
-        for part in ("policy_loss", "loss_aggregation", "kl_placement")
-        if (value := getattr(config, part)) is not None
-    }
-    return replace(preset, **overrides)
+    chosen = {name: value for name, value in overrides.items() if value is not None}
+    return replace(PRESETS.get(estimator, Preset(estimator)), **chosen)

@@ -2,6 +2,6 @@
 
 from torchrft.config.job_config import JobConfig
 from torchrft.config.manager import ConfigError, LoadedConfig, load, read, to_toml
-from torchrft.config.registry import Registry
+from torchrft.tools.registry import Registry
 
 __all__ = ["ConfigError", "JobConfig", "LoadedConfig", "Registry", "load", "read", "to_toml"]

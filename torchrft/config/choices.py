@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torchrft.config.registry import REGISTRIES
+from torchrft.tools.registry import REGISTRIES
 
 _SOURCES = sorted((Path(__file__).parents[1] / "algorithms").glob("*.py"))
 

@@ -18,7 +18,7 @@ from torchrft.types import Kept
 
 
 class Inputs(Protocol):
-    """What a forward pass needs; `torchrft.data.packing.MicroBatch` is one."""
+    """What a forward pass needs; `torchrft.learn.packing.MicroBatch` is one."""
 
     input_ids: Tensor  # int64 [rows, length]
     position_ids: Tensor  # int64 [rows, length]

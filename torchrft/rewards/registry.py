@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import numpy as np
 from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
-from torchrft.config.registry import Registry
 from torchrft.rewards.source import RewardResult
+from torchrft.tools.registry import Registry
 from torchrft.tools.signals import Abandoned, SecondKeyboardInterrupt
 
 RewardCallable = Callable[..., Any]

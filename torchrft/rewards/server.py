@@ -60,8 +60,8 @@ def _scorer(path: str, flags: list[str]) -> Scorer:
     """What is served, on the devices of this process."""
     import torch
 
+    from torchrft.build.rewards import build_rewards
     from torchrft.models.loader import load_tokenizer
-    from torchrft.reward_builder import build_rewards
     from torchrft.tools import distributed
     from torchrft.tools.hub import trust_code_of
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any, Literal
 
-from torchrft.config.registry import Registry
 from torchrft.rewards.registry import RuleFault, as_float
 from torchrft.rewards.source import RewardResult
 from torchrft.rewards.workers import Task, WorkerPool
+from torchrft.tools.registry import Registry
 
 Parser = Callable[[str], float | None]  # None: there is no verdict in the answer
 

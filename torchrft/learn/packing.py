@@ -5,8 +5,8 @@ samples that are in it: with n samples per prompt the prompt is computed once, n
 last token of a sample is a label only and never goes through the model.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -22,10 +22,11 @@ class MicroBatch:
     """The input of one forward pass over the samples `rows` of a RolloutBatch.
 
     M is the number of their response tokens. `cells[m]` is where response token m belongs in the
-    flattened [len(rows), T] of those samples.
+    flattened [len(rows), T] of those `samples`.
     """
 
     rows: list[int]
+    samples: RolloutBatch
     input_ids: Tensor  # int64 [1, N] packed, [len(rows), L] padded
     position_ids: Tensor  # int64, as input_ids, or three times that where images move them
     layout: Layout | None  # None: padded rows
@@ -35,10 +36,15 @@ class MicroBatch:
     images: ImageBatch | None = None
     kept: Kept | None = None  # of the M tokens: log-probs are over these alone
 
-    def scatter(self, values: Tensor, width: int) -> Tensor:
-        """Values [M] as [len(rows), width], zero where there is no response token."""
-        out = values.new_zeros(len(self.rows) * width)
-        return out.index_copy(0, self.cells, values).view(len(self.rows), width)
+    def scatter(self, values: Tensor) -> Tensor:
+        """Values [M] as [len(rows), T], zero where there is no response token."""
+        shape = self.samples.mask.shape
+        return values.new_zeros(shape).view(-1).index_copy(0, self.cells, values).view(shape)
+
+    def uncounted(self) -> Self:
+        """The same input, for a pass that does not count in the loss."""
+        mask = torch.zeros_like(self.samples.mask)
+        return replace(self, samples=replace(self.samples, mask=mask))
 
 
 def plan(
@@ -81,12 +87,9 @@ def plan(
 
 
 def build(
-    batch: RolloutBatch, rows: list[int], packed: bool, width: int, vision: Vision | None = None
+    batch: RolloutBatch, rows: list[int], packed: bool, vision: Vision | None = None
 ) -> MicroBatch:
-    """The micro-batch of the samples `rows`; `width` is the T of the batch's [B, T] tensors.
-
-    `vision` is given where samples may have images.
-    """
+    """The micro-batch of the samples `rows`; `vision` is given where samples may have images."""
     prompts = batch.prompt_lens[rows].tolist()
     responses = [batch.sequences[row][p:] for row, p in zip(rows, prompts, strict=True)]
     layout = None
@@ -104,17 +107,17 @@ def build(
     step = torch.arange(int(repeats.sum())) - begins
     first, rest = torch.tensor(starts).repeat_interleave(repeats, dim=0).unbind(1)
     targets = torch.where(step == 0, first, rest + step - 1)
-    cells = torch.arange(len(rows)).repeat_interleave(repeats) * width + step
+    cells = torch.arange(len(rows)).repeat_interleave(repeats) * batch.mask.shape[1] + step
     images = None
     if vision is not None:
         known = batch.prompts
         spans = [] if known is None else [(known[row], a, b) for row, a, b in bounds]
         positions, images = vision.see(positions, spans)
     kept = None if batch.kept is None else Kept.join([batch.kept[row] for row in rows])
-    made = (ids, positions, layout, targets, torch.cat(responses), cells, images, kept)
+    inputs = (ids, positions, layout, targets, torch.cat(responses), cells, images, kept)
     device = batch.mask.device
-    parts: list[Any] = [None if part is None else part.to(device) for part in made]
-    return MicroBatch(rows, *parts)
+    on_device: list[Any] = [None if value is None else value.to(device) for value in inputs]
+    return MicroBatch(rows, batch.select(rows), *on_device)
 
 
 def _packed_row(

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchrft.data.packing import build, plan
+from torchrft.learn.packing import build, plan
 from torchrft.models.attention import Packed
 from torchrft.models.policy import PolicyModel
 from torchrft.types import RolloutBatch
@@ -56,7 +56,7 @@ def test_token_budget():
         assert all(cost(batch, rows) <= budget for rows in bins)
         sizes.append(len(bins))
         for rows in bins:  # what runs is what was counted, less the last token of every sample
-            micro = build(batch, rows, True, batch.mask.shape[1])
+            micro = build(batch, rows, True)
             assert micro.input_ids.numel() == cost(batch, rows) - len(rows)
     assert sizes == sorted(sizes, reverse=True)
     assert (sizes[0], sizes[-1]) == (7, 1)
@@ -109,7 +109,7 @@ def by_hand():
 
 def test_packed_build_by_hand():
     """The prompt of rows 0 and 2 is there once; last tokens are labels only."""
-    micro = build(by_hand(), [0, 1, 2], packed=True, width=3)
+    micro = build(by_hand(), [0, 1, 2], packed=True)
     assert micro.input_ids.tolist() == [[10, 11, 30, 31, 12, 40]]
     assert micro.position_ids.tolist() == [[0, 1, 2, 3, 0, 1]]
     assert micro.labels.tolist() == [20, 40, 41, 30, 31, 32]
@@ -117,26 +117,26 @@ def test_packed_build_by_hand():
     assert micro.cells.tolist() == [0, 3, 4, 6, 7, 8]
     assert isinstance(micro.layout, Packed)
     assert micro.layout.cu_queries.tolist() == [0, 2, 4, 5, 6]
-    scattered = micro.scatter(torch.tensor([1.0, 2, 3, 4, 5, 6]), 3)
+    scattered = micro.scatter(torch.tensor([1.0, 2, 3, 4, 5, 6]))
     assert scattered.tolist() == [[1, 0, 0], [2, 3, 0], [4, 5, 6]]
 
 
 def test_padded_build_by_hand():
-    micro = build(by_hand(), [2, 1], packed=False, width=4)
+    micro = build(by_hand(), [2, 1], packed=False)
     assert micro.rows == [2, 1]
     assert micro.input_ids.tolist() == [[10, 11, 30, 31], [12, 40, 0, 0]]
     assert micro.position_ids.tolist() == [[0, 1, 2, 3]] * 2
     assert micro.layout is None
     assert micro.labels.tolist() == [30, 31, 32, 40, 41]
     assert micro.targets.tolist() == [1, 2, 3, 4, 5]
-    assert micro.cells.tolist() == [0, 1, 2, 4, 5]
-    assert micro.scatter(torch.arange(1.0, 6), 4).tolist() == [[1, 2, 3, 0], [4, 5, 0, 0]]
+    assert micro.cells.tolist() == [0, 1, 2, 3, 4]
+    assert micro.scatter(torch.arange(1.0, 6)).tolist() == [[1, 2, 3], [4, 5, 0]]
 
 
 def test_scatter_is_differentiable():
-    micro = build(by_hand(), [0, 1, 2], packed=True, width=3)
+    micro = build(by_hand(), [0, 1, 2], packed=True)
     values = torch.zeros(6, requires_grad=True)
-    (micro.scatter(values, 3) * torch.arange(9.0).view(3, 3)).sum().backward()
+    (micro.scatter(values) * torch.arange(9.0).view(3, 3)).sum().backward()
     assert values.grad.tolist() == [0, 3, 4, 6, 7, 8]
 
 
@@ -154,10 +154,10 @@ def step(batch, bins, packed, weights):
     policy = PolicyModel(model, temperature=0.8)
     logprobs = torch.zeros(batch.mask.shape)
     for rows in bins:
-        micro = build(batch, rows, packed, batch.mask.shape[1])
+        micro = build(batch, rows, packed)
         values, entropy = policy(micro)
-        logprobs[rows] = micro.scatter(values.detach(), batch.mask.shape[1])
-        part = micro.scatter(values + 0.1 * entropy, batch.mask.shape[1])
+        logprobs[rows] = micro.scatter(values.detach())
+        part = micro.scatter(values + 0.1 * entropy)
         (part * weights[rows]).sum().backward()
     return logprobs, [p.grad for p in model.parameters()]
 
@@ -197,7 +197,7 @@ def test_samples_of_one_prompt_need_not_be_neighbors():
     order = [4, 0, 3, 7, 1, 5, 2, 6]
     shuffled = replace(batch.select(order), group=batch.group[order])
     check_equal(shuffled, [all_rows(shuffled)], packed=True)
-    micro = build(shuffled, all_rows(shuffled), True, shuffled.mask.shape[1])
+    micro = build(shuffled, all_rows(shuffled), True)
     # 3 + 6 + 2 prompt tokens, each once, and 28 response tokens less 8 last ones.
     assert micro.input_ids.numel() == 3 + 6 + 2 + 28 - 8
     check_equal(batch, [[6, 1, 4], [0, 7, 3], [5, 2]], packed=True)
@@ -215,5 +215,5 @@ def test_equal_prompts_of_two_groups_are_shared():
         group=torch.tensor([0, 1]),
         rollout_logprobs=torch.zeros(2, 4),
     )
-    assert build(both, [0, 1], True, 4).input_ids.numel() == 3 + 1 + 3
+    assert build(both, [0, 1], True).input_ids.numel() == 3 + 1 + 3
     check_equal(both, [[0, 1]], packed=True)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny_job import IN_PROCESS, tiny_config
 
-from torchrft import reward_builder
-from torchrft.reward_builder import build_rewards, with_source_key
+from torchrft.build import rewards as reward_builder
+from torchrft.build.rewards import build_rewards, with_source_key
 from torchrft.tools.distributed import World
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from torchrft.data.batch import make_batch
+from torchrft.learn.batch import make_batch
 from torchrft.types import Completion, Prompt, Sample, Score
 
 

@@ -9,7 +9,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from torchrft.config.job_config import JobConfig
-from torchrft.config.reward_config import Judge
 from torchrft.data.image_prompts import images_column
 from torchrft.models.heads import ValueModel
 from torchrft.models.loader import cast_buffers, load_config, load_model, load_tokenizer
@@ -18,8 +17,6 @@ from torchrft.models.sharded import ShardedWeights
 from torchrft.models.support import refuse_unsupported, sees_images
 from torchrft.models.vision import Vision, freeze_vision
 from torchrft.parallel import ParallelDims, parallelize
-from torchrft.rollout import RolloutEngine, build_engine
-from torchrft.rollout.native.engine import NativeEngine
 from torchrft.tools.distributed import World
 from torchrft.tools.hub import trust_code_of
 
@@ -144,45 +141,3 @@ def _sees(config: Any) -> tuple[Any, ...]:
     names = ("image_size", "patch_size", "spatial_merge_size", "temporal_patch_size")
     sizes = (getattr(config.vision_config, name, None) for name in names)
     return config.model_type, getattr(config, "image_token_id", None), *sizes
-
-
-def policy_engine(
-    config: JobConfig, dtype: torch.dtype, device: torch.device, vision: Vision | None
-) -> RolloutEngine:
-    """The engine that samples from the policy, without weights. Raises ValueError as
-    `build_engine`."""
-    rollout, fp32 = config.rollout, config.model.fp32_head
-    if fp32 and rollout.engine_type == "vllm":
-        table = {**rollout.vllm, "hf_overrides": {"head_dtype": "float32"}}
-        rollout = rollout.model_copy(update={"vllm": table})
-    compile, max_len = config.training.compile, config.data.max_len
-    options: dict[str, Any] = {"max_len": max_len, "compile": compile, "vision": vision}
-    options["load_weights"] = False  # they come with the first hand-over
-    engine = build_engine(rollout, config.model.pretrain, dtype, device, **options)
-    if isinstance(engine, NativeEngine):
-        engine.fp32_head = fp32
-    return engine
-
-
-def judge_engine(
-    entry: Judge,
-    max_len: int,
-    vision: Vision | None,
-    config: JobConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> RolloutEngine:
-    """An engine of this rank with the weights of a judge, in prompts with answers of `max_len`.
-
-    It does not sleep, since vLLM lets one engine of a process sleep: the policy's. Raises
-    ValueError for an engine that does not start.
-    """
-    assert entry.pretrain is not None
-    if entry.engine == "native":
-        refuse_unsupported(load_config(entry.pretrain), max_len, cache=True)
-    own: dict[str, Any] = {"server_urls": [], "engine_tp_size": 1, "enable_engine_sleep": False}
-    own |= {"engine_type": entry.engine, "stop": [], "min_new_tokens": 0}
-    rollout = config.rollout.model_copy(update=own)
-    compile = config.training.compile
-    options: dict[str, Any] = {"max_len": max_len, "compile": compile, "vision": vision}
-    return build_engine(rollout, entry.pretrain, dtype, device, **options)
