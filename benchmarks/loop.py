@@ -112,7 +112,7 @@ class Torchrft:
         trainer = self.trainer
         with trainer.timer.phase("step"):
             metrics = trainer.train_step()
-            trainer.logger.log(trainer.step, metrics)
+            trainer.reporter.write_step(trainer.progress.step, metrics)
         spent = {name.removeprefix("time/"): value for name, value in trainer.timer.pop().items()}
         spent["other"] = 2 * spent["step"] - sum(spent.values())  # the step less its phases
         self.steps.append(spent | {"length": metrics["response_length/mean"]})
@@ -123,7 +123,7 @@ def sampled_batch(trainer: Trainer, config: JobConfig) -> RolloutBatch:
 
     Undisturbed, all ratios would be 1: nothing would be clipped and the loss would be 0.
     """
-    prompts = trainer.prompts.next()
+    prompts = trainer.prompts.stream.next()
     n = config.rollout.n_samples_per_prompt
     sampling = SamplingParams(
         n=n,

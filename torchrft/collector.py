@@ -5,8 +5,9 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
+from torchrft.config.job_config import Rollout, Training
 from torchrft.data.loader import PromptLoader
 from torchrft.metrics.timing import PhaseTimer
 from torchrft.rewards.scorer import Scorer
@@ -49,6 +50,30 @@ class Drawing:
     ranks: DataRanks
     helpers: int = 1
     is_async: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        rollout: Rollout,
+        training: Training,
+        sampling: SamplingParams,
+        ranks: DataRanks,
+        helpers: int,
+    ) -> Self:
+        """As the config's sections say."""
+        # Whole prompts go to one rank, which computes each once. If an optimizer step takes parts
+        # of groups, samples go one by one, so that any number of ranks takes the same.
+        n = rollout.n_samples_per_prompt
+        return cls(
+            sampling,
+            training.seed,
+            rollout.rollout_batch_size,
+            max_rounds=rollout.dynamic_sampling_max_rounds if rollout.dynamic_sampling else None,
+            unit=1 if training.train_batch_size % (n * ranks.size) else n,
+            ranks=ranks,
+            helpers=helpers,
+            is_async=rollout.async_level > 0,
+        )
 
 
 class Collector:

@@ -8,6 +8,7 @@ from torchrft.checkpoint.manager import CheckpointManager
 from torchrft.collector import Collector
 from torchrft.config.job_config import Checkpoint
 from torchrft.learn.learner import Learner
+from torchrft.tools.distributed import Agreement, get_rank
 from torchrft.tools.logging import logger
 from torchrft.tools.seeds import rng_state, set_rng_state
 from torchrft.types import Sample
@@ -18,19 +19,19 @@ class RunState:
 
     Weights and optimizers are saved as they are. All else is small, and moves on while the next
     step's samples are made: `capture` keeps it as it is after a step, until `invalidate` says that
-    the weights are about to change. `batch_sizes` decide how samples become optimizer steps.
+    the weights are about to change. All ranks make it together.
     """
 
-    def __init__(
-        self,
-        options: Checkpoint,
-        batch_sizes: Mapping[str, int],
-        rank: int,
-        collector: Collector,
-        learner: Learner,
-    ) -> None:
-        self.options, self.batch_sizes, self.rank = options, dict(batch_sizes), rank
-        self.collector, self.learner = collector, learner
+    def __init__(self, options: Checkpoint, collector: Collector, learner: Learner) -> None:
+        self.options, self.collector, self.learner = options, collector, learner
+        drawing = collector.drawing
+        self.batch_sizes = {  # they decide how samples become optimizer steps
+            "rollout_batch_size": drawing.prompts_per_rollout,
+            "n_samples_per_prompt": drawing.sampling.n,
+            "train_batch_size": learner.policy.training.train_batch_size,
+            "data_parallel_ranks": drawing.ranks.size,
+        }
+        self.agreement = Agreement()
         self.small = {"coefficients": learner, "data": collector.prompts}
         self.captured: dict[str, Any] | None = None
         self.capture(0, [], 0)
@@ -57,7 +58,7 @@ class RunState:
                 "flight": self.collector.flight,
                 "unlogged": None if unlogged is None else dict(unlogged),
             },
-            "rng": {f"rank{self.rank}": rng_state()},
+            "rng": {f"rank{get_rank()}": rng_state()},
         }
 
     def invalidate(self) -> None:
@@ -133,6 +134,6 @@ class RunState:
         if saved["data_parallel_ranks"] != collector.drawing.ranks.size:
             pending = [sample for sample in pending if not sample.filler]
         collector.load_flight(progress.get("flight"))
-        set_rng_state(state["rng"][f"rank{self.rank}"])
+        set_rng_state(state["rng"][f"rank{get_rank()}"])
         own = collector.split_over_ranks(pending)
         self.capture(progress["step"], own, progress["pending_rollouts"], progress.get("unlogged"))

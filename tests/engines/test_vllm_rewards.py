@@ -88,13 +88,13 @@ def test_the_job_trains_with_a_pooling_model(tmp_path):
     }
     asked = []
     with tiny_job.trainer(tmp_path / "run", **options) as job:
-        score = job.scorer.score
+        score = job.collector.scorer.score
 
         def spy(prompts, completions):
             asked.extend(RewardRequest(prompts[c.prompt_index], c) for c in completions)
             return score(prompts, completions)
 
-        job.scorer.score = spy
+        job.collector.scorer.score = spy
         assert job.train() is None
     ids = [[*r.prompt.token_ids, *r.completion.token_ids] for r in asked]
     expected = tiny_classifiers.reference(folder, ids)

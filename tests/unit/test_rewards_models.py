@@ -402,13 +402,13 @@ def test_the_job_trains_with_scalar_models(tmp_path):
     )
     asked = []
     with tiny_job.trainer(tmp_path / "run", models=models, functions=None) as job:
-        score = job.scorer.score
+        score = job.collector.scorer.score
 
         def spy(prompts, completions):
             asked.extend(RewardRequest(prompts[c.prompt_index], c) for c in completions)
             return score(prompts, completions)
 
-        job.scorer.score = spy
+        job.collector.scorer.score = spy
         before = tiny_job.weights(job)
         assert job.train() is None
         moved = [

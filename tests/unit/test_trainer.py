@@ -81,20 +81,20 @@ def test_rollout_has_the_configured_size(tmp_path, prompts, samples):
 def test_max_steps_ends_the_run(tmp_path):
     job = run(tmp_path, max_steps=3)
     assert [record["step"] for record in records(tmp_path)] == [1, 2, 3]
-    assert (job.step, job.last_step, job.schedule_steps) == (3, 3, 450)
+    assert (job.progress.step, job.last_step, job.prompts.rollouts) == (3, 3, 450)
     assert steps_in(tmp_path / "checkpoints") == [3]
 
 
 def test_without_max_steps_a_run_ends_after_its_episodes(tmp_path):
     prompts = prompt_file(tmp_path / "p.jsonl", 10)
     job = run(tmp_path, prompt_data=prompts, max_steps=None, num_episodes=2)
-    assert job.step == 5  # ceil(2 x 10 / 4)
+    assert job.progress.step == 5  # ceil(2 x 10 / 4)
     assert [record["episode"] for record in records(tmp_path)] == [0.4, 0.8, 1.2, 1.6, 2.0]
     seen = [row["row"] for step in range(1, 6) for row in rollout(tmp_path, step)[::4]]
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
     # max_steps beyond that adds nothing.
     job = run(tmp_path / "b", prompt_data=prompts, max_steps=100, num_episodes=2)
-    assert job.step == 5
+    assert job.progress.step == 5
 
 
 def test_metrics_hold_every_key_with_finite_values(tmp_path):
@@ -296,10 +296,10 @@ def test_what_is_left_at_the_end_makes_a_step(tmp_path, seeds_by_sample):
     assert [line["policy/loss"] is not None for line in lines] == [False, True, True]
     assert lines[2]["update/optimizer_steps"] == 1
     assert lines[2]["grad_norm"] > 0
-    assert job.pending == []
+    assert job.progress.pending == []
     # max_steps ends a run before its time: what is pending then is for the run that goes on.
     job = run(tmp_path / "b", prompt_data=prompts, max_steps=1, train_batch_size=32)
-    assert len(job.pending) == 16
+    assert len(job.progress.pending) == 16
     assert records(tmp_path / "b")[0]["policy/loss"] is None
 
 
@@ -475,10 +475,10 @@ def test_a_pass_ends_where_it_ends_in_whole_numbers(tmp_path):
     options = {"rollout_batch_size": 1, "train_batch_size": 4, "max_ckpt_num": 100}
     with trainer(tmp_path, prompt_data=prompts, num_episodes=6, max_steps=None, **options) as job:
         due = []
-        for job.step in range(1, 18):
-            job.step_began = job.prompts.position
-            job.prompts.next()
-            due += [job.step] if job._save_is_due() else []
+        for job.progress.step in range(1, 18):
+            job.progress.began_at = job.prompts.stream.position
+            job.prompts.stream.next()
+            due += [job.progress.step] if job._save_is_due() else []
     assert due == [3, 6, 9, 12, 15]
 
 
@@ -570,15 +570,15 @@ def test_python_dash_m_exits_with_2_and_one_line(tmp_path):
 
 def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(tmp_path):
     with trainer(tmp_path, max_steps=5) as job:
-        log = job.logger.log
+        log = job.reporter.logger.log
 
         def log_and_stop(step, metrics):
             log(step, metrics)
             if step == 2:
                 signal.raise_signal(signal.SIGTERM)
 
-        job.logger.log = log_and_stop
+        job.reporter.logger.log = log_and_stop
         assert job.train() == signal.SIGTERM
-    assert job.step == 3  # the step that was under way when the loop looked
+    assert job.progress.step == 3  # the step that was under way when the loop looked
     assert steps_in(tmp_path / "checkpoints") == [3]
     assert tomllib.loads((tmp_path / "config.toml").read_text())["training"]["max_steps"] == 5

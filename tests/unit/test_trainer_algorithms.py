@@ -82,7 +82,7 @@ def _first_steps(rank, folder, world_size):
         path = f"{folder}/{world_size}/{name}"
         config = tiny_config(world_size, save_path=path, **(common | options))
         job = Trainer(config, World(rank, world_size, rank, torch.device("cpu")))
-        with job.logger:
+        with job.reporter.logger:
             job._sync_weights()
             metrics = job.train_step()
         parameters = [
@@ -266,7 +266,7 @@ def test_dynamic_sampling_drops_equal_groups_and_refills(tmp_path):
         assert all(len(rewards) == 2 for rewards in groups.values())
         drawn += line["dynamic_sampling/groups_drawn"]
     assert drawn > 16  # two samples are often equal: it had to draw again
-    assert job.prompts.position == drawn
+    assert job.prompts.stream.position == drawn
 
 
 def test_dynamic_sampling_ends_after_its_rounds(tmp_path):

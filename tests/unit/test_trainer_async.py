@@ -131,13 +131,13 @@ def test_a_run_killed_at_a_checkpoint_resumes_bit_identically(tmp_path):
             job.train()
     assert len(records(tmp_path / "cut")) == 2
     with tiny_job.trainer(tmp_path / "cut", **options, load_checkpoint="true") as job:
-        assert job.collector.flight.place == job.prompts.position
+        assert job.collector.flight.place == job.prompts.stream.position
         flown = job.collector.flight.completions.result()
         assert {completion.policy_version for completion in flown} == {1}
         assert len(flown) == 16
         job.train()
     assert_same(tmp_path / "whole", tmp_path / "cut", 6)
-    assert whole.step == job.step
+    assert whole.progress.step == job.progress.step
 
 
 def assert_same(whole, cut, steps):
@@ -158,7 +158,7 @@ def test_a_reward_that_fails_loses_neither_steps_nor_what_was_generated(tmp_path
     options = ASYNC | {"max_steps": 5}
     tiny_job.run(tmp_path / "whole", **options)
     with tiny_job.trainer(tmp_path / "cut", **options) as job:
-        score, calls = job.scorer.score, []
+        score, calls = job.collector.scorer.score, []
 
         def fails(*rest):
             calls.append(1)
@@ -166,7 +166,7 @@ def test_a_reward_that_fails_loses_neither_steps_nor_what_was_generated(tmp_path
                 raise ValueError("the reward server has gone")
             return score(*rest)
 
-        job.scorer.score = fails
+        job.collector.scorer.score = fails
         with pytest.raises(ValueError, match="has gone"):
             job.train()
     assert [path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()] == ["step-3"]

@@ -70,12 +70,12 @@ def assert_goes_on_as(folder, whole):
 
 FAULTS = {
     # Calls are counted over evaluation (steps 1, 3 and the end) and rollouts (each step).
-    "a reward": (lambda job: (job.scorer, "score"), 6, 3),
+    "a reward": (lambda job: (job.collector.scorer, "score"), 6, 3),
     "an evaluation": (lambda job: (job.collector, "evaluate"), 2, 2),
     "the last evaluation": (lambda job: (job.collector, "evaluate"), 3, 5),
     "a rollout": (lambda job: (job.engine, "generate"), 6, 3),
     "log-probs": (lambda job: (job.learner, "compute_logprobs"), 2, 3),
-    "the log": (lambda job: (job.logger, "log"), 4, 4),
+    "the log": (lambda job: (job.reporter.logger, "log"), 4, 4),
     "the weights' way to the engine": (lambda job: (job.engine, "update_weights"), 4, 3),
 }
 
@@ -104,7 +104,7 @@ def test_a_fault_in_an_update_saves_nothing_and_says_so(tmp_path, caplog, monkey
 
 def test_a_second_ctrl_c_saves_nothing(tmp_path):
     with tiny_job.trainer(tmp_path, **OPTIONS) as job:
-        raises(job.scorer, "score", 4, SecondKeyboardInterrupt())
+        raises(job.collector.scorer, "score", 4, SecondKeyboardInterrupt())
         with pytest.raises(SecondKeyboardInterrupt):
             job.train()
     assert saved(tmp_path) == []
@@ -133,7 +133,7 @@ def test_a_signal_while_a_reward_hangs(whole, tmp_path, monkeypatch, signum):
         time.sleep(600)
 
     with tiny_job.trainer(tmp_path, **OPTIONS) as job:
-        raises(job.scorer, "score", 6, hang)
+        raises(job.collector.scorer, "score", 6, hang)
         assert job.train() == signum
     assert saved(tmp_path) == ["step-3"]
     assert_goes_on_as(tmp_path, whole)
@@ -142,7 +142,7 @@ def test_a_signal_while_a_reward_hangs(whole, tmp_path, monkeypatch, signum):
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_lets_a_step_that_ends_finish(tmp_path, signum):
     with tiny_job.trainer(tmp_path, **OPTIONS) as job:
-        raises(job.learner, "run", 1, lambda: os.kill(os.getpid(), signum) or {})
+        raises(job.learner, "update", 1, lambda: os.kill(os.getpid(), signum) or {})
         assert job.train() == signum
     assert saved(tmp_path) == ["step-2"]
 
@@ -151,7 +151,7 @@ def test_nohup_goes_on_ignoring_hangups(tmp_path):
     previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with tiny_job.trainer(tmp_path, max_steps=1) as job:
-            raises(job.learner, "run", 1, lambda: os.kill(os.getpid(), signal.SIGHUP) or {})
+            raises(job.learner, "update", 1, lambda: os.kill(os.getpid(), signal.SIGHUP) or {})
             assert job.train() is None
     finally:
         signal.signal(signal.SIGHUP, previous)
@@ -272,7 +272,7 @@ def test_a_deleted_log_is_told_of_and_goes_on(tmp_path, caplog, monkeypatch):
 
         def deletes(metrics):
             finish(metrics)
-            if job.step == 1:
+            if job.progress.step == 1:
                 shutil.rmtree(tmp_path / "logs")
 
         job._finish_step = deletes

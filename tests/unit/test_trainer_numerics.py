@@ -42,7 +42,7 @@ def test_equal_runs_have_equal_bits_for_any_number_of_threads(tmp_path, threads)
             ) as job:
                 torch.set_num_threads(threads)
                 assert job.train() is None
-                assert job.step == stop
+                assert job.progress.step == stop
         runs.append(weights(job))
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
 
@@ -65,7 +65,7 @@ def test_unset_bf16(tmp_path, monkeypatch, caplog, lacks, options, dtype, said):
     for module in ("torchrft.trainer", "torchrft.config.manager"):
         monkeypatch.setattr(f"{module}.lacks_bf16", lambda: lacks)
     with trainer(tmp_path, **options) as job:
-        assert job.dtype == dtype == next(job.engine.model.parameters()).dtype
+        assert job.export.keywords["dtype"] == dtype == next(job.engine.model.parameters()).dtype
         assert f"bf16 = {str(dtype == torch.bfloat16).lower()}\n" in to_toml(job.config)
     texts = [text for text in caplog.messages if "bf16" in text]
     assert len(texts) == bool(said)
@@ -79,7 +79,7 @@ def test_one_host_without_bfloat16_decides_for_all(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr("torchrft.tools.distributed.any_rank", lambda flag: asked.append(flag) or 1)
     with trainer(tmp_path, bf16=None) as job:
-        assert job.dtype == torch.float32
+        assert job.export.keywords["dtype"] == torch.float32
         assert not job.config.training.bf16
     assert asked == [False]
 

@@ -119,7 +119,7 @@ def test_a_reward_that_is_no_number_stops_before_the_optimizer(isolate, own, tmp
         before = tiny_job.weights(job)
         with pytest.raises(RewardError, match=r"reward function 'nan', prompt row \d+: .* got nan"):
             job.train()
-        job.scorer.close()
+        job.collector.scorer.close()
         for name, value in tiny_job.weights(job).items():
             assert torch.equal(value, before[name])
         assert not (tmp_path / "run" / "hf").exists()
@@ -217,6 +217,6 @@ def test_a_job_whose_reward_fails_ends_with_a_line(own, tmp_path):
 def test_the_tiny_job_itself_needs_no_worker(tmp_path):
     """What makes the other tests quick."""
     job = tiny_job.run(tmp_path, max_steps=1)
-    (source,) = job.scorer.sources.values()
+    (source,) = job.collector.scorer.sources.values()
     assert source.pool is None
     assert IN_PROCESS.count("isolate = false") == 1

@@ -25,7 +25,6 @@ from tiny_job import (
 )
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from torchrft.checkpoint.hf_export import export_hf
 from torchrft.config.manager import load
 from torchrft.models.vision import Vision, refuse_without_images
 from torchrft.tools.distributed import World
@@ -89,9 +88,9 @@ def test_ranks_with_and_without_images(tmp_path, mixed):
 def test_export_holds_the_processor(tmp_path):
     """transformers loads it as it is, and answers as the policy does."""
     with trainer(tmp_path, **VLM) as job:
-        prompt = job.prompts.peek()[0]
+        prompt = job.prompts.stream.peek()[0]
         (tmp_path / "hf").mkdir()
-        export_hf(job.learner.policy.model.model, job.processor, tmp_path / "hf", torch.float32)
+        job.export(tmp_path / "hf")
         wanted = job.learner.policy.model.model.state_dict()
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "hf")
     assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())

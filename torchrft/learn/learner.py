@@ -66,6 +66,16 @@ class Learner:
         """The models that are trained, by their names in checkpoints."""
         return {"policy": self.policy} | ({} if self.critic is None else {"critic": self.critic})
 
+    def fetch_states(self) -> None:
+        """An update is due soon: optimizers' states that are on the host must come back."""
+        for stepper in self.steppers.values():
+            stepper.fetch_state()
+
+    def offload_states(self) -> None:
+        """No update is due soon: optimizers' states may leave the device."""
+        for stepper in self.steppers.values():
+            stepper.offload_state()
+
     def compute_logprobs(self, batch: RolloutBatch) -> RolloutBatch:
         """Adds the log-probs of the reference, and of the policy where they are needed, and values.
 
