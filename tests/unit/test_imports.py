@@ -134,3 +134,55 @@ def test_the_package_stays_small():
     core = sum(code_lines(source) for path, source in sources.items() if path not in apart)
     assert core < 14_110  # docs/design.md: why not 10,200
     assert max(source.count("\n") for source in sources.values()) <= 400
+
+
+# Each with its reason.
+LARGE = {
+    # DeepSpeed's own interfaces.
+    *("DeepSpeedEngine", "initialize", "init_distributed", "FusedAdam", "DeepSpeedCPUAdam", "Init"),
+    "attention",  # transformers' interface of attention functions
+    # Engines: requests, slots, caches and graphs in one state. To be one scheduler.
+    *("Generation", "GraphGeneration", "_SlotAttention", "RemoteVllmEngine", "VllmEngine"),
+    "Trainer",  # what a run is made of
+}
+RECORDS = {"dataclass", "Section", "NamedTuple", "Protocol", "BaseModel"}
+
+
+def too_large(source: str) -> list[str]:
+    """Functions of more than 60 lines or 8 parameters, classes of more than 14 attributes.
+
+    Records may have more attributes, and so many parameters.
+    """
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ClassDef):
+            words = {*map(ast.unparse, node.bases), *map(ast.unparse, node.decorator_list)}
+            if RECORDS & {word.partition("(")[0].rpartition(".")[2] for word in words}:
+                continue
+            stored = (n for n in ast.walk(node) if isinstance(n, ast.Attribute))
+            stored = (n for n in stored if isinstance(n.ctx, ast.Store))
+            if len({n.attr for n in stored if ast.unparse(n.value) == "self"}) > 14:
+                names.append(node.name)
+            init = [n for n in node.body if getattr(n, "name", "") == "__init__"]
+            names += [node.name for n in init if len(n.args.args + n.args.kwonlyargs) > 9]
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            count = len(node.args.args + node.args.kwonlyargs) - (node.name == "__init__")
+            is_long = (node.end_lineno or 0) - node.lineno >= 60
+            if is_long or (count > 8 and node.name != "__init__"):
+                names.append(node.name)
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_functions_and_classes_stay_small(path):
+    assert set(too_large(path.read_text())) <= LARGE
+
+
+def test_the_test_sees_what_is_too_large():
+    arguments = ", ".join(f"a{i}" for i in range(9))
+    stored = "\n".join(f"        self.a{i} = 0" for i in range(15))
+    assert too_large(f"def f({arguments}): ...") == ["f"]
+    assert too_large(f"class A:\n    def g(self):\n{stored}") == ["A"]
+    assert too_large(f"class A:\n    def __init__(self, {arguments}): ...") == ["A"]
+    assert too_large("def f():\n" + "    x = 1\n" * 60) == ["f"]
+    assert too_large("def f():\n" + "    x = 1\n" * 59) == []
