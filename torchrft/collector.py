@@ -3,7 +3,7 @@
 import dataclasses
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Self, TypeVar
 
@@ -13,6 +13,7 @@ from torchrft.metrics.timing import PhaseTimer
 from torchrft.rewards.scorer import Scorer
 from torchrft.rewards.shaping import RewardShaper
 from torchrft.rollout import RolloutEngine
+from torchrft.rollout.flight import Flight, without_seeds
 from torchrft.tools import distributed
 from torchrft.tools.distributed import DataRanks
 from torchrft.tools.logging import logger
@@ -20,16 +21,6 @@ from torchrft.tools.seeds import derive_seed
 from torchrft.types import Completion, Prompt, Sample, SamplingParams
 
 T = TypeVar("T")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Flight:
-    """A round of generation that runs in another thread while the trainer computes."""
-
-    place: int  # in the stream of prompts
-    places: list[int]  # of this rank's prompts
-    sampling: dict[str, Any]  # how it samples, but for the seeds
-    completions: Future[list[Completion]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +85,7 @@ class Collector:
     ) -> None:
         self.drawing, self.engine, self.prompts = drawing, engine, prompts
         self.scorer, self.shaper, self.timer = scorer, shaper, timer
-        self.flight: _Flight | None = None
+        self.flight: Flight | None = None
         # Within it, a signal that asks the run to end may leave what hangs.
         self.abandonable: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.thread = ThreadPoolExecutor(1, "rollout")
@@ -126,8 +117,8 @@ class Collector:
         if ahead:
             prompts, places, sampling = self._round()
             completions = self.thread.submit(self.engine.generate, prompts, sampling)
-            position = self.prompts.position
-            self.flight = _Flight(position, places, _without_seeds(sampling), completions)
+            position, options = self.prompts.position, without_seeds(sampling)
+            self.flight = Flight(position, places, options, completions)
         return [sample for group in kept[:size] for sample in group], metrics
 
     def wait_for_flight(self) -> None:
@@ -151,38 +142,27 @@ class Collector:
         self._on_all(lambda: completions.extend(generate(prompts, sampling)), "rollout")
         return completions
 
-    def flight_rows(self, flight: _Flight | None) -> dict[str, Any] | None:
+    def flight_state(self, flight: Flight | None) -> dict[str, Any] | None:
         """What was generated ahead, of all ranks, as a checkpoint keeps it; collective."""
         if not self.drawing.is_async:
             return None
-        rows = None
-        if flight is not None and flight.completions.done() and not flight.completions.exception():
-            rows = [(flight.places[c.prompt_index], c) for c in flight.completions.result()]
-        parts = distributed.on_all(lambda: rows, "gather what was generated ahead")
-        if flight is None or None in parts:
+        rows = None if flight is None else flight.rows()
+        gathered = distributed.on_all(lambda: rows, "gather what was generated ahead")
+        if flight is None or None in gathered:
             return None
-        every = [row for part in parts for row in part or ()]
-        return {"place": flight.place, "sampling": flight.sampling, "rows": every}
+        every = [row for rows_of_rank in gathered for row in rows_of_rank or ()]
+        return {"place": flight.position, "sampling": flight.options, "rows": every}
 
     def load_flight(self, state: Mapping[str, Any] | None) -> None:
-        """Takes over what `flight_rows` returned, if this run would have generated it, too."""
+        """Takes over what `flight_state` returned, if this run would have generated it, too."""
         if state is None or not self.drawing.is_async:
             return
         _, places, sampling = self._round()
-        if state["sampling"] != _without_seeds(sampling):
+        if state["sampling"] != without_seeds(sampling):
             text = "the rollout's options changed: what was generated ahead is generated anew"
             logger.warning(text)
             return
-        index = {place: number for number, place in enumerate(places)}
-        mine = [
-            dataclasses.replace(completion, prompt_index=index[place])
-            for place, completion in state["rows"]
-            if place in index
-        ]
-        mine.sort(key=lambda completion: (completion.prompt_index, completion.sample_index))
-        completions = Future[list[Completion]]()
-        completions.set_result(mine)
-        self.flight = _Flight(state["place"], places, state["sampling"], completions)
+        self.flight = Flight.landed(state["place"], places, sampling, state["rows"])
 
     def split_over_ranks(self, samples: Sequence[Sample]) -> list[Sample]:
         """This rank's samples out of all ranks'; all ranks get equally many.
@@ -238,7 +218,7 @@ class Collector:
         prompts, places, sampling = self._round()
         flight, self.flight = self.flight, None
         with self.timer.phase("rollout"):
-            if flight is not None and flight.place == self.prompts.position:
+            if flight is not None and flight.position == self.prompts.position:
                 completions = flight.completions.result()
             else:
                 completions = self._generate(prompts, sampling)
@@ -283,11 +263,6 @@ class Collector:
             sample if score is sample.score else dataclasses.replace(sample, score=score)
             for sample, score in zip(samples, scores, strict=True)
         ]
-
-
-def _without_seeds(sampling: SamplingParams) -> dict[str, Any]:
-    """The options of `sampling`, which seeds follow the prompts' places."""
-    return dataclasses.asdict(dataclasses.replace(sampling, seeds=None))
 
 
 def _differ(group: Sequence[Sample]) -> bool:

@@ -88,7 +88,7 @@ class RunState:
         progress = {
             **progress,
             "pending": pending,
-            "flight": collector.flight_rows(progress["flight"]),
+            "flight": collector.flight_state(progress["flight"]),
         }
         progress = {name: value for name, value in progress.items() if value is not None}
         tensors = {name: part.state_dict() for name, part in self.learner.steppers.items()}

@@ -466,7 +466,7 @@ def test_config_file_and_a_relative_path_from_another_folder(tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr
     assert MODEL.endswith(re.search(r'pretrain = "(.*)"', result.stdout)[1])

@@ -513,7 +513,7 @@ def test_none_where_it_means_nothing(words, fault, tmp_path):
 def run(*words: str) -> subprocess.CompletedProcess:
     code = "import sys; from torchrft.config.manager import read; read(sys.argv[1:])"
     return subprocess.run(
-        [sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT, timeout=60
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=ROOT, timeout=300
     )
 
 

@@ -14,7 +14,7 @@ PADDED = {"packing_samples": False, "micro_train_batch_size": 2}
 FUSED = {"fused_linear_logprob": True, "chunk_size": 5}
 TP, SP = {"tp_size": 2}, {"sp_size": 2}
 LAYOUTS = {
-    "dp4": {},
+    "dp4": {},  # zero_stage = 2, by default
     "dp2 tp2": TP,
     "dp2 sp2": SP,
     "tp2 sp2": TP | SP,
@@ -22,7 +22,6 @@ LAYOUTS = {
     "hsdp 2x2": {"dp_replicate": 2, "zero_stage": 3},
     "zero1": {"zero_stage": 1},
     "zero1 tp2": {"zero_stage": 1} | TP,
-    "zero2": {"zero_stage": 2},
     "zero3": {"zero_stage": 3},
     "fsdp": {"fsdp": True},
     "offload": {"fsdp_cpu_offload": True, "fsdp": True},
@@ -30,18 +29,14 @@ LAYOUTS = {
     "checkpointing tp2 sp2": {"gradient_checkpointing": True} | TP | SP,
     "selective": {"gradient_checkpointing": True, "checkpointing_mode": "selective"},
     "fused dp4": FUSED,
-    "fused tp2": FUSED | TP,
     "fused tp2 sp2": FUSED | TP | SP,
     "padded dp4": PADDED,
-    "padded tp2": PADDED | TP,
-    "padded sp2": PADDED | SP,
     "padded tp2 sp2": PADDED | TP | SP | FUSED,
 }
 # Where tied weights and a vocabulary that ranks cannot share equally matter.
 SPLIT = ("dp4", "tp2 sp2", "sp4", "hsdp 2x2", "zero1 tp2", "fsdp", "checkpointing tp2 sp2")
-SPLIT += ("fused tp2", "fused tp2 sp2", "padded tp2 sp2")
+SPLIT += ("fused tp2 sp2", "padded tp2 sp2")
 COMPILED = {
-    "compile dp4": {"compile": True},
     "compile tp2 sp2": {"compile": True, "gradient_checkpointing": True} | TP | SP,
 }  # with inductor: test_parallel_compile.py
 FAMILIES = {
@@ -109,7 +104,7 @@ def test_compiled_layers_take_the_same_steps():
 
 
 def more_families(rank):
-    layouts = {"dp2 tp2": TP, "tp2 sp2": TP | SP}
+    layouts = {"tp2 sp2": TP | SP}
     return {name: all_layouts(rank, family, layouts) for name, family in MORE.items()}
 
 

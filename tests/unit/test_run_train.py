@@ -56,7 +56,7 @@ def wait_for(folder, count=2):
 
 
 def result(process):
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     return process.returncode, out, err.splitlines()
 
 
@@ -122,7 +122,7 @@ def test_ranks_end_when_their_launcher_is_killed(tmp_path):
     process = start(tmp_path, rank)
     wait_for(tmp_path)
     process.kill()
-    process.communicate(timeout=60)  # it ends once the ranks, which hold the pipes, have ended
+    process.communicate(timeout=300)  # it ends once the ranks, which hold the pipes, have ended
 
 
 def test_a_rank_that_starts_after_its_launcher_has_ended_ends(tmp_path):

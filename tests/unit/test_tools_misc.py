@@ -110,7 +110,7 @@ def test_second_ctrl_c_interrupts():
         [sys.executable, "-c", textwrap.dedent(code)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     assert done.stdout == "still here 2\n"

@@ -131,7 +131,7 @@ def test_a_run_killed_at_a_checkpoint_resumes_bit_identically(tmp_path):
             job.train()
     assert len(records(tmp_path / "cut")) == 2
     with tiny_job.trainer(tmp_path / "cut", **options, load_checkpoint="true") as job:
-        assert job.collector.flight.place == job.prompts.stream.position
+        assert job.collector.flight.position == job.prompts.stream.position
         flown = job.collector.flight.completions.result()
         assert {completion.policy_version for completion in flown} == {1}
         assert len(flown) == 16

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -221,18 +222,17 @@ def stop_token_ids(model_config: PreTrainedConfig, source: str, eos: int) -> tup
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
     """Parameters go to the meta device as they are made; buffers are real."""
-    original = nn.Module.register_parameter
 
-    def register(module: nn.Module, name: str, parameter: Any) -> None:
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-        original(module, name, parameter)
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        if parameter.is_meta:
+            return None
+        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
+    handle = register_module_parameter_registration_hook(on_meta)
     try:
         yield
     finally:
-        nn.Module.register_parameter = original  # type: ignore[method-assign]
+        handle.remove()
 
 
 def _tell_of_code(source: str, auto_map: object) -> None:
