@@ -12,7 +12,6 @@ from torchrft.config.reward_config import Judge as Entry
 from torchrft.models.loader import load_config, load_tokenizer
 from torchrft.models.tokenizer import affixes, encode, render_chat
 from torchrft.models.vision import Vision
-from torchrft.rewards.judge_server import ServerAnswers
 from torchrft.rewards.judge_template import Content, JudgeTemplate
 from torchrft.rewards.registry import RuleFault
 from torchrft.rewards.source import RewardError, RewardRequest, RewardResult, SampleError
@@ -195,6 +194,8 @@ def build_judge(entry: Entry, config: JobConfig, make_engine: MakeEngine) -> Jud
     for fault in entry.faults():
         raise ValueError(fault)
     if entry.engine == "remote":
+        from torchrft.rewards.judge_server import ServerAnswers
+
         return Judge(entry, template, ServerAnswers(entry), config.training.seed)
     assert entry.pretrain is not None
     limit = getattr(load_config(entry.pretrain), "max_position_embeddings", entry.max_len)
