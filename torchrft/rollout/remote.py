@@ -10,7 +10,7 @@ import os
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -32,9 +32,6 @@ from torchrft.types import Completion, Prompt, SamplingParams
 
 _GENERATE = "/inference/v1/generate"  # vLLM's "tokens in, tokens out"
 _CHANGING = "changing"  # the tag of a server between two others
-
-MadeBy = Callable[[str], int | None]
-"""The policy version of a tag, or None for a tag of anything else."""
 
 
 class _Rescaled(Exception):
@@ -69,21 +66,19 @@ class RemoteVllmEngine:
     ) -> None:
         variable = "VLLM_API_KEY" if os.environ.get("VLLM_API_KEY") else None
         token = bearer_token(variable, "the token of server_urls")
-        self.servers = [Server(url, "server_urls", token) for url in rollout.server_urls]
         self.group = ServerGroup(
-            self.servers,
+            [Server(url, "server_urls", token) for url in rollout.server_urls],
             "rollout servers",
             ConnectionError,
             until="the next weight update",
             turn=distributed.get_rank(),  # ranks begin at different servers
         )
-        self.timeout, self.retries = rollout.request_timeout, rollout.request_retries
-        self.pretrain, self.max_len, self.max_num_seqs = pretrain, max_len, rollout.max_num_seqs
-        self.tokenizer, self.stop_token_ids, self.dtype = tokenizer, stop_token_ids, dtype
+        self.rollout, self.tokenizer, self.stop_token_ids = rollout, tokenizer, stop_token_ids
         self.temperature = rollout.temperature
         self.version: int | None = None
         self.newest = -1  # the version that is on its way to the servers, or there
         self.expected = expected_model(config, dtype)
+        self.needs = (pretrain, str(dtype).removeprefix("torch."), max_len)
         folder = rollout.weight_folder
         if folder is not None and not os.path.isdir(folder):
             raise ValueError(
@@ -100,15 +95,15 @@ class RemoteVllmEngine:
         self.run_id, self.folder = distributed.on_main(lambda: mine, "rollout servers")
         self._control = threading.Condition()  # held while servers change their weights or scale
         self._users = 0  # calls of generate that go on
-        parts = distributed.on_all(lambda: run_all(self._fault, self.servers), "servers")
+        parts = distributed.on_all(lambda: run_all(self._fault, self.group.servers), "servers")
         if faults := {fault for part in parts for fault in part if fault is not None}:
             raise ValueError("\n".join(sorted(faults)))
 
     # ---------------------------------------------------------------- servers
 
     async def _ask(self, server: Server, path: str, body: Any = None, retry: bool = True) -> Any:
-        deadline = Deadline(self.timeout, "request_timeout")
-        return await server.ask(path, body, deadline, self.retries if retry else 0)
+        deadline = Deadline(self.rollout.request_timeout, "request_timeout")
+        return await server.ask(path, body, deadline, self.rollout.request_retries if retry else 0)
 
     async def _fault(self, server: Server) -> str | None:
         """Why the server cannot be used, in a sentence with the remedy."""
@@ -137,9 +132,9 @@ class RemoteVllmEngine:
 
     def _misfit(self, info: dict[str, Any]) -> str | None:
         """What about a server keeps it from being used, with the remedy."""
-        dtype, length = str(self.dtype).removeprefix("torch."), self.max_len
+        pretrain, dtype, length = self.needs
         if info["layout"] != layout(self.expected):
-            return f"serves another model, {info['model']}: start it with --model {self.pretrain}"
+            return f"serves another model, {info['model']}: start it with --model {pretrain}"
         if info["dtype"] != dtype:
             return f"computes in {info['dtype']}: start it with --dtype {dtype}"
         if info["max_len"] < length:
@@ -184,14 +179,14 @@ class RemoteVllmEngine:
         try:
             if files.failure is not None:
                 raise WeightSyncError(files.failure)
-            self.group.try_each(partial(self._push, files, version), self.servers)
-            return self.temperature, [server.fault for server in self.servers]
+            self.group.try_each(partial(self._push, files, version), self.group.servers)
+            return self.temperature, [server.fault for server in self.group.servers]
         finally:
             files.remove()
 
     async def _take_over(self, faults: list[str | None]) -> None:
         """On every rank, those servers are used that rank 0 gave the weights."""
-        for server, fault in zip(self.servers, faults, strict=True):
+        for server, fault in zip(self.group.servers, faults, strict=True):
             if fault is None:
                 self.group.readmit(server)
             else:
@@ -200,9 +195,8 @@ class RemoteVllmEngine:
     async def _push(self, files: WeightFiles, version: int, server: Server) -> None:
         if server.fault is not None and (fault := await self._fault(server)) is not None:
             raise ConnectionError(fault)
-        tag = self._tag(version, self.temperature)
         try:
-            await self._change(server, tag, self.temperature, files)
+            await self._change(server, version, files)
         except ServerError as error:
             _, canary, said = error.message.partition("weight update: ")
             if canary:  # out of what vLLM wraps around it
@@ -212,20 +206,19 @@ class RemoteVllmEngine:
         self.group.readmit(server)
 
     async def _change(
-        self, server: Server, tag: str, temperature: float, files: WeightFiles | None = None
+        self, server: Server, version: int | None, files: WeightFiles | None = None
     ) -> None:
         """Gives the server weights and a temperature, between what it was asked and will be.
 
         If that fails it stays paused, so that nothing is made by whatever it holds.
         """
-        ask = partial(self._ask, server)
+        ask, tag = partial(self._ask, server), self._tag(version, self.temperature)
+        scale = {"method": "torchrft_temperature", "args": [repr(self.temperature)]}
         await ask("/pause?mode=wait", {})
         await ask("/update_weight_version", {"new_version": _CHANGING})
         if files is not None:
             await self._load(server, files)
-        await ask(
-            "/collective_rpc", {"method": "torchrft_temperature", "args": [repr(temperature)]}
-        )
+        await ask("/collective_rpc", scale)
         await ask("/update_weight_version", {"new_version": tag})
         await ask("/resume", {})
 
@@ -258,7 +251,7 @@ class RemoteVllmEngine:
         self._everywhere("/wake_up")
 
     def _everywhere(self, path: str) -> None:
-        able = [server for server in self.servers if server.info["sleeps"]]
+        able = [server for server in self.group.servers if server.info["sleeps"]]
         if not able:
             return
         self.version = None  # weights do not survive
@@ -280,32 +273,29 @@ class RemoteVllmEngine:
             check_prompts(prompts, sampling, self.version)
         if not prompts:
             return []
-        limit = max(1, self.max_num_seqs // sampling.n) * len(self.servers)
-        with self._scaled(sampling.temperature or 1.0) as made_by:
-            complete = partial(self._complete, sampling, made_by)
+        limit = max(1, self.rollout.max_num_seqs // sampling.n) * len(self.group.servers)
+        with self._scaled(sampling.temperature or 1.0) as oldest:
+            complete = partial(self._complete, sampling, oldest)
             responses = run_all(complete, list(enumerate(prompts)), limit, "prompts")
         return [completion for samples in responses for completion in samples]
 
     @contextmanager
-    def _scaled(self, temperature: float) -> Iterator[MadeBy]:
+    def _scaled(self, temperature: float) -> Iterator[int]:
         """Meanwhile all servers divide their logits by `temperature`.
 
-        Yields what gives the policy version of a tag, or None for a tag of anything else.
+        Yields the oldest policy version that may make a completion.
         """
         with self._control:
             self._control.wait_for(lambda: not self._users or self.temperature == temperature)
             if self.temperature != temperature:
                 self.temperature = temperature
-                usable = [server for server in self.servers if server.fault is None]
+                usable = [server for server in self.group.servers if server.fault is None]
                 self.group.try_each(self._rescale, usable)
             self._users += 1
             oldest = self.version
         assert oldest is not None
         try:
-            yield lambda tag: next(
-                (v for v in range(oldest, self.newest + 1) if tag == self._tag(v, temperature)),
-                None,
-            )
+            yield oldest
         finally:
             with self._control:
                 self._users -= 1
@@ -314,10 +304,10 @@ class RemoteVllmEngine:
     async def _rescale(self, server: Server) -> None:
         tag = self._tag(self.version, self.temperature)
         if (await self._ask(server, "/weight_info"))["weight_version"] != tag:  # by another rank
-            await self._change(server, tag, self.temperature)
+            await self._change(server, self.version)
 
     async def _complete(
-        self, sampling: SamplingParams, made_by: MadeBy, numbered_prompt: tuple[int, Prompt]
+        self, sampling: SamplingParams, oldest: int, numbered_prompt: tuple[int, Prompt]
     ) -> list[Completion]:
         """The completions of one prompt, from the first server that makes them."""
         place, prompt = numbered_prompt
@@ -333,7 +323,7 @@ class RemoteVllmEngine:
                 if error.status in (400, 422):
                     raise
                 raise ConnectionError(str(error)) from error
-            made = [self._completion(place, choice, sampling, made_by) for choice in choices]
+            made = [self._completion(place, choice, sampling, oldest) for choice in choices]
             return sorted(made, key=lambda completion: completion.sample_index)
 
         subject = f"prompt row {prompt.row}"
@@ -344,18 +334,20 @@ class RemoteVllmEngine:
                 continue
 
     def _completion(
-        self, place: int, choice: dict[str, Any], sampling: SamplingParams, made_by: MadeBy
+        self, place: int, choice: dict[str, Any], sampling: SamplingParams, oldest: int
     ) -> Completion:
         """Raises ConnectionError for one that must not be used, _Rescaled for one to ask anew."""
         index, reason = choice["index"], choice["finish_reason"]
         if reason not in ("stop", "length"):
             raise ConnectionError(f"it ended a request with {reason!r}")
         tags = [span["version"] for span in choice["weight_versions"] or ()]
-        if len(tags) > 1 and {*tags[:-1]} == {_CHANGING} and made_by(tags[-1]) is not None:
+        temperature = sampling.temperature or 1.0
+        versions = {self._tag(v, temperature): v for v in range(oldest, self.newest + 1)}
+        if len(tags) > 1 and {*tags[:-1]} == {_CHANGING} and tags[-1] in versions:
             raise _Rescaled
-        version = made_by(tags[0]) if len(tags) == 1 else None
-        if version is None:
+        if len(tags) != 1 or tags[0] not in versions:
             raise ConnectionError(f"it does not hold this run's weights, but {tags}")
+        version = versions[tags[0]]
         content = choice["logprobs"]["content"]
         rows = zip(choice["token_ids"], (token["logprob"] for token in content), strict=True)
         tokenizer, ends = self.tokenizer, self.stop_token_ids

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cache
@@ -152,6 +153,10 @@ class Server:
             await asyncio.sleep(min(FIRST_WAIT * 2**attempt, deadline.at - time.monotonic()))
 
 
+ServerCall = Callable[[Server], Awaitable[Result]]
+
+
+@dataclass
 class ServerGroup:
     """Servers that are alike: each request goes to the least busy one, in turn if equally busy.
 
@@ -162,24 +167,15 @@ class ServerGroup:
         `readmit`, for servers that rest until then; turn, the place of the server to ask first.
     """
 
-    def __init__(
-        self,
-        servers: Sequence[Server],
-        name: str,
-        error: type[Exception],
-        longest_rest: float = math.inf,
-        until: str = "",
-        turn: int = 0,
-    ) -> None:
-        self.servers, self.name, self.error = servers, name, error
-        self.longest_rest, self.until, self.turn = longest_rest, until, turn
+    servers: Sequence[Server]
+    name: str
+    error: type[Exception]
+    longest_rest: float = math.inf
+    until: str = ""
+    turn: int = 0
 
     async def answer(
-        self,
-        subject: str,
-        ask: Callable[[Server], Awaitable[Result]],
-        deadline: Deadline,
-        tries: int = sys.maxsize,
+        self, subject: str, ask: ServerCall[Result], deadline: Deadline, tries: int = sys.maxsize
     ) -> Result:
         """The first answer that `ask` gets from a server about `subject`.
 
@@ -222,9 +218,7 @@ class ServerGroup:
         """The error that ends the run."""
         return self.error(f"{self.name}: {fault} ({self.faults()}); is the server running?")
 
-    def try_each(
-        self, call: Callable[[Server], Awaitable[object]], servers: Sequence[Server]
-    ) -> None:
+    def try_each(self, call: ServerCall[object], servers: Sequence[Server]) -> None:
         """Calls for all `servers` at the same time. A server for which it fails rests."""
 
         async def attempt(server: Server) -> None:
