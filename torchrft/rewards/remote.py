@@ -97,11 +97,9 @@ async def _check_health(deadline: Deadline, server: Server) -> None:
     """
     try:
         health = parse(await server.exchange(urljoin(server.url, "health"), None, deadline))
-    except ServerError as error:
-        if error.is_transient:
+    except (ServerError, ValueError) as error:
+        if isinstance(error, ServerError) and error.is_transient:
             raise
-        health = None
-    except ValueError:
         health = None
     server.info = health if isinstance(health, dict) else {}
     if server.info.get("authorized") is False:

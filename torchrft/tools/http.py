@@ -26,7 +26,7 @@ import httpx
 from torchrft.tools import progress
 from torchrft.tools.credentials import check_url
 from torchrft.tools.logging import logger
-from torchrft.tools.payload import gunzip, parse
+from torchrft.tools.payload import parse
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -105,30 +105,29 @@ class Server:
             method, data = "POST", json.dumps(body).encode()
             if len(data) > _SMALL and self.takes_gzip:
                 data, headers["Content-Encoding"] = gzip.compress(data, 1), "gzip"
-        raw = bytearray()
+        content = bytearray()
         try:
             async with (
                 asyncio.timeout_at(deadline.at),
                 _client().stream(method, url, content=data, headers=headers) as response,
             ):
-                async for chunk in response.aiter_raw():
-                    raw += chunk
-                    if len(raw) > limit:
+                async for chunk in response.aiter_bytes():
+                    content += chunk
+                    if len(content) > limit:
                         raise ValueError(f"an answer of more than {limit} bytes")
         except TimeoutError:
             raise TimeoutError(f"no answer within {deadline}") from None
+        except httpx.DecodingError as error:
+            raise ValueError(f"no valid gzip: {error}") from error
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
             raise ConnectionError(_root_cause(error)) from error
-        content = bytes(raw)
         if data is not None and _is_cut_short(response, content):
             raise ConnectionError(f"an answer without a length ended early: {content[:80]!r}")
         self.takes_gzip |= "gzip" in response.headers.get("Accept-Encoding", "")
-        if response.headers.get("Content-Encoding") == "gzip":
-            content = gunzip(content, limit)
         if response.status_code >= 300:
             wait = _seconds(response.headers.get("Retry-After", ""))
             raise ServerError(self.url, response.status_code, _error_message(content), wait)
-        return content
+        return bytes(content)
 
     async def ask(self, path: str, body: Any, deadline: Deadline, retries: int = 0) -> Any:
         """The JSON that `path` below the server's URL answers, None for an empty answer.
@@ -325,16 +324,15 @@ def _root_cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _is_cut_short(response: httpx.Response, content: bytes) -> bool:
+def _is_cut_short(response: httpx.Response, content: bytearray) -> bool:
     """Whether an answer that ends where its connection does begins like JSON and is not whole."""
     headers = response.headers
     if response.is_error or "Content-Length" in headers or "Transfer-Encoding" in headers:
         return False
     try:
-        is_gzip = headers.get("Content-Encoding") == "gzip"
-        parse(gunzip(content, _LARGEST) if is_gzip else content)
+        parse(content)
     except ValueError:
-        return content.lstrip()[:1] in (b"", b"{", b"[", b"\x1f")  # else it never was JSON
+        return content.lstrip()[:1] in (b"", b"{", b"[")  # else it never was JSON
     return False
 
 
@@ -349,7 +347,7 @@ def _seconds(retry_after: str) -> float:
     return max(0.0, (date - datetime.now(UTC)).total_seconds())
 
 
-def _error_message(content: bytes) -> str:
+def _error_message(content: bytearray) -> str:
     """The server's own words in an error's body."""
     try:
         answer = parse(content)
