@@ -41,24 +41,24 @@ class RemoteRewards:
         token = bearer_token(config.remote_rm_token_env, "remote_rm_token_env")
         self.servers = [Server(url, "remote_rm_url", token) for url in config.remote_rm_url]
         self.group = ServerGroup(self.servers, "reward source 'remote'", RewardError, _LONGEST_REST)
-        self.group.try_each(partial(_check_health, Deadline(_HEALTH_TIMEOUT)), self.servers)
-        if all(server.failures for server in self.servers):
-            raise ValueError(
-                f"no reward server can be reached: {self.group.faults()}; start it or correct "
-                "remote_rm_url"
+        faults = run_all(_health_fault, self.servers)
+        if all(faults):
+            told = "; ".join(
+                f"{s.url}: {fault}" for s, fault in zip(self.servers, faults, strict=True)
             )
+            raise ValueError(
+                f"no reward server can be reached: {told}; start it or correct remote_rm_url"
+            )
+        for server, fault in zip(self.servers, faults, strict=True):
+            if fault is not None:
+                self.group.rest(server, fault)
 
     def score(self, requests: Sequence[RewardRequest]) -> list[RewardResult]:
         """See RewardSource; the servers' `extra_logs` become metrics."""
-        config = self.config
-        size, end = (
-            config.remote_rm_batch_size,
-            Deadline(config.remote_rm_deadline, "remote_rm_deadline"),
-        )
+        size, limit = self.config.remote_rm_batch_size, self.config.remote_rm_concurrency
+        end = Deadline(self.config.remote_rm_deadline, "remote_rm_deadline")
         batches = [requests[start : start + size] for start in range(0, len(requests), size)]
-        scored = run_all(
-            partial(self._score, end=end), batches, config.remote_rm_concurrency, "requests"
-        )
+        scored = run_all(partial(self._score, end=end), batches, limit, "requests")
         return [result for batch in scored for result in batch]
 
     def close(self) -> None:
@@ -78,7 +78,7 @@ class RemoteRewards:
         protocol = self.config.remote_rm_protocol
         try:
             if server.failures:
-                await _check_health(Deadline(_HEALTH_TIMEOUT).or_earlier(deadline), server)
+                await _check_health(server, Deadline(_HEALTH_TIMEOUT).or_earlier(deadline))
             takes = server.info.get("takes")
             extras = takes if isinstance(takes, list) else ()
             # In a thread, since it reads images.
@@ -89,7 +89,15 @@ class RemoteRewards:
         return parse_answer(content, rows, server.url)
 
 
-async def _check_health(deadline: Deadline, server: Server) -> None:
+async def _health_fault(server: Server) -> Exception | None:
+    try:
+        await _check_health(server, Deadline(_HEALTH_TIMEOUT))
+    except (OSError, ServerError) as error:
+        return error
+    return None
+
+
+async def _check_health(server: Server, deadline: Deadline) -> None:
     """Asks /health, and notes what the server says of itself.
 
     A server that has no /health and says so is well. Raises OSError or a transient ServerError if
