@@ -125,7 +125,7 @@ class SglangEngine:
                     packed = sglang_loader.pack(list(bucket.items()), verdict)
                     failure = loading.exception()
                     if failure is None:
-                        loading = sender.submit(self._send, self.transport, packed, list(bucket))
+                        loading = sender.submit(self._send, packed, list(bucket))
                     del packed
                 bucket.clear()
             if failure := failure or loading.exception():
@@ -139,18 +139,13 @@ class SglangEngine:
         self._post("/flush_cache")
         self.version = version
 
-    def _send(
-        self,
-        transport: LocalSglang | HttpSglang,
-        packed: list[tuple[str, Tensor]],
-        names: list[str],
-    ) -> None:
-        request = {
-            "serialized_named_tensors": [_serialize(packed)] * self.tp_size,
-            "load_format": sglang_loader.PATH,
-            "flush_cache": False,
-        }
-        answer = transport.post("/update_weights_from_tensor", request)
+    def _send(self, packed: list[tuple[str, Tensor]], names: list[str]) -> None:
+        answer = self._post(
+            "/update_weights_from_tensor",
+            serialized_named_tensors=[_serialize(packed)] * self.tp_size,
+            load_format=sglang_loader.PATH,
+            flush_cache=False,
+        )
         _, verdict = packed[-1]
         if not answer["success"]:
             raise WeightSyncError(f"SGLang refused a weight update: {answer['message']}")

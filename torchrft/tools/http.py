@@ -67,7 +67,7 @@ class Deadline:
 
 
 class Server:
-    """One server and its state. Only the event loop changes the state.
+    """One server and its state, which belongs to the event loop while requests are made.
 
     Args: url, as http://host:port, with or without a path; option, which names it, for errors;
         token, a bearer token.
@@ -327,7 +327,7 @@ def _root_cause(error: BaseException) -> str:
 def _is_cut_short(response: httpx.Response, content: bytearray) -> bool:
     """Whether an answer that ends where its connection does begins like JSON and is not whole."""
     headers = response.headers
-    if response.is_error or "Content-Length" in headers or "Transfer-Encoding" in headers:
+    if "Content-Length" in headers or "Transfer-Encoding" in headers or not response.is_success:
         return False
     try:
         parse(content)
