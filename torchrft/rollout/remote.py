@@ -86,12 +86,12 @@ class RemoteVllmEngine:
             )
         # Every rank's, but rank 0's is used; it goes with the process.
         try:
-            self._own_folder = tempfile.TemporaryDirectory(prefix="torchrft-", dir=folder)
+            self._temporary_folder = tempfile.TemporaryDirectory(prefix="torchrft-", dir=folder)
         except OSError as error:
             raise ValueError(
                 f"weight_folder: no folder for the weights can be made ({error}); name another"
             ) from error
-        mine = (uuid.uuid4().hex, self._own_folder.name)
+        mine = (uuid.uuid4().hex, self._temporary_folder.name)
         self.run_id, self.folder = distributed.on_main(lambda: mine, "rollout servers")
         self._control = threading.Condition()  # held while servers change their weights or scale
         self._users = 0  # calls of generate that go on
@@ -262,7 +262,7 @@ class RemoteVllmEngine:
 
     def close(self) -> None:
         """The servers are the user's and go on; only the folder of the weights goes."""
-        self._own_folder.cleanup()
+        self._temporary_folder.cleanup()
 
     # ---------------------------------------------------------------- generation
 
