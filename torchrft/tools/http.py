@@ -319,7 +319,7 @@ def _root_cause(error: BaseException) -> str:
     """
     while cause := error.__cause__ or error.__context__:
         error = cause.exceptions[0] if isinstance(cause, BaseExceptionGroup) else cause
-    if isinstance(error, OSError) and "Connect call failed" in str(error.strerror):
+    if isinstance(error, OSError) and error.errno and "Connect call failed" in str(error):
         error = OSError(error.errno, os.strerror(error.errno))  # asyncio replaces the system's text
     return f"{type(error).__name__}: {error}"
 
