@@ -194,6 +194,7 @@ class ServerGroup:
                 if server.failures == failures:  # else another request has counted this failure
                     self.rest(server, error)
             else:
+                server.failures = 0
                 if server.rests_until <= time.monotonic():
                     self.readmit(server)
                 return answer
@@ -243,7 +244,7 @@ class ServerGroup:
 
     def readmit(self, server: Server) -> None:
         """Ends the rest of a server that answers."""
-        if server.failures:
+        if server.fault is not None:
             logger.info(f"{server.url} answers again")
         server.failures, server.fault, server.rests_until = 0, None, 0.0
 
