@@ -41,17 +41,17 @@ class RemoteRewards:
         token = bearer_token(config.remote_rm_token_env, "remote_rm_token_env")
         self.servers = [Server(url, "remote_rm_url", token) for url in config.remote_rm_url]
         self.group = ServerGroup(self.servers, "reward source 'remote'", RewardError, _LONGEST_REST)
-        faults = run_all(_health_fault, self.servers)
-        if all(faults):
-            told = "; ".join(
-                f"{s.url}: {fault}" for s, fault in zip(self.servers, faults, strict=True)
-            )
+        end = Deadline(_HEALTH_TIMEOUT)
+        checked = run_all(partial(_health_fault, end=end), self.servers)
+        pairs = zip(self.servers, checked, strict=True)
+        faults = {server: fault for server, fault in pairs if fault is not None}
+        if len(faults) == len(self.servers):
+            told = "; ".join(f"{server.url}: {fault}" for server, fault in faults.items())
             raise ValueError(
                 f"no reward server can be reached: {told}; start it or correct remote_rm_url"
             )
-        for server, fault in zip(self.servers, faults, strict=True):
-            if fault is not None:
-                self.group.rest(server, fault)
+        for server, fault in faults.items():
+            self.group.rest(server, fault)
 
     def score(self, requests: Sequence[RewardRequest]) -> list[RewardResult]:
         """See RewardSource; the servers' `extra_logs` become metrics."""
@@ -77,8 +77,8 @@ class RemoteRewards:
         deadline = Deadline(self.config.remote_rm_timeout, "remote_rm_timeout").or_earlier(end)
         protocol = self.config.remote_rm_protocol
         try:
-            if server.failures:
-                await _check_health(server, Deadline(_HEALTH_TIMEOUT).or_earlier(deadline))
+            if server.failures and (fault := await _health_fault(server, deadline)) is not None:
+                raise fault
             takes = server.info.get("takes")
             extras = takes if isinstance(takes, list) else ()
             # In a thread, since it reads images.
@@ -89,32 +89,27 @@ class RemoteRewards:
         return parse_answer(content, rows, server.url)
 
 
-async def _health_fault(server: Server) -> Exception | None:
-    try:
-        await _check_health(server, Deadline(_HEALTH_TIMEOUT))
-    except (OSError, ServerError) as error:
-        return error
-    return None
+async def _health_fault(server: Server, end: Deadline) -> OSError | ServerError | None:
+    """Asks /health why the server is not well, and notes what it says of itself.
 
-
-async def _check_health(server: Server, deadline: Deadline) -> None:
-    """Asks /health, and notes what the server says of itself.
-
-    A server that has no /health and says so is well. Raises OSError or a transient ServerError if
-    it is not well, and ValueError for a refused token.
+    A server that has no /health and says so is well. Raises ValueError for a refused token.
     """
+    health = None
     try:
-        health = parse(await server.exchange(urljoin(server.url, "health"), None, deadline))
+        url, deadline = urljoin(server.url, "health"), Deadline(_HEALTH_TIMEOUT).or_earlier(end)
+        health = parse(await server.exchange(url, None, deadline))
+    except OSError as error:
+        return error
     except (ServerError, ValueError) as error:
         if isinstance(error, ServerError) and error.is_transient:
-            raise
-        health = None
+            return error
     server.info = health if isinstance(health, dict) else {}
     if server.info.get("authorized") is False:
         raise ValueError(
             f"{server.url} refuses the token: remote_rm_token_env must name the environment "
             "variable that holds the server's"
         )
+    return None
 
 
 def request_body(
