@@ -33,6 +33,14 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    for _ in range(3000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise TimeoutError("30 seconds have passed")
+
+
 # ------------------------------------------------------------ scripted
 
 

@@ -15,7 +15,7 @@ from torchrft.config.fields import label
 from torchrft.config.job_config import JobConfig
 from torchrft.data.sources import glance
 from torchrft.rewards.verify import reward_faults
-from torchrft.tools.http import bearer_token
+from torchrft.tools.credentials import bearer_token
 
 WRITTEN = {
     "save_path": "checkpoint",

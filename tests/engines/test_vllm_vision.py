@@ -9,9 +9,9 @@ import pytest
 import tiny_vlm
 import torch
 from tiny_job import ASSETS, tiny_config
+from torchrft.build.rollout import judge_engine
 from transformers import AutoModelForImageTextToText
 
-from torchrft.build.rollout import judge_engine
 from torchrft.config.job_config import Rollout
 from torchrft.config.reward_config import Judge
 from torchrft.models.loader import load_config, load_model, load_tokenizer

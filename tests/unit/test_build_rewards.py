@@ -4,7 +4,6 @@ import pytest
 import torch
 from tiny_job import IN_PROCESS, tiny_config
 
-from torchrft.build import rewards as reward_builder
 from torchrft.build.rewards import build_rewards, with_source_key
 from torchrft.tools.distributed import World
 
@@ -21,9 +20,9 @@ def built(monkeypatch):
     """Builds the rewards of a config with stand-ins for models, judges and servers."""
     model, judge, remote = (lambda entry, *_: Source(entry.name or entry.pretrain)), None, None
     judge, remote = (lambda entry, *_: Source(entry.name)), (lambda reward: Source("remote"))
-    monkeypatch.setattr(reward_builder, "build_scalar_model", model)
-    monkeypatch.setattr(reward_builder, "build_judge", judge)
-    monkeypatch.setattr(reward_builder, "RemoteRewards", remote)
+    monkeypatch.setattr("torchrft.rewards.models.build_scalar_model", model)
+    monkeypatch.setattr("torchrft.rewards.judge.build_judge", judge)
+    monkeypatch.setattr("torchrft.rewards.remote.RemoteRewards", remote)
 
     def build(**options):
         world = World(0, 1, 0, torch.device("cpu"))

@@ -112,6 +112,19 @@ def test_jobs_without_programs_do_without_their_room():
     assert done.returncode == 0, done.stderr
 
 
+def test_the_default_job_imports_no_optional_source_or_engine():
+    code = (
+        "import sys, torchrft.launch, torchrft.train, torchrft.trainer\n"
+        "prefixes = ('httpx.', 'vllm.', 'sglang.', 'fastapi.', 'torchrft.tools.http')\n"
+        "prefixes += tuple(f'torchrft.rewards.{n}' for n in ('remote', 'judge', 'server'))\n"
+        "prefixes += tuple(f'torchrft.rollout.{n}' for n in ('remote', 'vllm', 'sglang'))\n"
+        "optional = [name for name in sys.modules if name.startswith(prefixes)]\n"
+        "assert not optional, optional"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def code_lines(source: str) -> int:
     """Lines of code: no blank lines, comments or docstrings."""
     docs: set[int] = set()

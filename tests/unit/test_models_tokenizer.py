@@ -49,8 +49,10 @@ def made(kind, tokenizer, ids, sampling):
         return engine._completion(0, output, sampling)
     content = {"content": [{"logprob": logprob} for logprob in logprobs]}
     choice = {"index": 0, "token_ids": ids, "finish_reason": "stop", "logprobs": content}
-    choice |= {"weight_versions": [{"version": "tag"}]}
-    return engine._completion(0, choice, sampling, lambda tag: 0)
+    engine.run_id, engine.newest = "run", 0
+    tag = engine._tag(0, sampling.temperature or 1.0)
+    choice |= {"weight_versions": [{"version": tag}]}
+    return engine._completion(0, choice, sampling, oldest=0)
 
 
 ENGINES = [NativeEngine, VllmEngine, RemoteVllmEngine, SglangEngine]

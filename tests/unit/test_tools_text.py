@@ -8,7 +8,7 @@ import tiny_job
 
 from torchrft.config.manager import ConfigError, load
 from torchrft.tools import text as text_module
-from torchrft.tools.http import JsonServer, bearer_token
+from torchrft.tools.credentials import bearer_token, check_url
 from torchrft.tools.logging import logger, setup_logging
 from torchrft.tools.text import one_line, redact, shorten
 
@@ -62,7 +62,7 @@ def test_a_token_that_no_header_can_hold_is_refused_unseen(monkeypatch, token):
 @pytest.mark.parametrize("url", ["http://me:pass@a:1", "http://a:1/?token=pass", "me:pass@a:1"])
 def test_a_server_of_a_url_with_credentials_is_refused_unseen(url):
     with pytest.raises(ValueError, match="remote_rm_url holds") as raised:
-        JsonServer(url, "remote_rm_url")
+        check_url(url, "remote_rm_url")
     assert "pass@" not in str(raised.value)
     assert "=pass" not in str(raised.value)
     with pytest.raises(ConfigError) as refused:

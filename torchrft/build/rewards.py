@@ -7,11 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from torchrft.config.job_config import Data, JobConfig
 from torchrft.build.rollout import judge_engine
-from torchrft.rewards.judge import build_judge
-from torchrft.rewards.models import build_scalar_model
-from torchrft.rewards.remote import RemoteRewards
 from torchrft.rewards.scorer import Scorer, Weighted, build_scorer
-from torchrft.rollout.vllm_scores import VllmScores
 from torchrft.tools.distributed import World
 
 
@@ -24,14 +20,22 @@ def build_rewards(
     be used: a function, a model folder, a server that does not answer.
     """
     reward, others = config.reward, []
-    pooling = partial(VllmScores, rollout=config.rollout, dtype=dtype, device=world.device)
+    # Optional sources are imported where they are selected.
     for entry in reward.scalar_models(config.model.pretrain):
+        from torchrft.rewards.models import build_scalar_model
+        from torchrft.rollout.vllm_scores import VllmScores
+
+        pooling = partial(VllmScores, rollout=config.rollout, dtype=dtype, device=world.device)
         model = build_scalar_model(entry, config, world, dtype, tokenizer, pooling)
         others.append(Weighted(model, entry.weight, entry.normalize))
-    engine = partial(judge_engine, config=config, dtype=dtype, device=world.device)
     for judge in reward.judges:
+        from torchrft.rewards.judge import build_judge
+
+        engine = partial(judge_engine, config=config, dtype=dtype, device=world.device)
         others.append(Weighted(build_judge(judge, config, engine), judge.weight, judge.normalize))
     if reward.remote_rm_url:
+        from torchrft.rewards.remote import RemoteRewards
+
         remote = RemoteRewards(reward)
         others.append(Weighted(remote, reward.remote_rm_weight, reward.remote_rm_normalize))
     return build_scorer(reward, others)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torchrft.config.fields import FIELDS, is_set, label, show, value_of
 from torchrft.config.job_config import JobConfig
 from torchrft.config.needs import NEEDS, is_chosen, kl_adapts, policy_loss, sees_images
-from torchrft.tools.http import JsonServer
+from torchrft.tools.credentials import check_url
 from torchrft.tools.text import secret_option
 
 
@@ -147,7 +147,7 @@ def _urls(config: JobConfig, world_size: int) -> Iterator[Finding]:
         options[f"judge {judge.name!r}: server_url"] = judge.server_url
     for option, url in ((option, url) for option, urls in options.items() for url in urls):
         try:
-            JsonServer(url, option)
+            check_url(url, option)
         except ValueError as error:  # whose text begins with the option
             yield Finding(str(error) if option in FIELDS else f"reward {error}")
 

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from torchrft.tools.http import DEEPEST, is_deeper
 from torchrft.tools.hub import hub_fault
+from torchrft.tools.payload import DEEPEST, is_deeper
 
 if TYPE_CHECKING:  # imported where used: it takes a second, and JSON files do without it
     from datasets import Dataset

@@ -3,6 +3,7 @@
 import hashlib
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 from transformers import PreTrainedTokenizerBase
@@ -12,7 +13,6 @@ from torchrft.config.reward_config import Judge as Entry
 from torchrft.models.loader import load_config, load_tokenizer
 from torchrft.models.tokenizer import affixes, encode, render_chat
 from torchrft.models.vision import Vision
-from torchrft.rewards.judge_server import ServerAnswers
 from torchrft.rewards.judge_template import Content, JudgeTemplate
 from torchrft.rewards.registry import RuleFault
 from torchrft.rewards.source import RewardError, RewardRequest, RewardResult, SampleError
@@ -43,21 +43,17 @@ class Answers(Protocol):
 MakeEngine = Callable[[Entry, int, Vision | None], Engine]
 
 
+@dataclass
 class EngineAnswers:
     """Answers of an engine in this process; texts go through the tokenizer's chat template, as the
     user's message, if it has one. `vision` is the model's, for pictures among them."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        tokenizer: PreTrainedTokenizerBase,
-        entry: Entry,
-        max_len: int,
-        vision: Vision | None = None,
-    ) -> None:
-        self.engine, self.entry, self.max_len, self.vision = engine, entry, max_len, vision
-        self.tokenizer: Any = tokenizer
-        self.lock = threading.Lock()  # a server asks from several threads
+    engine: Engine
+    tokenizer: PreTrainedTokenizerBase
+    entry: Entry
+    max_len: int
+    vision: Vision | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)  # a server asks in several threads
 
     def __call__(
         self, texts: Sequence[Content], seeds: Sequence[Sequence[int]]
@@ -82,29 +78,29 @@ class EngineAnswers:
         return answers
 
     def _prompt(self, place: int, content: Content) -> Prompt:
-        teller, shown, mark = self.tokenizer, cast(Any, content), ""
-        images: tuple[Image, ...] = ()
-        if self.vision is not None:
-            teller, mark = self.vision.teller(self.tokenizer), self.vision.placeholder or ""
-            images = tuple(part for part in content if isinstance(part, Image))
-            # A text must not bring places for pictures along, least of all the policy's.
-            shown = [
-                {"type": "text", "text": part.replace(mark, "")}
-                if isinstance(part, str)
-                else {"type": "image"}
-                for part in ((content,) if isinstance(content, str) else content)
-            ]
-        chat = bool(teller.chat_template)
-        if chat:
+        vision, mark, template_owner = self.vision, "", cast(Any, self.tokenizer)
+        if vision is not None:
+            mark, template_owner = vision.placeholder or "", vision.teller(self.tokenizer)
+        parts = [content] if isinstance(content, str) else list(content)
+        images = tuple(part for part in parts if isinstance(part, Image))
+        # A text must not bring places for pictures along, least of all the policy's.
+        texts = [part.replace(mark, "") if isinstance(part, str) else None for part in parts]
+        is_chat = bool(template_owner.chat_template)
+        if is_chat:
+            shown: Any = content
+            if vision is not None:
+                image = {"type": "image"}
+                shown = [image if t is None else {"type": "text", "text": t} for t in texts]
             said = [{"role": "user", "content": shown}]
-            text = render_chat(teller, said, "the judge's prompt", add_generation_prompt=True)
+            where = "the judge's prompt"
+            text = render_chat(template_owner, said, where, add_generation_prompt=True)
         else:
-            text = "".join(p if isinstance(p, str) else p.get("text", mark) for p in shown)
-        if images and self.vision is not None:
-            ids = self.vision.token_ids(text, images, special=not chat)
+            text = "".join(mark if t is None else t for t in texts)
+        if images and vision is not None:
+            ids = vision.token_ids(text, images, special=not is_chat)
         else:
-            [ids] = encode(self.tokenizer, [text], special=not chat)
-        if not chat and (appended := affixes(self.tokenizer)[1]):
+            [ids] = encode(self.tokenizer, [text], special=not is_chat)
+        if not is_chat and (appended := affixes(self.tokenizer)[1]):
             ids = ids[:-appended]  # the answer continues the text
         return Prompt(place, text, tuple(ids), images=images)
 
@@ -195,6 +191,8 @@ def build_judge(entry: Entry, config: JobConfig, make_engine: MakeEngine) -> Jud
     for fault in entry.faults():
         raise ValueError(fault)
     if entry.engine == "remote":
+        from torchrft.rewards.judge_server import ServerAnswers
+
         return Judge(entry, template, ServerAnswers(entry), config.training.seed)
     assert entry.pretrain is not None
     limit = getattr(load_config(entry.pretrain), "max_position_embeddings", entry.max_len)

@@ -1,19 +1,19 @@
 """A judge on a server that speaks OpenAI's chat protocol, as vLLM, SGLang and others do."""
 
+import asyncio
 import re
-import threading
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import islice
 from typing import Any
 
 from torchrft.config.reward_config import Judge as Entry
 from torchrft.rewards.judge_template import Content
 from torchrft.rewards.source import RewardError
-from torchrft.tools.http import FAILURES, JsonServer, ServerError, bearer_token, parse
+from torchrft.tools.credentials import bearer_token
+from torchrft.tools.http import Deadline, Server, ServerError, ServerGroup, run_all
+from torchrft.tools.payload import parse
 
-_FIRST_WAIT, _LONGEST_WAIT = 0.5, 10.0  # seconds before a request is sent again
+_LONGEST_REST = 10.0  # seconds before a server that failed is asked again
 _START = 10.0  # seconds in which a server must say what it serves
 _TOO_LONG = re.compile(r"(?i)context[ _]length")  # so say OpenAI, vLLM and SGLang
 
@@ -28,41 +28,30 @@ class ServerAnswers:
     """
 
     def __init__(self, entry: Entry) -> None:
-        where = f"judge {entry.name!r}"
-        token = bearer_token(entry.token_env, f"{where}: token_env")
-        self.entry, self.next, self.lock = entry, 0, threading.Lock()
+        self.entry = entry
+        token = bearer_token(entry.token_env, f"judge {entry.name!r}: token_env")
         urls = [url.rstrip("/").removesuffix("/v1") for url in entry.server_url]
-        self.servers = [JsonServer(url, "server_url", token) for url in urls]
-        for server in self.servers:
-            self._check(server, where)
+        servers = [Server(url, "server_url", token) for url in urls]
+        self.group = ServerGroup(
+            servers, f"reward source {entry.name!r}", RewardError, _LONGEST_REST
+        )
+        run_all(self._check, servers)
 
     def __call__(
         self, texts: Sequence[Content], seeds: Sequence[Sequence[int]]
     ) -> list[list[str] | None]:
-        for server in self.servers:
-            server.is_cut = False  # a reward server goes on after a request that failed
-        work = [(text, seed) for text, own in zip(texts, seeds, strict=True) for seed in own]
-        pool, ended = ThreadPoolExecutor(self.entry.concurrency, "judge"), threading.Event()
-        try:
-            asked = [pool.submit(self._answer, *pair, ended) for pair in work]
-            for first in as_completed(asked):
-                first.result()
-        except BaseException:  # what fails ends the others
-            ended.set()
-            for server in self.servers:
-                server.cut()
-            raise
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-        given = iter(asked)
-        answers = [[future.result() for future in islice(given, len(own))] for own in seeds]
-        return [None if None in own else [a for a in own if a is not None] for own in answers]
+        pairs = [(text, seed) for text, row in zip(texts, seeds, strict=True) for seed in row]
+        flat = iter(run_all(self._answer, pairs, self.entry.concurrency, "answers"))
+        answers = [list(islice(flat, len(row))) for row in seeds]
+        return [None if None in row else [a for a in row if a is not None] for row in answers]
 
-    def _check(self, server: JsonServer, where: str) -> None:
+    async def _check(self, server: Server) -> None:
+        where = f"judge {self.entry.name!r}"
         try:
-            listed = parse(server.exchange(server.under("/v1/models"), None, _START))
+            url = server.under("/v1/models")
+            listed = parse(await server.exchange(url, None, Deadline(_START)))
             names = [model["id"] for model in listed["data"]]
-        except (*FAILURES, ServerError) as error:
+        except (OSError, ServerError) as error:
             raise ValueError(
                 f"{where}: server_url = {server.url} does not say what it serves: {error}"
             ) from error
@@ -77,50 +66,38 @@ class ServerAnswers:
                 f"{', '.join(map(str, names)) or 'none'}"
             )
 
-    def _answer(self, text: Content, seed: int, ended: threading.Event) -> str | None:
+    async def _answer(self, pair: tuple[Content, int]) -> str | None:
         """One answer, from whichever server gives it within the time; None if it is too long."""
-        deadline, wait = time.monotonic() + self.entry.timeout, _FIRST_WAIT
+        entry, (text, seed) = self.entry, pair
+        deadline = Deadline(entry.timeout, "timeout")
+        message = await asyncio.to_thread(_message_content, text)  # it reads images
         body = {
-            "model": self.entry.model,
-            "messages": [{"role": "user", "content": _sent(text)}],
-            "temperature": self.entry.temperature,
-            "max_tokens": self.entry.max_new_tokens,
+            "model": entry.model,
+            "messages": [{"role": "user", "content": message}],
+            "temperature": entry.temperature,
+            "max_tokens": entry.max_new_tokens,
             "seed": seed,
         }
-        fault: Exception
-        while True:
-            server = self._next()
-            what = f"reward source {self.entry.name!r}, {server.url}"
-            path, left = server.under("/v1/chat/completions"), deadline - time.monotonic()
+
+        async def ask(server: Server) -> str | None:
+            url = server.under("/v1/chat/completions")
             try:
-                return _text_of(parse(server.exchange(path, body, left)))
+                return _text_of(parse(await server.exchange(url, body, deadline)))
             except ServerError as error:
                 if error.status == 400 and _TOO_LONG.search(error.message):
                     return None
-                if error.status < 500 and error.status != 429:
-                    raise RewardError(f"{what} refuses: {error}") from error
-                fault, wait = error, max(wait, error.retry_after)
-            except FAILURES as error:
-                fault = error
+                raise
             except (ValueError, LookupError, TypeError) as error:
-                raise RewardError(f"{what}: the answer is no chat completion: {error}") from error
-            if ended.is_set() or time.monotonic() + wait >= deadline:
-                raise RewardError(
-                    f"{what}: no answer within timeout = {self.entry.timeout:g} seconds: {fault}"
-                ) from fault
-            ended.wait(wait)
-            wait = min(2 * wait, _LONGEST_WAIT)
+                where = f"reward source {entry.name!r}, {server.url}"
+                raise RewardError(f"{where}: the answer is no chat completion: {error}") from error
 
-    def _next(self) -> JsonServer:
-        with self.lock:
-            self.next += 1
-            return self.servers[self.next % len(self.servers)]
+        return await self.group.answer("the text", ask, deadline)
 
     def close(self) -> None:
         """The server is the user's."""
 
 
-def _sent(content: Content) -> str | list[dict[str, Any]]:
+def _message_content(content: Content) -> str | list[dict[str, Any]]:
     """A message's content in OpenAI's form."""
     if isinstance(content, str):
         return content

@@ -1,64 +1,25 @@
 """Rewards from HTTP servers: see docs/rewards_remote.md for the protocol and what is retried."""
 
+import asyncio
 import base64
 import json
 import sys
-import threading
-import time
 from collections.abc import Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from typing import Any
+from urllib.parse import urljoin
 
 from torchrft.config.reward_config import Reward
 from torchrft.rewards.source import RewardError, RewardRequest, RewardResult
-from torchrft.tools.http import FAILURES, JsonServer, ServerError, bearer_token, parse
+from torchrft.tools.credentials import bearer_token
+from torchrft.tools.http import Deadline, Server, ServerError, ServerGroup, run_all
 from torchrft.tools.images import ImageError
-from torchrft.tools.logging import logger
-from torchrft.tools.progress import each
-from torchrft.types import Prompt
+from torchrft.tools.payload import parse
 
-_FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds before a server that failed is asked again
+_LONGEST_REST = 30.0  # seconds before a server that failed is asked again
 _HEALTH_TIMEOUT = 10.0  # seconds
 _LARGEST_ANSWER = 1 << 26  # bytes
 _LARGEST = sys.float_info.max
-_TRANSIENT = (*FAILURES, ServerError)
-
-
-def images_of(prompt: Prompt) -> list[str]:
-    """The prompt's encoded images in base64. Raises ImageError for a file that cannot be read."""
-    return [base64.b64encode(image.read()).decode() for image in prompt.images]
-
-
-class _Server(JsonServer):
-    """One server: how it does, and what it takes. Its counts are guarded by the client's lock."""
-
-    outstanding = 0
-    failures = 0  # in a row
-    fault = ""  # the last one
-    asked_again_at = 0.0  # time.monotonic()
-    extras: Collection[str] = ()  # what it takes beyond the protocol's lists
-
-    def check(self, timeout: float = _HEALTH_TIMEOUT) -> None:
-        """Asks /health. Raises one of FAILURES or ServerError if the server is not well.
-
-        One that has no /health and says so is well. Raises ValueError for a refused token.
-        """
-        try:
-            health = parse(self.exchange(self.beside("health"), None, timeout))
-        except ServerError as error:
-            if error.passes:
-                raise
-            health = None
-        except ValueError:
-            health = None
-        if isinstance(health, dict):
-            takes = health.get("takes")
-            self.extras = takes if isinstance(takes, list) else ()
-            if health.get("authorized") is False:
-                raise ValueError(
-                    f"{self.url} refuses the token: remote_rm_token_env must name the environment "
-                    "variable that holds the server's"
-                )
 
 
 class RemoteRewards:
@@ -66,8 +27,8 @@ class RemoteRewards:
 
     Samples go out in batches of `remote_rm_batch_size`, several at a time; results do not depend
     on which server answers, nor when. A server that cannot be reached or answers 429 or 5xx is
-    left alone for a while, which doubles with each failure, and asked for its health before it gets
-    work again; the others take over what it had.
+    left alone for a while, and asked for its health before it gets work again; the others take over
+    what it had.
 
     Raises ValueError if a URL is none, no server answers, or one refuses the token.
     """
@@ -76,118 +37,79 @@ class RemoteRewards:
     collective = False
 
     def __init__(self, config: Reward) -> None:
-        self.config, self.lock = config, threading.Lock()
+        self.config = config
         token = bearer_token(config.remote_rm_token_env, "remote_rm_token_env")
-        self.servers = [_Server(url, "remote_rm_url", token) for url in config.remote_rm_url]
-        faults: list[tuple[_Server, Exception]] = []
-        for server in self.servers:
-            try:
-                server.check()
-            except _TRANSIENT as error:
-                faults.append((server, error))
+        self.servers = [Server(url, "remote_rm_url", token) for url in config.remote_rm_url]
+        self.group = ServerGroup(self.servers, "reward source 'remote'", RewardError, _LONGEST_REST)
+        end = Deadline(_HEALTH_TIMEOUT)
+        checked = run_all(partial(_health_fault, end=end), self.servers)
+        pairs = zip(self.servers, checked, strict=True)
+        faults = {server: fault for server, fault in pairs if fault is not None}
         if len(faults) == len(self.servers):
-            told = "; ".join(f"{server.url} ({_told(fault)})" for server, fault in faults)
+            told = "; ".join(f"{server.url}: {fault}" for server, fault in faults.items())
             raise ValueError(
                 f"no reward server can be reached: {told}; start it or correct remote_rm_url"
             )
-        for server, fault in faults:
-            self._failed(server, 0, fault)
+        for server, fault in faults.items():
+            self.group.rest(server, fault)
 
     def score(self, requests: Sequence[RewardRequest]) -> list[RewardResult]:
         """See RewardSource; the servers' `extra_logs` become metrics."""
-        size = self.config.remote_rm_batch_size
-        for server in self.servers:
-            server.is_cut = False  # a reward server goes on after a request that failed
+        size, limit = self.config.remote_rm_batch_size, self.config.remote_rm_concurrency
+        end = Deadline(self.config.remote_rm_deadline, "remote_rm_deadline")
         batches = [requests[start : start + size] for start in range(0, len(requests), size)]
-        deadline, ended = time.monotonic() + self.config.remote_rm_deadline, threading.Event()
-        pool = ThreadPoolExecutor(self.config.remote_rm_concurrency, "remote-reward")
-        try:
-            scored = [pool.submit(self._score, batch, deadline, ended) for batch in batches]
-            for first in each(as_completed(scored), len(scored), "requests"):
-                first.result()
-        except BaseException:  # what fails first ends the others
-            ended.set()
-            for server in self.servers:
-                server.cut()
-            raise
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-        return [result for part in scored for result in part.result()]
+        scored = run_all(partial(self._score, end=end), batches, limit, "requests")
+        return [result for batch in scored for result in batch]
 
     def close(self) -> None:
         """The servers are the user's, and go on."""
 
-    def _score(
-        self, batch: Sequence[RewardRequest], deadline: float, ended: threading.Event
-    ) -> list[RewardResult]:
+    async def _score(self, batch: Sequence[RewardRequest], end: Deadline) -> list[RewardResult]:
         """One batch's results, from the first server that gives them."""
-        rows = _few([request.prompt.row for request in batch])
         tries = 1 + self.config.remote_rm_retries * len(self.servers)
-        for _ in range(tries):
-            server, failures = self._next(deadline, ended)
-            try:
-                content = self._ask(server, failures, batch, deadline)
-            except _TRANSIENT as error:
-                if isinstance(error, ServerError) and not error.passes:
-                    raise RewardError(
-                        f"reward source 'remote', {server.url} refuses prompt rows {rows}: {error}"
-                    ) from error
-                self._failed(server, failures, error)
-            except ValueError as error:
-                raise RewardError(f"reward source 'remote', {server.url}: {error}") from error
-            else:
-                return parse_answer(content, [r.prompt.row for r in batch], server.url)
-            finally:
-                with self.lock:
-                    server.outstanding -= 1
-        raise self._given_up(f"prompt rows {rows} found no answer in {tries} tries")
+        rows = [request.prompt.row for request in batch]
+        ask = partial(self._ask, batch, rows, end)
+        return await self.group.answer(f"prompt rows {_few(rows)}", ask, end, tries)
 
-    def _ask(
-        self, server: _Server, failures: int, batch: Sequence[RewardRequest], deadline: float
-    ) -> bytes:
-        left = min(self.config.remote_rm_timeout, deadline - time.monotonic())
-        if failures:
-            server.check(min(left, _HEALTH_TIMEOUT))
-        body = request_body(batch, self.config.remote_rm_protocol, server.extras)
-        content = server.exchange(server.path, body, left, _LARGEST_ANSWER)
-        with self.lock:
-            if server.failures:
-                logger.info(f"{server.url} answers again")
-            server.failures = 0
-        return content
+    async def _ask(
+        self, batch: Sequence[RewardRequest], rows: Sequence[int], end: Deadline, server: Server
+    ) -> list[RewardResult]:
+        deadline = Deadline(self.config.remote_rm_timeout, "remote_rm_timeout").or_earlier(end)
+        protocol = self.config.remote_rm_protocol
+        try:
+            if server.failures and (fault := await _health_fault(server, deadline)) is not None:
+                raise fault
+            takes = server.info.get("takes")
+            extras = takes if isinstance(takes, list) else ()
+            # In a thread, since it reads images.
+            body = await asyncio.to_thread(request_body, batch, protocol, extras)
+            content = await server.exchange(server.url, body, deadline, _LARGEST_ANSWER)
+        except ValueError as error:
+            raise RewardError(f"reward source 'remote', {server.url}: {error}") from error
+        return parse_answer(content, rows, server.url)
 
-    def _next(self, deadline: float, ended: threading.Event) -> tuple[_Server, int]:
-        """The least busy server that may be asked now, and its failures so far; waits for one."""
-        while not ended.is_set():
-            now = time.monotonic()
-            if now >= deadline:
-                limit = self.config.remote_rm_deadline
-                raise self._given_up(f"no answer within remote_rm_deadline = {limit:g} seconds")
-            with self.lock:
-                if usable := [s for s in self.servers if s.asked_again_at <= now]:
-                    server = min(usable, key=lambda s: s.outstanding)
-                    server.outstanding += 1
-                    return server, server.failures
-                soonest = min(server.asked_again_at for server in self.servers)
-            ended.wait(min(soonest, deadline) - now)
-        raise RewardError("another request has failed")
 
-    def _failed(self, server: _Server, failures: int, error: Exception) -> None:
-        """Leaves a server alone for a while, unless what was asked meanwhile has done so."""
-        with self.lock:
-            if server.failures != failures:
-                return
-            wait = min(_FIRST_WAIT * 2 ** min(failures, 30), _LONGEST_WAIT)
-            if isinstance(error, ServerError):
-                wait = max(wait, error.retry_after)
-            server.failures += 1
-            server.asked_again_at = time.monotonic() + wait
-            server.fault = _told(error)
-        logger.warning(f"{server.url} is asked again in {wait:g} s: {server.fault}")
+async def _health_fault(server: Server, end: Deadline) -> OSError | ServerError | None:
+    """Asks /health why the server is not well, and notes what it says of itself.
 
-    def _given_up(self, what: str) -> RewardError:
-        faults = "; ".join(f"{s.url}: {s.fault}" for s in self.servers if s.failures)
-        return RewardError(f"reward source 'remote': {what} ({faults}); is the server running?")
+    A server that has no /health and says so is well. Raises ValueError for a refused token.
+    """
+    health = None
+    try:
+        url, deadline = urljoin(server.url, "health"), Deadline(_HEALTH_TIMEOUT).or_earlier(end)
+        health = parse(await server.exchange(url, None, deadline))
+    except OSError as error:
+        return error
+    except (ServerError, ValueError) as error:
+        if isinstance(error, ServerError) and error.is_transient:
+            return error
+    server.info = health if isinstance(health, dict) else {}
+    if server.info.get("authorized") is False:
+        raise ValueError(
+            f"{server.url} refuses the token: remote_rm_token_env must name the environment "
+            "variable that holds the server's"
+        )
+    return None
 
 
 def request_body(
@@ -203,7 +125,7 @@ def request_body(
         where = f"reward source 'remote', prompt row {prompt.row}"
         try:
             json.dumps([prompt.label, dict(prompt.metadata), prompt.messages])
-            images[id(prompt)] = images_of(prompt)
+            images[id(prompt)] = [base64.b64encode(i.read()).decode() for i in prompt.images]
         except ImageError as error:
             raise RewardError(f"{where}: {error}") from None
         except (TypeError, ValueError, RecursionError) as error:
@@ -286,7 +208,3 @@ def _few(rows: Sequence[int]) -> str:
     """
     unique = list(dict.fromkeys(rows))
     return ", ".join(map(str, unique[:4])) + (", ..." if len(unique) > 4 else "")
-
-
-def _told(error: Exception) -> str:
-    return str(error) if isinstance(error, ServerError) else f"{type(error).__name__}: {error}"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torchrft.config import flags as command_line
 from torchrft.config.job_config import JobConfig
 from torchrft.config.manager import ConfigError, load
-from torchrft.tools.http import bearer_token
+from torchrft.tools.credentials import bearer_token
 from torchrft.tools.logging import logger, setup_logging
 from torchrft.tools.text import one_line
 

@@ -20,9 +20,9 @@ from starlette.middleware.gzip import GZipMiddleware
 
 from torchrft.rewards.server_gate import Gate, error_answer
 from torchrft.rewards.source import RewardError, SampleError
-from torchrft.tools.http import DEEPEST, is_deeper
 from torchrft.tools.images import Image, ImageError, from_base64
 from torchrft.tools.logging import logger
+from torchrft.tools.payload import DEEPEST, is_deeper
 from torchrft.types import Completion, FinishReason, Prompt, Score
 
 if TYPE_CHECKING:

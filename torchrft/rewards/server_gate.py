@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from torchrft.tools.http import gunzip
+from torchrft.tools.payload import gunzip
 from torchrft.tools.text import one_line
 
 HEADER_SECONDS = 10.0  # until a request's headers are there

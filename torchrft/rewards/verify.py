@@ -5,11 +5,9 @@ from functools import partial
 
 from torchrft.config.job_config import JobConfig
 from torchrft.config.reward_config import Judge
-from torchrft.rewards.judge_template import JudgeTemplate
 from torchrft.rewards.registry import MissingPackage
 from torchrft.rewards.rule_source import check_isolation, checked_rule
 from torchrft.rewards.text import text_or_file
-from torchrft.rewards.verdicts import parser_of
 
 
 def reward_faults(config: JobConfig) -> list[str]:
@@ -39,5 +37,8 @@ def reward_faults(config: JobConfig) -> list[str]:
 
 
 def _check_judge(judge: Judge) -> None:
+    from torchrft.rewards.judge_template import JudgeTemplate
+    from torchrft.rewards.verdicts import parser_of
+
     JudgeTemplate(judge.template, judge.name)
     parser_of(judge.parser)

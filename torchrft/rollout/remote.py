@@ -5,12 +5,12 @@ policy version and the temperature by which logits are divided. A completion wit
 a server that was restarted or belongs to another run, is never used.
 """
 
+import math
 import os
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -23,19 +23,15 @@ from torchrft.config.job_config import Rollout
 from torchrft.models.loader import expected_model
 from torchrft.rollout.canary import Canary, WeightSyncError
 from torchrft.rollout.engine import check_prompts, completion
-from torchrft.rollout.server_client import Server, ServerError
 from torchrft.rollout.vllm import sampling_options
 from torchrft.rollout.weight_sync import WeightFiles, layout
 from torchrft.tools import distributed
-from torchrft.tools.logging import logger
-from torchrft.tools.progress import each
+from torchrft.tools.credentials import bearer_token
+from torchrft.tools.http import Deadline, Server, ServerError, ServerGroup, run, run_all
 from torchrft.types import Completion, Prompt, SamplingParams
 
 _GENERATE = "/inference/v1/generate"  # vLLM's "tokens in, tokens out"
 _CHANGING = "changing"  # the tag of a server between two others
-
-MadeBy = Callable[[str], int | None]
-"""The policy version of a tag, or None for a tag of anything else."""
 
 
 class _Rescaled(Exception):
@@ -68,14 +64,21 @@ class RemoteVllmEngine:
         max_len: int,
         dtype: torch.dtype,
     ) -> None:
-        timeout, retries = rollout.request_timeout, rollout.request_retries
-        self.servers = [Server(url, timeout, retries) for url in rollout.server_urls]
-        self.pretrain, self.max_len, self.max_num_seqs = pretrain, max_len, rollout.max_num_seqs
-        self.tokenizer, self.stop_token_ids, self.dtype = tokenizer, stop_token_ids, dtype
+        variable = "VLLM_API_KEY" if os.environ.get("VLLM_API_KEY") else None
+        token = bearer_token(variable, "the token of server_urls")
+        self.group = ServerGroup(
+            [Server(url, "server_urls", token) for url in rollout.server_urls],
+            "rollout servers",
+            ConnectionError,
+            until="the next weight update",
+            turn=distributed.get_rank(),  # ranks begin at different servers
+        )
+        self.rollout, self.tokenizer, self.stop_token_ids = rollout, tokenizer, stop_token_ids
         self.temperature = rollout.temperature
         self.version: int | None = None
         self.newest = -1  # the version that is on its way to the servers, or there
         self.expected = expected_model(config, dtype)
+        self.needs = (pretrain, str(dtype).removeprefix("torch."), max_len)
         folder = rollout.weight_folder
         if folder is not None and not os.path.isdir(folder):
             raise ValueError(
@@ -83,29 +86,32 @@ class RemoteVllmEngine:
             )
         # Every rank's, but rank 0's is used; it goes with the process.
         try:
-            self._own_folder = tempfile.TemporaryDirectory(prefix="torchrft-", dir=folder)
+            self._temporary_folder = tempfile.TemporaryDirectory(prefix="torchrft-", dir=folder)
         except OSError as error:
             raise ValueError(
                 f"weight_folder: no folder for the weights can be made ({error}); name another"
             ) from error
-        mine = (uuid.uuid4().hex, self._own_folder.name)
-        self.run, self.folder = distributed.on_main(lambda: mine, "rollout servers")
+        mine = (uuid.uuid4().hex, self._temporary_folder.name)
+        self.run_id, self.folder = distributed.on_main(lambda: mine, "rollout servers")
         self._control = threading.Condition()  # held while servers change their weights or scale
         self._users = 0  # calls of generate that go on
-        self._lock = threading.Lock()  # guards what is outstanding, and who is left out
-        parts = distributed.on_all(lambda: [self._fault(s) for s in self.servers], "servers")
+        parts = distributed.on_all(lambda: run_all(self._fault, self.group.servers), "servers")
         if faults := {fault for part in parts for fault in part if fault is not None}:
             raise ValueError("\n".join(sorted(faults)))
 
     # ---------------------------------------------------------------- servers
 
-    def _fault(self, server: Server) -> str | None:
+    async def _ask(self, server: Server, path: str, body: Any = None, retry: bool = True) -> Any:
+        deadline = Deadline(self.rollout.request_timeout, "request_timeout")
+        return await server.ask(path, body, deadline, self.rollout.request_retries if retry else 0)
+
+    async def _fault(self, server: Server) -> str | None:
         """Why the server cannot be used, in a sentence with the remedy."""
         extension = {"method": "torchrft_info", "args": [self.folder]}
         try:
-            info = server.ask("/collective_rpc", extension)["results"][0]
-            server.ask("/weight_info")
-            _probe_generate(server)
+            server.info = (await self._ask(server, "/collective_rpc", extension))["results"][0]
+            await self._ask(server, "/weight_info")
+            await self._probe_generate(server)
         except ConnectionError as error:
             return f"{server.url} cannot be reached ({error}); start it or correct server_urls"
         except ServerError as error:
@@ -113,15 +119,22 @@ class RemoteVllmEngine:
                 f"{server.url} is not a vLLM server for torchrft ({error}); start it with the "
                 "options of docs/remote_engines.md"
             )
-        server.sleeps = info["sleeps"]
-        misfit = self._misfit(info)
+        misfit = self._misfit(server.info)
         return f"{server.url} {misfit}" if misfit else None
+
+    async def _probe_generate(self, server: Server) -> None:
+        """Raises ServerError if token ids cannot be sent: an empty request is only a bad one."""
+        try:
+            await self._ask(server, _GENERATE, {})
+        except ServerError as error:
+            if error.status not in (400, 422):
+                raise
 
     def _misfit(self, info: dict[str, Any]) -> str | None:
         """What about a server keeps it from being used, with the remedy."""
-        dtype, length = str(self.dtype).removeprefix("torch."), self.max_len
+        pretrain, dtype, length = self.needs
         if info["layout"] != layout(self.expected):
-            return f"serves another model, {info['model']}: start it with --model {self.pretrain}"
+            return f"serves another model, {info['model']}: start it with --model {pretrain}"
         if info["dtype"] != dtype:
             return f"computes in {info['dtype']}: start it with --dtype {dtype}"
         if info["max_len"] < length:
@@ -140,27 +153,6 @@ class RemoteVllmEngine:
             return "cuts prompts, which fails on a CPU: start it with --no-enable-chunked-prefill"
         return None
 
-    def _drop(self, server: Server, reason: object) -> None:
-        with self._lock:
-            if server.failure is None:
-                server.failure = str(reason)
-                logger.warning(f"{server.url} is left out until the next weight update: {reason}")
-
-    def _least_busy(self) -> Server:
-        """A server to ask next; it counts as asked."""
-        with self._lock:
-            usable = [server for server in self.servers if server.failure is None]
-            if not usable:
-                raise self._all_failed()
-            turn = distributed.get_rank() % len(usable)  # not all ranks' first at the same one
-            server = min(usable[turn:] + usable[:turn], key=lambda server: server.outstanding)
-            server.outstanding += 1
-            return server
-
-    def _all_failed(self) -> ConnectionError:
-        reasons = "; ".join(f"{server.url}: {server.failure}" for server in self.servers)
-        return ConnectionError(f"no rollout server is left: {reasons}")
-
     # ---------------------------------------------------------------- weights
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -174,16 +166,12 @@ class RemoteVllmEngine:
                 pass
         with self._control:
             self.newest, self.version = version, None  # unless it goes well
-            self.temperature, failures = distributed.on_main(
+            self.temperature, faults = distributed.on_main(
                 lambda: self._send(files, version), "weight sync"
             )
-            for server, failure in zip(self.servers, failures, strict=True):
-                if failure is None:
-                    server.failure = None
-                else:
-                    self._drop(server, failure)
-            if all(failures):
-                raise self._all_failed()
+            run(self._take_over(faults))
+            if all(faults):
+                raise self.group.given_up("no server took the weights")
             self.version = version
 
     def _send(self, files: WeightFiles, version: int) -> tuple[float, list[str | None]]:
@@ -191,45 +179,67 @@ class RemoteVllmEngine:
         try:
             if files.failure is not None:
                 raise WeightSyncError(files.failure)
-            with ThreadPoolExecutor(len(self.servers)) as pool:
-                push = partial(self._push, files=files, version=version)
-                return self.temperature, list(pool.map(push, self.servers))
+            self.group.try_each(partial(self._push, files, version), self.group.servers)
+            return self.temperature, [server.fault for server in self.group.servers]
         finally:
             files.remove()
 
-    def _push(self, server: Server, files: WeightFiles, version: int) -> str | None:
-        if server.failure is not None and (fault := self._fault(server)) is not None:
-            return fault
+    async def _take_over(self, faults: list[str | None]) -> None:
+        """On every rank, those servers are used that rank 0 gave the weights."""
+        for server, fault in zip(self.group.servers, faults, strict=True):
+            if fault is None:
+                self.group.readmit(server)
+            else:
+                self.group.rest(server, fault)
+
+    async def _push(self, files: WeightFiles, version: int, server: Server) -> None:
+        if server.fault is not None and (fault := await self._fault(server)) is not None:
+            raise ConnectionError(fault)
         try:
-            self._change(server, self._tag(version, self.temperature), self.temperature, files)
-        except ConnectionError as error:
-            return str(error)
+            await self._change(server, version, files)
         except ServerError as error:
             _, canary, said = error.message.partition("weight update: ")
             if canary:  # out of what vLLM wraps around it
                 said = said.partition("', please check")[0]
                 raise WeightSyncError(f"weight update of {server.url}: {said}") from None
-            return str(error)
-        return None
+            raise
+        self.group.readmit(server)
 
-    def _change(
-        self, server: Server, tag: str, temperature: float, files: WeightFiles | None = None
+    async def _change(
+        self, server: Server, version: int | None, files: WeightFiles | None = None
     ) -> None:
         """Gives the server weights and a temperature, between what it was asked and will be.
 
         If that fails it stays paused, so that nothing is made by whatever it holds.
         """
-        server.ask("/pause?mode=wait", {})
-        server.ask("/update_weight_version", {"new_version": _CHANGING})
+        ask, tag = partial(self._ask, server), self._tag(version, self.temperature)
+        scale = {"method": "torchrft_temperature", "args": [repr(self.temperature)]}
+        await ask("/pause?mode=wait", {})
+        await ask("/update_weight_version", {"new_version": _CHANGING})
         if files is not None:
-            _load(server, files)
-        scale = {"method": "torchrft_temperature", "args": [repr(temperature)]}
-        server.ask("/collective_rpc", scale)
-        server.ask("/update_weight_version", {"new_version": tag})
-        server.ask("/resume", {})
+            await self._load(server, files)
+        await ask("/collective_rpc", scale)
+        await ask("/update_weight_version", {"new_version": tag})
+        await ask("/resume", {})
+
+    async def _load(self, server: Server, files: WeightFiles) -> None:
+        """vLLM's weight update, from `files`."""
+        ask = partial(self._ask, server)
+        try:
+            await ask("/start_weight_update", {}, retry=False)
+        except ServerError:  # a trainer that was killed in the middle of one has left it open
+            await ask("/finish_weight_update", {}, retry=False)
+            await ask("/start_weight_update", {}, retry=False)
+        info = {"paths": files.paths, "marks": files.marks}
+        await ask("/update_weights", {"update_info": info}, retry=False)
+        await ask("/finish_weight_update", {}, retry=False)
+        # What was computed by the old weights.
+        await ask("/reset_encoder_cache", {})
+        if not (await ask("/reset_prefix_cache", {}))["success"]:
+            raise ConnectionError("it keeps the KV cache of the old weights")
 
     def _tag(self, version: int | None, temperature: float) -> str:
-        return f"{self.run}/{version}/{temperature!r}"
+        return f"{self.run_id}/{version}/{temperature!r}"
 
     # ---------------------------------------------------------------- memory
 
@@ -241,21 +251,18 @@ class RemoteVllmEngine:
         self._everywhere("/wake_up")
 
     def _everywhere(self, path: str) -> None:
-        able = [server for server in self.servers if server.sleeps]
+        able = [server for server in self.group.servers if server.info["sleeps"]]
         if not able:
             return
         self.version = None  # weights do not survive
         distributed.barrier("rollout")  # nobody generates any more
-        for server in able if distributed.is_main() else []:
-            try:
-                server.ask(path, {})
-            except (ConnectionError, ServerError) as error:
-                self._drop(server, error)
+        if distributed.is_main():
+            self.group.try_each(lambda server: self._ask(server, path, {}), able)
         distributed.barrier("rollout")
 
     def close(self) -> None:
         """The servers are the user's and go on; only the folder of the weights goes."""
-        self._own_folder.cleanup()
+        self._temporary_folder.cleanup()
 
     # ---------------------------------------------------------------- generation
 
@@ -266,115 +273,82 @@ class RemoteVllmEngine:
             check_prompts(prompts, sampling, self.version)
         if not prompts:
             return []
-        threads = max(1, self.max_num_seqs // sampling.n) * len(self.servers)
-        with self._scaled(sampling.temperature or 1.0) as made_by:
-            pool = ThreadPoolExecutor(min(threads, len(prompts)))
-            try:
-                complete = partial(self._complete, sampling=sampling, made_by=made_by)
-                parts = pool.map(complete, range(len(prompts)), prompts)
-                counted = each(parts, len(prompts), "prompts")
-                return [completion for part in counted for completion in part]
-            finally:
-                pool.shutdown(cancel_futures=True)
+        limit = max(1, self.rollout.max_num_seqs // sampling.n) * len(self.group.servers)
+        with self._scaled(sampling.temperature or 1.0) as oldest:
+            complete = partial(self._complete, sampling, oldest)
+            responses = run_all(complete, list(enumerate(prompts)), limit, "prompts")
+        return [completion for samples in responses for completion in samples]
 
     @contextmanager
-    def _scaled(self, temperature: float) -> Iterator[MadeBy]:
+    def _scaled(self, temperature: float) -> Iterator[int]:
         """Meanwhile all servers divide their logits by `temperature`.
 
-        Yields what gives the policy version of a tag, or None for a tag of anything else.
+        Yields the oldest policy version that may make a completion.
         """
         with self._control:
             self._control.wait_for(lambda: not self._users or self.temperature == temperature)
             if self.temperature != temperature:
                 self.temperature = temperature
-                for server in self.servers:
-                    if server.failure is None:
-                        self._rescale(server)
+                usable = [server for server in self.group.servers if server.fault is None]
+                self.group.try_each(self._rescale, usable)
             self._users += 1
             oldest = self.version
         assert oldest is not None
         try:
-            yield lambda tag: next(
-                (v for v in range(oldest, self.newest + 1) if tag == self._tag(v, temperature)),
-                None,
-            )
+            yield oldest
         finally:
             with self._control:
                 self._users -= 1
                 self._control.notify_all()
 
-    def _rescale(self, server: Server) -> None:
+    async def _rescale(self, server: Server) -> None:
         tag = self._tag(self.version, self.temperature)
-        try:
-            if server.ask("/weight_info")["weight_version"] != tag:  # by another rank it may be
-                self._change(server, tag, self.temperature)
-        except (ConnectionError, ServerError) as error:
-            self._drop(server, error)
+        if (await self._ask(server, "/weight_info"))["weight_version"] != tag:  # by another rank
+            await self._change(server, self.version)
 
-    def _complete(
-        self, place: int, prompt: Prompt, sampling: SamplingParams, made_by: MadeBy
+    async def _complete(
+        self, sampling: SamplingParams, oldest: int, numbered_prompt: tuple[int, Prompt]
     ) -> list[Completion]:
         """The completions of one prompt, from the first server that makes them."""
+        place, prompt = numbered_prompt
         options = sampling_options(place, prompt, sampling, self.stop_token_ids)
         # The server divides by the temperature itself, as VllmEngine does.
         options["temperature"] = 1.0 if sampling.temperature else 0.0
         body = {"token_ids": list(prompt.token_ids), "sampling_params": options}
-        while True:
-            server = self._least_busy()
+
+        async def ask(server: Server) -> list[Completion]:
             try:
-                choices = server.ask(_GENERATE, body)["choices"]
-                made = [self._completion(place, c, sampling, made_by) for c in choices]
-                return sorted(made, key=lambda c: c.sample_index)
+                choices = (await self._ask(server, _GENERATE, body))["choices"]
+            except ServerError as error:
+                if error.status in (400, 422):
+                    raise
+                raise ConnectionError(str(error)) from error
+            made = [self._completion(place, choice, sampling, oldest) for choice in choices]
+            return sorted(made, key=lambda completion: completion.sample_index)
+
+        subject = f"prompt row {prompt.row}"
+        while True:
+            try:
+                return await self.group.answer(subject, ask, Deadline(math.inf))
             except _Rescaled:  # all ranks rescale, to the same: soon it stays
                 continue
-            except (ConnectionError, ServerError) as error:
-                if isinstance(error, ServerError) and error.status in (400, 422):
-                    refused = f"{server.url} refuses the request of prompt row {prompt.row}"
-                    raise ConnectionError(f"{refused}: {error}") from error
-                self._drop(server, error)
-            finally:
-                with self._lock:
-                    server.outstanding -= 1
 
     def _completion(
-        self, place: int, choice: dict[str, Any], sampling: SamplingParams, made_by: MadeBy
+        self, place: int, choice: dict[str, Any], sampling: SamplingParams, oldest: int
     ) -> Completion:
         """Raises ConnectionError for one that must not be used, _Rescaled for one to ask anew."""
         index, reason = choice["index"], choice["finish_reason"]
         if reason not in ("stop", "length"):
             raise ConnectionError(f"it ended a request with {reason!r}")
         tags = [span["version"] for span in choice["weight_versions"] or ()]
-        if len(tags) > 1 and {*tags[:-1]} == {_CHANGING} and made_by(tags[-1]) is not None:
+        temperature = sampling.temperature or 1.0
+        versions = {self._tag(v, temperature): v for v in range(oldest, self.newest + 1)}
+        if len(tags) > 1 and {*tags[:-1]} == {_CHANGING} and tags[-1] in versions:
             raise _Rescaled
-        version = made_by(tags[0]) if len(tags) == 1 else None
-        if version is None:
+        if len(tags) != 1 or tags[0] not in versions:
             raise ConnectionError(f"it does not hold this run's weights, but {tags}")
+        version = versions[tags[0]]
         content = choice["logprobs"]["content"]
         rows = zip(choice["token_ids"], (token["logprob"] for token in content), strict=True)
         tokenizer, ends = self.tokenizer, self.stop_token_ids
         return completion(place, index, rows, reason, version, sampling, tokenizer, ends)
-
-
-def _load(server: Server, files: WeightFiles) -> None:
-    """vLLM's weight update, from `files`."""
-    try:
-        server.ask("/start_weight_update", {}, retry=False)
-    except ServerError:  # a trainer that was killed in the middle of one has left it open
-        server.ask("/finish_weight_update", {}, retry=False)
-        server.ask("/start_weight_update", {}, retry=False)
-    info = {"paths": files.paths, "marks": files.marks}
-    server.ask("/update_weights", {"update_info": info}, retry=False)
-    server.ask("/finish_weight_update", {}, retry=False)
-    # What was computed by the old weights.
-    server.ask("/reset_encoder_cache", {})
-    if not server.ask("/reset_prefix_cache", {})["success"]:
-        raise ConnectionError("it keeps the KV cache of the old weights")
-
-
-def _probe_generate(server: Server) -> None:
-    """Raises ServerError if token ids cannot be sent: an empty request must only be a bad one."""
-    try:
-        server.ask(_GENERATE, {})
-    except ServerError as error:
-        if error.status not in (400, 422):
-            raise

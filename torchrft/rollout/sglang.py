@@ -13,7 +13,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
-import httpx
 import torch
 import torch.multiprocessing  # its reductions let CUDA tensors travel
 from torch import Tensor
@@ -26,7 +25,9 @@ from torchrft.rollout.canary import Canary, WeightSyncError
 from torchrft.rollout.engine import check_prompts, completion, neighbors
 from torchrft.rollout.weight_sync import buckets
 from torchrft.tools.distributed import get_rank, get_world_size
+from torchrft.tools.http import Deadline, Server, ServerError, run
 from torchrft.tools.hub import trusts_code_of
+from torchrft.tools.payload import parse
 from torchrft.types import Completion, Prompt, SamplingParams
 
 _BUCKET = 2**30  # bytes sent at a time: a hand-over needs up to three times as much memory
@@ -62,20 +63,18 @@ class HttpSglang:
     """A running SGLang server. Raises ConnectionError when it does not answer or refuses."""
 
     def __init__(self, url: str, timeout: float) -> None:
-        self.url, self.timeout = url.rstrip("/"), timeout
+        self.server, self.timeout = Server(url, "server_urls"), timeout
 
     def post(self, path: str, payload: dict[str, Any]) -> Any:
-        at = f"SGLang at {self.url}{path}"
+        url, deadline = self.server.under(path), Deadline(self.timeout, "request_timeout")
         try:
-            answer = httpx.post(self.url + path, json=payload, timeout=self.timeout)
-        except httpx.HTTPError as error:  # refused, reset, timed out
-            raise ConnectionError(f"{at}: {error}") from error
-        if answer.is_error:
-            raise ConnectionError(f"{at} answered {answer.status_code}: {answer.text[:300]}")
+            content = run(self.server.exchange(url, payload, deadline))
+        except (OSError, ServerError, ValueError) as error:
+            raise ConnectionError(f"SGLang at {url}: {error}") from error
         try:
-            return answer.json()
+            return parse(content)
         except ValueError:
-            return answer.text
+            return content.decode(errors="replace")
 
     def close(self) -> None:
         """The server is the user's."""
@@ -126,7 +125,7 @@ class SglangEngine:
                     packed = sglang_loader.pack(list(bucket.items()), verdict)
                     failure = loading.exception()
                     if failure is None:
-                        loading = sender.submit(self._send, self.transport, packed, list(bucket))
+                        loading = sender.submit(self._send, packed, list(bucket))
                     del packed
                 bucket.clear()
             if failure := failure or loading.exception():
@@ -140,18 +139,13 @@ class SglangEngine:
         self._post("/flush_cache")
         self.version = version
 
-    def _send(
-        self,
-        transport: LocalSglang | HttpSglang,
-        packed: list[tuple[str, Tensor]],
-        names: list[str],
-    ) -> None:
-        request = {
-            "serialized_named_tensors": [_serialize(packed)] * self.tp_size,
-            "load_format": sglang_loader.PATH,
-            "flush_cache": False,
-        }
-        answer = transport.post("/update_weights_from_tensor", request)
+    def _send(self, packed: list[tuple[str, Tensor]], names: list[str]) -> None:
+        answer = self._post(
+            "/update_weights_from_tensor",
+            serialized_named_tensors=[_serialize(packed)] * self.tp_size,
+            load_format=sglang_loader.PATH,
+            flush_cache=False,
+        )
         _, verdict = packed[-1]
         if not answer["success"]:
             raise WeightSyncError(f"SGLang refused a weight update: {answer['message']}")

@@ -1,216 +1,339 @@
-"""JSON over HTTP to one server, one exchange at a time, each within its deadline."""
+"""JSON over HTTP to one server or to several that are alike, with deadlines, retries and failover.
 
-import contextlib
+All requests of a process run in one event loop, which has a thread of its own. `run` and `run_all`
+call it from any other thread. What interrupts the caller cancels its requests.
+"""
+
+import asyncio
 import gzip
-import http.client
 import json
+import math
 import os
-import socket
+import ssl
+import sys
 import threading
 import time
-import zlib
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any
-from urllib.parse import urljoin, urlsplit
+from functools import cache
+from itertools import count
+from typing import Any, TypeVar
 
-from torchrft.tools.text import redact, remember_secret
+import httpx
 
-FAILURES = (OSError, http.client.HTTPException)
-"""What `JsonServer.exchange` raises when no whole answer came; TimeoutError is one of them."""
+from torchrft.tools import progress
+from torchrft.tools.credentials import check_url
+from torchrft.tools.logging import logger
+from torchrft.tools.payload import parse
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+FIRST_WAIT = 0.5  # seconds before a server that failed is asked again; doubled for each failure
 _SMALL = 1024  # bytes; less is not worth compressing
 _LARGEST = 1 << 30  # bytes of an answer
 
 
 class ServerError(Exception):
-    """The server answered with an error: `status`, its own words, and the seconds it asks for."""
+    """The server at `url` answered with an error: `status`, its words, and the seconds it asks for.
 
-    def __init__(self, status: int, message: str, retry_after: float = 0.0) -> None:
+    `is_transient`: the same request may succeed later.
+    """
+
+    def __init__(self, url: str, status: int, message: str, retry_after: float = 0.0) -> None:
         super().__init__(f"HTTP {status}: {message}")
-        self.status, self.message, self.retry_after = status, message, retry_after
-        self.passes = status >= 500 or status == 429  # it may be otherwise the next time
+        self.url, self.status, self.message, self.retry_after = url, status, message, retry_after
+        self.is_transient = status >= 500 or status == 429
 
 
-class JsonServer:
-    """One server.
+class Deadline:
+    """The moment `seconds` from now, and the option that sets it.
+
+    >>> str(Deadline(5, "request_timeout")), str(Deadline(10))
+    ('request_timeout = 5 seconds', '10 seconds')
+    """
+
+    def __init__(self, seconds: float, option: str = "") -> None:
+        self.text = f"{option} = {seconds:g} seconds" if option else f"{seconds:g} seconds"
+        self.at = time.monotonic() + seconds
+
+    def __str__(self) -> str:
+        return self.text
+
+    def or_earlier(self, other: "Deadline") -> "Deadline":
+        return min(self, other, key=lambda deadline: deadline.at)
+
+
+class Server:
+    """One server and its state, which belongs to the event loop while requests are made.
 
     Args: url, as http://host:port, with or without a path; option, which names it, for errors;
-        token, a bearer token. `path` is the url's own, with its query.
+        token, a bearer token.
     Raises ValueError for another kind of url.
     """
 
     def __init__(self, url: str, option: str, token: str | None = None) -> None:
-        try:
-            parts = urlsplit(url)
-            usable = parts.scheme in ("http", "https") and bool(parts.hostname)
-            _ = parts.port  # raises for one that is no number
-        except ValueError:
-            usable = False
-        if not usable:
-            raise ValueError(redact(f'{option} holds "{url}"; write each as http://host:port'))
-        if (shown := redact(f'"{url}"')) != f'"{url}"':
-            raise ValueError(
-                f"{option} holds {shown}: a URL is shown in logs and trackers, so it may hold no "
-                "password or key; put a bearer token into an environment variable "
-                "(remote_rm_token_env, token_env of a judge, VLLM_API_KEY)"
-            )
+        check_url(url, option)
         self.url = url
-        self._address = parts.netloc.rpartition("@")[2]
-        self._folder = parts.path
-        self.path = f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}"
-        secure = parts.scheme == "https"
-        self._connection = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        self._headers: dict[str, Any] = {
-            "Content-Type": "application/json",
-            "Accept-Encoding": "gzip",
-        }
+        self.headers: dict[str, Any] = {"Accept-Encoding": "gzip"}
+        self.headers["Content-Type"] = "application/json"
         if token:
-            self._headers["Authorization"] = b"Bearer " + token.encode()
-        self._open: set[socket.socket] = set()
-        self.is_cut = False
-        self._unzips = False  # whether it has said that it takes compressed requests (RFC 7694)
+            self.headers["Authorization"] = b"Bearer " + token.encode()
+        self.info: dict[str, Any] = {}  # what the server said about itself
+        self.takes_gzip = False  # whether it said that it takes compressed requests (RFC 7694)
+        self.outstanding = 0  # requests
+        self.failures = 0  # in a row
+        self.fault: str | None = None  # of the last failure, if no success came after it
+        self.rests_until = 0.0  # time.monotonic()
 
     def under(self, path: str) -> str:
-        """`path` below that of the url."""
-        return self._folder.rstrip("/") + path
+        """The URL of `path` below the server's own."""
+        return self.url.partition("?")[0].rstrip("/") + path
 
-    def beside(self, name: str) -> str:
-        """`name` in place of the last part of the url's path: /a/score becomes /a/name."""
-        return urljoin(self._folder or "/", name)
+    async def exchange(
+        self, url: str, body: Any, deadline: Deadline, limit: int = _LARGEST
+    ) -> bytes:
+        """What `url` answers to POST of `body` as JSON, or to GET for None.
 
-    def cut(self) -> None:
-        """Ends the exchanges under way in other threads, and any that begin while `is_cut`; they
-        raise one of FAILURES."""
-        self.is_cut = True
-        for connected in list(self._open):
-            _cut(connected)
-
-    def exchange(self, path: str, body: Any, timeout: float, limit: int = _LARGEST) -> bytes:
-        """What `path` answers to POST of `body` as JSON, or to GET for None, within `timeout` s.
-
-        Raises one of FAILURES when no answer came, ServerError for one that is no success, and
-        ValueError for one beyond `limit` bytes.
+        Raises ConnectionError when no whole answer came, TimeoutError when it did not come in time,
+        ServerError for one that is no success, and ValueError for one beyond `limit` bytes.
         """
-        if timeout <= 0:
-            raise TimeoutError("no time is left")
-        deadline = time.monotonic() + timeout
-        data = None if body is None else json.dumps(body).encode()
-        headers = dict(self._headers)
-        if data is not None and len(data) > _SMALL and self._unzips:
-            data, headers["Content-Encoding"] = gzip.compress(data, 1), "gzip"
-        connection = self._connection(self._address, timeout=timeout)
-        watch: threading.Timer | None = None
-        connected: socket.socket | None = None
+        method, data, headers = "GET", None, dict(self.headers)
+        if body is not None:
+            method, data = "POST", json.dumps(body).encode()
+            if len(data) > _SMALL and self.takes_gzip:
+                data, headers["Content-Encoding"] = gzip.compress(data, 1), "gzip"
+        content = bytearray()
         try:
-            connection.connect()
-            # A socket's timeout is that of one read: what trickles in would pass it.
-            left, connected = max(0.0, deadline - time.monotonic()), connection.sock
-            watch = threading.Timer(left, _cut, (connected,))
-            watch.daemon = True
-            watch.start()
-            self._open.add(connected)
-            if self.is_cut:  # while it connected
-                raise ConnectionAbortedError("the exchange was ended")
-            connection.request("GET" if data is None else "POST", path, data, headers)
-            response = connection.getresponse()
-            content = response.read(limit + 1)
-            if len(content) <= limit and response.length:
-                raise http.client.IncompleteRead(content, response.length)
-            if data is not None and _breaks_off(response, content):
-                raise ConnectionError(f"an answer without a length ended early: {content[:80]!r}")
-            if time.monotonic() >= deadline:  # cut off, which may look like a short answer
-                raise TimeoutError
-        except FAILURES as error:
-            if time.monotonic() >= deadline:
-                raise TimeoutError(f"no answer within {timeout:g} seconds") from error
-            raise
-        finally:
-            if watch is not None and connected is not None:
-                watch.cancel()
-                self._open.discard(connected)
-            connection.close()  # a server that still works on it stops
-        if "gzip" in response.headers.get("Accept-Encoding", ""):
-            self._unzips = True
-        if response.headers.get("Content-Encoding") == "gzip":
-            content = gunzip(content, limit)
-        if len(content) > limit:
-            raise ValueError(f"an answer of more than {limit} bytes")
-        if response.status >= 300:
+            async with (
+                asyncio.timeout_at(deadline.at),
+                _client().stream(method, url, content=data, headers=headers) as response,
+            ):
+                async for chunk in response.aiter_bytes():
+                    content += chunk
+                    if len(content) > limit:
+                        raise ValueError(f"an answer of more than {limit} bytes")
+        except TimeoutError:
+            raise TimeoutError(f"no answer within {deadline}") from None
+        except httpx.DecodingError as error:
+            raise ValueError(f"no valid gzip: {error}") from error
+        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+            raise ConnectionError(_root_cause(error)) from error
+        if data is not None and _is_cut_short(response, content):
+            raise ConnectionError(f"an answer without a length ended early: {content[:80]!r}")
+        self.takes_gzip |= "gzip" in response.headers.get("Accept-Encoding", "")
+        if response.status_code >= 300:
             wait = _seconds(response.headers.get("Retry-After", ""))
-            raise ServerError(response.status, _words(content), wait)
-        return content
+            raise ServerError(self.url, response.status_code, _error_message(content), wait)
+        return bytes(content)
+
+    async def ask(self, path: str, body: Any, deadline: Deadline, retries: int = 0) -> Any:
+        """The JSON that `path` below the server's URL answers, None for an empty answer.
+
+        A failed connection and a transient error are tried again, `retries` times.
+        Raises ConnectionError when no answer came, and ServerError for one of 300 or more.
+        """
+        for attempt in count():
+            try:
+                content = await self.exchange(self.under(path), body, deadline)
+                return parse(content) if content else None
+            except TimeoutError:
+                raise ConnectionError(f"no answer to {path} within {deadline}") from None
+            except (ConnectionError, ServerError) as error:
+                if attempt == retries or (
+                    isinstance(error, ServerError) and not error.is_transient
+                ):
+                    raise
+            except ValueError as error:
+                if attempt == retries:
+                    raise ConnectionError(f"{type(error).__name__}: {error}") from error
+            await asyncio.sleep(min(FIRST_WAIT * 2**attempt, deadline.at - time.monotonic()))
 
 
-def bearer_token(variable: str | None, option: str) -> str | None:
-    """The token in an environment variable. It shows in no message from then on.
+ServerCall = Callable[[Server], Awaitable[Result]]
 
-    Raises ValueError, naming `option`, if none is set or it cannot be sent as a header.
+
+@dataclass
+class ServerGroup:
+    """Servers that are alike: each request goes to the least busy one, in turn if equally busy.
+
+    A server that fails rests for a while, which doubles with each failure in a row up to
+    `longest_rest` seconds; the others take its work over.
+
+    Args: name, for errors, and error, their class; until, the event at which the owner calls
+        `readmit`, for servers that rest until then; turn, the place of the server to ask first.
     """
-    if variable is None:
-        return None
-    token = os.environ.get(variable, "").strip()
-    if not token:
-        raise ValueError(f'{option} = "{variable}": the variable is not set')
-    remember_secret(token)
-    if token.split() != [token] or not token.isprintable():
-        fault = "its token has a line break, a blank or a control character in it; correct it"
-        raise ValueError(f'{option} = "{variable}": {fault}')
-    return token
+
+    servers: Sequence[Server]
+    name: str
+    error: type[Exception]
+    longest_rest: float = math.inf
+    until: str = ""
+    turn: int = 0
+
+    async def answer(
+        self, subject: str, ask: ServerCall[Result], deadline: Deadline, tries: int = sys.maxsize
+    ) -> Result:
+        """The first answer that `ask` gets from a server about `subject`.
+
+        `ask` raises OSError or a transient ServerError for a failure that may pass. Any other
+        ServerError is a refusal, which ends all tries as the end of the deadline does.
+        """
+        for _ in range(tries):
+            server = await self._next_server(subject, deadline)
+            failures = server.failures
+            server.outstanding += 1
+            try:
+                answer = await ask(server)
+            except (OSError, ServerError) as error:
+                if isinstance(error, ServerError) and not error.is_transient:
+                    refusal = f"{self.name}, {server.url} refuses {subject}: {error}"
+                    raise self.error(refusal) from error
+                if server.failures == failures:  # else another request has counted this failure
+                    self.rest(server, error)
+            else:
+                server.failures = 0
+                if server.rests_until <= time.monotonic():
+                    self.readmit(server)
+                return answer
+            finally:
+                server.outstanding -= 1
+        raise self.given_up(f"{subject} found no answer in {tries} tries")
+
+    async def _next_server(self, subject: str, deadline: Deadline) -> Server:
+        while True:
+            now, soonest = time.monotonic(), min(s.rests_until for s in self.servers)
+            if max(now, soonest) >= deadline.at:  # a wait that is too long is not begun
+                limit = f"before {self.until}" if soonest == math.inf else f"within {deadline}"
+                raise self.given_up(f"{subject} found no answer {limit}")
+            if usable := [server for server in self.servers if server.rests_until <= now]:
+                first = self.turn % len(usable)
+                self.turn += 1
+                return min(usable[first:] + usable[:first], key=lambda s: s.outstanding)
+            await asyncio.sleep(soonest - now)
+
+    def given_up(self, fault: str) -> Exception:
+        """The error that ends the run."""
+        return self.error(f"{self.name}: {fault} ({self.faults()}); is the server running?")
+
+    def try_each(self, call: ServerCall[object], servers: Sequence[Server]) -> None:
+        """Calls for all `servers` at the same time. A server for which it fails rests."""
+
+        async def attempt(server: Server) -> None:
+            try:
+                await call(server)
+            except (OSError, ServerError) as error:
+                self.rest(server, error)
+
+        run_all(attempt, servers)
+
+    def rest(self, server: Server, fault: Exception | str) -> None:
+        """Leaves a server alone for a while, if it is not left out already."""
+        if server.rests_until == math.inf:
+            return
+        wait = min(FIRST_WAIT * 2 ** min(server.failures, 30), self.longest_rest)
+        if isinstance(fault, ServerError):
+            wait = max(wait, fault.retry_after)
+        server.failures += 1
+        server.rests_until = math.inf if self.until else time.monotonic() + wait
+        server.fault = str(fault)
+        when = f"left out until {self.until}" if self.until else f"asked again in {wait:g} s"
+        logger.warning(f"{server.url} is {when}: {fault}")
+
+    def readmit(self, server: Server) -> None:
+        """Ends the rest of a server that answers."""
+        if server.fault is not None:
+            logger.info(f"{server.url} answers again")
+        server.failures, server.fault, server.rests_until = 0, None, 0.0
+
+    def faults(self) -> str:
+        """The servers that fail, with their last faults."""
+        return "; ".join(f"{s.url}: {s.fault}" for s in self.servers if s.fault is not None)
 
 
-def gunzip(data: bytes, limit: int) -> bytes:
-    """The bytes that `data` is the gzip of. Raises ValueError if it is none, or beyond `limit`."""
+def run(requests: Coroutine[Any, Any, Result]) -> Result:
+    """The result of a coroutine that makes requests. What interrupts this thread cancels it."""
+    future = asyncio.run_coroutine_threadsafe(requests, _event_loop())
     try:
-        unzip = zlib.decompressobj(wbits=31)
-        content = unzip.decompress(data, limit + 1)
-    except zlib.error as error:
-        raise ValueError(f"no valid gzip: {error}") from None
-    if len(content) > limit:
-        raise ValueError(f"more than {limit} bytes when decompressed")
-    if not unzip.eof or unzip.unused_data:
-        raise ValueError("no valid gzip: it ends early or late")
-    return content
+        return future.result()
+    except BaseException:
+        future.cancel()
+        raise
 
 
-DEEPEST = 64
-"""Lists and objects within each other, of labels and other columns of a row."""
+def run_all(
+    call: Callable[[Item], Awaitable[Result]],
+    items: Sequence[Item],
+    limit: int = sys.maxsize,
+    things: str = "servers",
+) -> list[Result]:
+    """The results of `call(item)`, in the order of the items; at most `limit` run at a time.
+
+    The first failure cancels the others. `things` names the items where progress is logged.
+    """
+
+    async def call_all() -> list[Result]:
+        turns, done = asyncio.Semaphore(limit), count(1)
+
+        async def call_in_turn(item: Item) -> Result:
+            async with turns:
+                result = await call(item)
+            progress.at(next(done), len(items), things)
+            return result
+
+        tasks = [asyncio.create_task(call_in_turn(item)) for item in items]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    return run(call_all())
 
 
-def is_deeper(value: Any, limit: int = DEEPEST) -> bool:
-    """Whether lists and objects lie more than `limit` deep within each other: what copies, sends or
-    prints them may end in a RecursionError."""
-    level = [value]
-    for _ in range(limit + 1):
-        level = [one for one in level if isinstance(one, list | dict)]
-        level = [v for one in level for v in (one.values() if isinstance(one, dict) else one)]
-    return bool(level)
+@cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="http", daemon=True).start()
+    return loop
 
 
-def parse(content: bytes) -> Any:
-    """The value of JSON text. Raises ValueError for anything else, however deeply nested."""
-    try:
-        return json.loads(content)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+@cache
+def _client() -> httpx.AsyncClient:
+    """The client of the event loop. Deadlines are those of `exchange`; proxies are not used.
+
+    Each request has a connection of its own. A server stops working on a request whose connection
+    is closed, and no request fails because a kept connection was closed by a restart.
+    """
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    trusted = ssl.create_default_context()
+    return httpx.AsyncClient(verify=trusted, trust_env=False, timeout=None, limits=limits)
 
 
-def _cut(connected: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        connected.shutdown(socket.SHUT_RDWR)
+def _root_cause(error: BaseException) -> str:
+    """The type and text of the error that httpx has wrapped.
+
+    >>> _root_cause(httpx.ReadError("cut"))
+    'ReadError: cut'
+    """
+    while cause := error.__cause__ or error.__context__:
+        error = cause.exceptions[0] if isinstance(cause, BaseExceptionGroup) else cause
+    if isinstance(error, OSError) and error.errno and "Connect call failed" in str(error):
+        error = OSError(error.errno, os.strerror(error.errno))  # asyncio replaces the system's text
+    return f"{type(error).__name__}: {error}"
 
 
-def _breaks_off(response: http.client.HTTPResponse, content: bytes) -> bool:
-    """Whether an answer without a length, which ends where the server closes, is no whole JSON."""
+def _is_cut_short(response: httpx.Response, content: bytearray) -> bool:
+    """Whether an answer that ends where its connection does begins like JSON and is not whole."""
     headers = response.headers
-    if response.status >= 300 or "Content-Length" in headers or "Transfer-Encoding" in headers:
+    if "Content-Length" in headers or "Transfer-Encoding" in headers or not response.is_success:
         return False
     try:
-        if headers.get("Content-Encoding") == "gzip":
-            content = gunzip(content, _LARGEST)
         parse(content)
     except ValueError:
-        return content.lstrip()[:1] in (b"", b"{", b"[", b"\x1f")  # else it never was JSON
+        return content.lstrip()[:1] in (b"", b"{", b"[")  # else it never was JSON
     return False
 
 
@@ -225,7 +348,7 @@ def _seconds(retry_after: str) -> float:
     return max(0.0, (date - datetime.now(UTC)).total_seconds())
 
 
-def _words(content: bytes) -> str:
+def _error_message(content: bytearray) -> str:
     """The server's own words in an error's body."""
     try:
         answer = parse(content)
