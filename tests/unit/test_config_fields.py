@@ -19,11 +19,11 @@ import tiny_job
 from pydantic import TypeAdapter, ValidationError
 
 from torchrft.config import choices
-from torchrft.config.availability import unavailable
 from torchrft.config.fields import FIELDS, SECTIONS, branches
 from torchrft.config.job_config import JobConfig
 from torchrft.config.manager import ConfigError, load
 from torchrft.config.reward_config import TABLES
+from torchrft.config.rules import unavailable
 
 ROOT = Path(__file__).parents[2]
 schema = SimpleNamespace(**runpy.run_path(str(ROOT / "scripts" / "config_docs.py")))

@@ -7,6 +7,7 @@ from torchrft.config.deepspeed_json import Judged
 from torchrft.config.deepspeed_keys import TRAINER
 from torchrft.config.fields import show
 from torchrft.config.flags import Draft
+from torchrft.config.job import job_of
 from torchrft.config.job_config import JobConfig
 
 _ZERO = "zero_optimization."
@@ -87,9 +88,9 @@ def merge(path: str, found: list[Wanted], draft: Draft) -> None:
             draft.faults.append(f"{draft.origins[field]} and {at} differ; {remedy}")
 
 
-def accumulation_fault(judged: Judged, config: JobConfig, dp: int) -> list[str]:
+def accumulation_fault(judged: Judged, config: JobConfig, world_size: int) -> list[str]:
     """Whether gradient_accumulation_steps is what follows from the batch sizes."""
-    steps = judged.get("gradient_accumulation_steps")
+    steps, dp = judged.get("gradient_accumulation_steps"), job_of(config, world_size).dp or 1
     batch, micro = config.training.train_batch_size, config.training.micro_train_batch_size
     if steps is None or batch == micro * steps * dp:
         return []
