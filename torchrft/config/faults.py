@@ -21,13 +21,11 @@ _COMMON_NAMES = {"grpo": "group_norm", "ppo": "gae", "reinforce++": "reinforce_p
 
 def toml_fault(path: str, error: Exception) -> str:
     """One line about a TOML file that cannot be read."""
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, OSError):
         siblings = [str(sibling) for sibling in Path(path).parent.glob("*.toml")]
         near = difflib.get_close_matches(str(Path(path)), siblings, n=1)
-        hint = f"did you mean {near[0]}?" if near else "give the path of a .toml file"
-        return f"--config_file {path}: no such file; {hint}"
-    if isinstance(error, OSError):
-        return f"--config_file {path}: cannot be read ({error.strerror}); give a .toml file"
+        remedy = f"did you mean {near[0]}?" if near else "give the path of a .toml file"
+        return f"--config_file {path}: {str(error.strerror).lower()}; {remedy}"
     if isinstance(error, UnicodeDecodeError):
         return f"--config_file {path}: is not UTF-8 text at byte {error.start}; save it as UTF-8"
     at = re.search(r"at line (\d+)", str(error))
