@@ -448,7 +448,7 @@ def test_no_number_is_without_bounds(adapter, value):
         (("--collective_timeout", "1e308"), "expected number > 0 and <= 1000000.0"),
         (("--max_len", str(2**63)), "must be within 1e9 of 0; expected integer > 0"),
         (("--rollout_batch_size", str(2**31)), "expected integer > 0 and <= 1000000"),
-        (("--temperature", "1e4"), "expected number > 0 and <= 1000.0"),
+        (("--temperature", "1e4"), "expected number >= 1e-05 and <= 1000.0"),
         (("--actor_learning_rate", "1e9"), "expected number > 0 and <= 1"),
         (("--error_reward", "-1e300"), "must be within 1e9 of 0; expected number"),
         (("--seed", str(2**32)), "expected integer >= 0 and < 4294967296"),

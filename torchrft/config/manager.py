@@ -245,19 +245,19 @@ def _idle_fields(
 
 def _known_world_size(dry_run: bool, faults: list[str]) -> tuple[int, str] | None:
     """The job's ranks: torchrun's, else what run_train.sh would start; a dry run may not know."""
-    if "WORLD_SIZE" in os.environ:
-        return _count("WORLD_SIZE", faults), "WORLD_SIZE"
-    if dry_run and "NGPU" in os.environ:
-        return _count("NGPU", faults) * _count("NNODES", faults), "NGPU x NNODES"
+    names = ["WORLD_SIZE"] if "WORLD_SIZE" in os.environ else []
+    if dry_run and not names and "NGPU" in os.environ:
+        names = ["NGPU", "NNODES"]
+    ranks = 1
+    for name in names:
+        text = os.environ.get(name, "1")
+        if re.fullmatch(r"0*[1-9][0-9]{0,8}", text):
+            ranks *= int(text)
+        else:
+            faults.append(f"environment variable {name} = {show(text)}: expected integer > 0")
+    if names:
+        return ranks, " x ".join(names)
     return None if dry_run else (1, "no torchrun")
-
-
-def _count(variable: str, faults: list[str]) -> int:
-    text = os.environ.get(variable, "1")
-    if re.fullmatch(r"0*[1-9][0-9]{0,8}", text):
-        return int(text)
-    faults.append(f"environment variable {variable} = {show(text)}: expected integer > 0")
-    return 1
 
 
 def to_toml(config: JobConfig) -> str:

@@ -202,9 +202,6 @@ ERRORS: tuple[Rule, ...] = (
          "is below max_len = {max_len}, so that long samples fit nowhere; use at least {max_len}"),
     Rule("min_pixels", lambda job: (job.min_pixels or 0) > (job.max_pixels or math.inf),
          "is above max_pixels = {max_pixels}; lower it or raise the other"),
-    *(Rule(name, lambda job, name=name: (getattr(job, name) or 1) < 1e-5,
-           "makes logits overflow; use at least 0.00001")
-      for name in ("temperature", "first_token_temperature")),
     # Options that exclude each other, or need each other.
     Rule("zero_stage", lambda job: job.fsdp and is_set(job.config, "zero_stage"),
          "and fsdp = true exclude each other; leave one out"),
