@@ -10,6 +10,8 @@ from torchrft.config.field_types import LARGEST
 from torchrft.config.fields import FIELDS, SECTIONS, branches, did_you_mean, expected, show
 from torchrft.config.reward_config import TABLES
 
+# What was a field once, and what to do instead.
+GONE = {"deepspeed_config": "set the fields that docs/parallelism.md lists for the JSON's keys"}
 _REASONS = {
     "finite_number": "must be finite",
     "string_unicode": "must be valid Unicode",
@@ -47,7 +49,8 @@ def key_fault(name: str, section: str | None) -> tuple[str, str]:
     place = f"[{near}]" if near in SECTIONS else near
     if near in FIELDS and FIELDS[near].section != section:
         place = f"{near} under [{FIELDS[near].section}]"
-    return f"unknown {'key' if section else 'section'}; {hint(place, known)}", near or ""
+    remedy = GONE.get(name) or hint(place, known)
+    return f"unknown {'key' if section else 'section'}; {remedy}", near or ""
 
 
 def field_fault(name: str, detail: Mapping[str, Any], origin: str) -> str:

@@ -5,6 +5,7 @@ that mentions a field whose own value is faulty is held back until that one is m
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -77,24 +78,14 @@ def _multiple(subject: str, *factors: str, when: Condition = lambda job: True) -
     return Rule(subject if subject in FIELDS else "parallel", broken)
 
 
-def _url_faults(urls: list[str], option: str) -> list[str]:
+def _url_faults(urls: list[str]) -> list[str]:
     faults = []
     for url in urls:
         try:
-            JsonServer(url, option)
-        except ValueError as error:  # whose text begins with the option
-            faults.append(str(error).removeprefix(f"{option} "))
+            JsonServer(url, "")
+        except ValueError as error:
+            faults.append(str(error).strip())
     return faults
-
-
-def _judges_url_faults(job: SimpleNamespace) -> list[str]:
-    options = {f"judge {judge.name!r}: server_url": judge.server_url for judge in job.judges}
-    return [f"{o} {fault}" for o, urls in options.items() for fault in _url_faults(urls, o)]
-
-
-def _repeated(urls: list[str]) -> list[str]:
-    plain = [url.rstrip("/").lower() for url in urls]
-    return sorted({url for url in plain if plain.count(url) > 1})
 
 
 def _secrets(table: dict[str, Any]) -> list[str]:
@@ -128,11 +119,6 @@ def _engine_fault(job: SimpleNamespace) -> str:
     fault = None if job.server_urls else engine_missing(job.engine_type)
     default = "" if is_set(job.config, "engine_type") else "(the default) "
     return f"{default}{fault}" if fault else ""
-
-
-def _lacks_math_verify(job: SimpleNamespace) -> list[str]:
-    names = [rule.name for rule in job.functions if rule.name in ("math", "gsm8k")]
-    return names if names and find_spec("math_verify") is None else []
 
 
 CLIPS = ("clip_range", "clip_range_higher")
@@ -234,11 +220,13 @@ ERRORS: tuple[Rule, ...] = (
     # Rewards, servers and tables.
     Rule("reward", lambda job: [fault.removeprefix("[reward] ")
                                 for fault in job.config.reward.faults(job.pretrain)]),
-    Rule("server_urls", lambda job: _url_faults(job.server_urls, "server_urls")),
-    Rule("remote_rm_url", lambda job: _url_faults(job.remote_rm_url, "remote_rm_url")),
-    Rule("reward", _judges_url_faults),
-    Rule("server_urls", lambda job: _repeated(job.server_urls),
-         "names {it} twice; name every server once"),
+    Rule("server_urls", lambda job: _url_faults(job.server_urls)),
+    Rule("remote_rm_url", lambda job: _url_faults(job.remote_rm_url)),
+    Rule("reward", lambda job: [f"judge {judge.name!r}: server_url {fault}" for judge in job.judges
+                                for fault in _url_faults(judge.server_url)]),
+    Rule("server_urls", lambda job: [url for url, times in Counter(
+        url.rstrip("/").lower() for url in job.server_urls).items() if times > 1],
+        "names {it} twice; name every server once"),
     Rule("vllm", lambda job: [name for name in _OWN["vllm"].split() if name in job.vllm], _OWNED),
     Rule("sglang", lambda job: [name for name in _OWN["sglang"].split() if name in job.sglang],
          _OWNED),
@@ -284,7 +272,8 @@ ABSENT: tuple[Rule, ...] = (
                                     and (job.server_urls or job.engine_type == "sglang")),
          "(or mixed_mm_data): images are not read by engine_type = {engine_type} with server_urls "
          '= {server_urls}; use engine_type = "native", or "vllm" without server_urls'),
-    Rule("reward", _lacks_math_verify,
+    Rule("reward", lambda job: [rule.name for rule in job.functions
+                                if rule.name in ("math", "gsm8k") and not find_spec("math_verify")],
          "functions: '{it}' needs math-verify: pip install 'torchrft[math]'"),
     Rule("prompt_data", lambda job: job.prompt_data is None,
          "is missing; a run needs training prompts: --prompt_data FILE.jsonl"),
