@@ -46,24 +46,24 @@ def key_fault(name: str, section: str | None) -> tuple[str, str]:
     """What to say of a name that its section, or the top of the file, lacks; what it may mean."""
     known = SECTIONS[section].model_fields if section else SECTIONS
     near = did_you_mean(name, known) or did_you_mean(name, FIELDS)
-    place = f"[{near}]" if near in SECTIONS else near
+    shown = f"[{near}]" if near in SECTIONS else near
     if near in FIELDS and FIELDS[near].section != section:
-        place = f"{near} under [{FIELDS[near].section}]"
-    remedy = GONE.get(name) or hint(place, known)
+        shown = f"{near} under [{FIELDS[near].section}]"
+    remedy = GONE.get(name) or hint(shown, known)
     return f"unknown {'key' if section else 'section'}; {remedy}", near or ""
 
 
 def field_fault(name: str, detail: Mapping[str, Any], origin: str) -> str:
     """One line about a value that its field does not accept."""
     value, kind, limits = detail["input"], detail["type"], detail.get("ctx", {})
-    entries = [f"[{part}]" for part in detail["loc"][2:] if isinstance(part, int)]
+    entries = [f"[{step}]" for step in detail["loc"][2:] if isinstance(step, int)]
     table = TABLES.get(name)
-    inner = [str(part) for part in detail["loc"][3:5] if table]
-    place = "".join(entries) + "".join(f".{part}" for part in inner)
+    inner = [str(step) for step in detail["loc"][3:5] if table]
+    path = "".join(entries) + "".join(f".{key}" for key in inner)
     want = f"expected {expected(name)}"
     if kind == "missing" and not inner:  # an entry of a tuple that is too short
         return f"{origin}: {want}"
-    where = f"{origin}: {name}{place} = {show(value)}: " if place else f"{origin}: "
+    where = f"{origin}: {name}{path} = {show(value)}: " if path else f"{origin}: "
     if kind == "extra_forbidden":
         known = table.model_fields if table else {}
         return f"{where}unknown key; {hint(did_you_mean(inner[-1], known), known)}"

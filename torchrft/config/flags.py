@@ -8,7 +8,6 @@ value that a TOML would hold. Whether a field takes it is left to the config, as
 import json
 import re
 import tomllib
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,14 +17,9 @@ from torchrft.config.fields import FIELDS, branches, did_you_mean, expected, is_
 from torchrft.tools.text import redact, shorten
 
 # Flags that are no fields, and what they take.
-_OWN = {"config_file": "a .toml file", "dry_run": "true or false"}
+_COMMANDS = {"config_file": "a .toml file", "dry_run": "true or false"}
 _NEGATED = {"disable_engine_sleep": "enable_engine_sleep"}
-_NAMES = [*FIELDS, *_OWN, *_NEGATED]
-_READERS: tuple[Callable[[str], Any], ...] = (
-    lambda text: tomllib.loads(f"value = {text}")["value"],
-    json.loads,
-    float,  # which reads .5
-)
+_NAMES = [*FIELDS, *_COMMANDS, *_NEGATED]
 
 
 @dataclass
@@ -100,7 +94,7 @@ def _refuse_unknown(text: str, flag: str, has_section: bool, draft: Draft) -> No
 
 def kind_of(name: str) -> str:
     """The JSON type that a flag's words are read as."""
-    if name in _OWN:
+    if name in _COMMANDS:
         return "boolean" if name == "dry_run" else "string"
     kinds = {part.get("type", "string") for part in branches(FIELDS[name].schema)}
     return "array" if "array" in kinds else kinds.pop()
@@ -110,7 +104,7 @@ def _value(name: str, words: list[str]) -> Any:
     """The words as a TOML would write them; None unsets a field. Raises ValueError for a fault."""
     kind, is_field = kind_of(name), name in FIELDS
     if not words and kind != "boolean":
-        want = expected(name) if is_field else _OWN[name]
+        want = expected(name) if is_field else _COMMANDS[name]
         raise ValueError(f"its value is missing; expected {want}")
     if [word.lower() for word in words] == ["none"] and is_field and is_optional(name):
         return None
@@ -123,12 +117,17 @@ def _value(name: str, words: list[str]) -> Any:
         if word not in ("true", "false"):
             raise ValueError("expected true or false")
         return word == "true"
-    return words[0] if kind == "string" else as_toml(words[0])
+    return words[0] if kind == "string" else as_value(words[0])
 
 
-def as_toml(text: str) -> Any:
+def _as_toml(text: str) -> Any:
+    (value,) = tomllib.loads(f"value = {text}").values()  # a line break may begin another key
+    return value
+
+
+def as_value(text: str) -> Any:
     """A value as TOML, JSON or Python write it; other text stays text, for its field to refuse."""
-    for read in _READERS:
+    for read in (_as_toml, json.loads, float):  # only the last reads .5
         with suppress(ValueError, RecursionError):
             return read(text)
     return text
@@ -138,10 +137,10 @@ def _list(name: str, words: list[str]) -> Any:
     """A list as TOML, as several words, or separated by commas; one word alone is kept as it is."""
     text = " ".join(words)
     if text.startswith("["):
-        return as_toml(text)
+        return as_value(text)
     if re.search("integer|number", expected(name)):
         inner = re.sub(r"^\((.*)\)$", r"\1", text.strip()).strip()
-        return [as_toml(part) for part in re.split(r"\s*,\s*|\s+", inner)]
+        return [as_value(word) for word in re.split(r"\s*,\s*|\s+", inner)]
     if len(words) == 1 and "," not in text:
         return words
     return [part.strip() for word in words for part in word.split(",")]

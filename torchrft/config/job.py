@@ -20,6 +20,7 @@ def job_of(config: JobConfig, world_size: int = 1) -> SimpleNamespace:
     job.sees_images = job.images_key is not None or job.mixed_mm_data
     job.corrects = job.rollout_correction != "none"
     job.scalar_models = config.reward.scalar_models(job.pretrain)  # with those of reward_pretrain
+    job.models_here = job.scalar_models and not job.rm_use_engine
     job.judged = bool(job.functions or job.judges or job.remote_rm_url)
     job.runs_programs = any(entry.name == "code" for entry in job.functions)
     # Data-parallel ranks work on different samples; 0 where the layout does not come out even.
@@ -31,9 +32,9 @@ def job_of(config: JobConfig, world_size: int = 1) -> SimpleNamespace:
     job.shards = 0 if world_size % replicas else world_size // replicas
     job.samples = job.rollout_batch_size * job.n_samples_per_prompt
     job.batch = equation(job, "rollout_batch_size", "n_samples_per_prompt")
-    job.rest = job.samples % job.train_batch_size
+    job.remainder = job.samples % job.train_batch_size
     job.optimizer_steps = job.max_epochs * job.samples // job.train_batch_size
-    on_policy = job.rest or job.train_batch_size >= job.samples
+    on_policy = job.remainder or job.train_batch_size >= job.samples
     job.off_policy_steps = 0 if on_policy else job.optimizer_steps - 1
     job.longest = min(job.max_len - 1, job.max_new_tokens or job.max_len)
     return job
@@ -72,5 +73,5 @@ def batch_arithmetic(config: JobConfig, world_size: int) -> list[str]:
     if job.packing_samples:
         budget = job.max_tokens_per_microbatch or micro * job.max_len
         passes = f"tokens per packed micro-batch <= {budget}, {batch // dp} samples per rank"
-    share = f"samples per rank and rollout = {samples} / dp = {samples} / {dp} = {samples // dp}"
-    return [f"samples per rollout = {job.batch}", share, steps, passes]
+    by_rank = f"samples per rank and rollout = {samples} / dp = {samples} / {dp} = {samples // dp}"
+    return [f"samples per rollout = {job.batch}", by_rank, steps, passes]

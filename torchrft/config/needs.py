@@ -72,15 +72,14 @@ def _on(switch: str, *fields: str) -> list[Need]:
     return _need(switch + how, attrgetter(switch), *fields)
 
 
-def _estimator(names: tuple[str, ...], *fields: str, own: bool = True) -> list[Need]:
-    """`fields` need one of these estimators, or a user's `own`: loading shows what it takes."""
+def _estimator(names: tuple[str, ...], *fields: str, user: bool = True) -> list[Need]:
+    """`fields` need one of these estimators, or that of a `user`: loading shows what it takes."""
 
     def met(job: SimpleNamespace) -> bool:
-        return job.advantage_estimator in names or (own and ".py:" in job.advantage_estimator)
+        return job.advantage_estimator in names or (user and ".py:" in job.advantage_estimator)
 
-    return _need(
-        "advantage_estimator = " + " or ".join(f'"{name}"' for name in names), met, *fields
-    )
+    choices = " or ".join(f'"{name}"' for name in names)
+    return _need(f"advantage_estimator = {choices}", met, *fields)
 
 
 def _engine(*types: str, served: bool | None = None) -> Condition:
@@ -100,6 +99,7 @@ _ADAPTS = 'kl_controller = "adaptive" or the cpgd policy loss'
 _JUDGED = "functions, judges or remote_rm_url"
 _IMAGES = "images_key or mixed_mm_data"
 _OUTSIDE = "reward_pretrain or models outside of the inference engine"
+_BESIDE = "models or reward_pretrain beside the judges"
 _REMOTE = "weight normalize protocol timeout deadline retries batch_size concurrency token_env"
 
 _native = _engine("native")
@@ -112,7 +112,7 @@ NEEDS: tuple[Need, ...] = (
     *_need(_CLIPS, lambda job: job.loss != "reinforce", "clip_range", "clip_range_higher"),
     *_need('policy_loss = "ppo_clip"', lambda job: job.loss == "ppo_clip", "dual_clip"),
     *_need("the cpgd policy loss", lambda job: job.loss == "cpgd", "cpgd_drift_coef"),
-    *_estimator(("cpgd",), "cpgd_weight", own=False),
+    *_estimator(("cpgd",), "cpgd_weight", user=False),
     *_estimator(("gae",), *CRITIC_FIELDS, "critic_learning_rate", "lambd"),
     *_estimator(("reinforce", "reinforce_plus_plus", "gae"), "gamma"),
     *_need("a rollout_correction", lambda job: job.corrects, "rollout_correction_cap"),
@@ -122,14 +122,8 @@ NEEDS: tuple[Need, ...] = (
     *_on("functions", "reward_timeout", "reward_workers", "reward_memory"),
     *_need(_JUDGED, lambda job: job.judged, "error_reward", "max_reward_failures"),
     *_need('functions with "code"', lambda job: job.runs_programs, "allow_unsafe_code"),
-    *_need(
-        _OUTSIDE, lambda job: job.scalar_models and not job.rm_use_engine, "reward_model_offload"
-    ),
-    *_need(
-        "models or reward_pretrain beside the judges",
-        lambda job: job.scalar_models,
-        "rm_use_engine",
-    ),
+    *_need(_OUTSIDE, lambda job: job.models_here, "reward_model_offload"),
+    *_need(_BESIDE, lambda job: job.scalar_models, "rm_use_engine"),
     *_on("remote_rm_url", *(f"remote_rm_{name}" for name in _REMOTE.split())),
     *_on("recipes", "source_key"),
     *_on("source_key", "recipes"),

@@ -66,13 +66,13 @@ def _multiple(subject: str, *factors: str, when: Condition = lambda job: True) -
 
     def broken(job: SimpleNamespace) -> str:
         value, divisor = getattr(job, subject), math.prod(getattr(job, name) for name in factors)
-        if not when(job) or not (rest := value % divisor):
+        if not when(job) or not (remainder := value % divisor):
             return ""
-        least = value - rest
+        least = value - remainder
         at = "" if subject in FIELDS else f"{subject} = {value} "
         product = equation(job, *factors) + (f" ({job.dp_equation})" if "dp" in factors else "")
         use = f"{least} or {least + divisor}" if least else str(divisor)
-        fault = f"{at}must be a multiple of {product}, but {value} % {divisor} = {rest}"
+        fault = f"{at}must be a multiple of {product}, but {value} % {divisor} = {remainder}"
         return f"{fault}; use {use}, or another {' or '.join(factors)}"
 
     return Rule(subject if subject in FIELDS else "parallel", broken)
@@ -137,12 +137,15 @@ RANGES: dict[str, tuple[float, float]] = {
 CLIP_USUAL = {"gspo": (1e-4, 0.01), "gmpo": (0.1, 1.0), "cispo": (0.1, math.inf)}
 
 # Options that torchrft gives an engine itself, and relies on.
-_OWN = {
-    "vllm": "model dtype tensor_parallel_size max_model_len logprobs_mode load_format max_num_seqs "
-    "gpu_memory_utilization enable_sleep_mode distributed_executor_backend skip_tokenizer_init "
-    "trust_remote_code hf_overrides",  # by the latter fp32_head is set
-    "sglang": "model_path dtype tp_size context_length load_format max_running_requests "
-    "mem_fraction_static enable_memory_saver custom_weight_loader skip_tokenizer_init "
+_VLLM = {
+    *("model", "dtype", "tensor_parallel_size", "max_model_len", "logprobs_mode", "load_format"),
+    *("max_num_seqs", "gpu_memory_utilization", "enable_sleep_mode", "skip_tokenizer_init"),
+    *("distributed_executor_backend", "trust_remote_code"),
+    "hf_overrides",  # by it fp32_head is set
+}
+_SGLANG = {
+    *("model_path", "dtype", "tp_size", "context_length", "load_format", "max_running_requests"),
+    *("mem_fraction_static", "enable_memory_saver", "custom_weight_loader", "skip_tokenizer_init"),
     "trust_remote_code",
 }
 _LAYOUT = ("world_size / (tp_size x sp_size x dp_replicate) = "
@@ -156,9 +159,9 @@ _ALONE = "gives advantage_estimator = {advantage_estimator} no other sample to c
 _BY_TOKEN = "chooses or weighs tokens, but the gmpo policy loss is one number per sequence; use "
 _SECRET = ("holds a secret, {it}, which config.toml and trackers would show; leave it out, and "
            "read it from the environment")  # fmt: skip
-_OWNED = ("holds '{it}', which must not be there; torchrft sets it itself, from pretrain, "
-          "trust_remote_code, bf16, engine_tp_size, max_len, max_num_seqs, engine_mem_util, stop "
-          "or fp32_head")  # fmt: skip
+_GIVEN_ANYWAY = ("holds '{it}', which must not be there; torchrft sets it itself, from pretrain, "
+                 "trust_remote_code, bf16, engine_tp_size, max_len, max_num_seqs, engine_mem_util, "
+                 "stop or fp32_head")  # fmt: skip
 
 ERRORS: tuple[Rule, ...] = (
     # Sizes that must come out even.
@@ -168,7 +171,7 @@ ERRORS: tuple[Rule, ...] = (
     _multiple("world_size", "engine_tp_size"),
     _multiple("train_batch_size", "rollout_batch_size", "n_samples_per_prompt",
               when=lambda job: job.train_batch_size > job.samples),
-    Rule("train_batch_size", lambda job: job.samples > job.train_batch_size and job.rest,
+    Rule("train_batch_size", lambda job: job.samples > job.train_batch_size and job.remainder,
          "is below {batch}, so it must divide it, but {samples} % {train_batch_size} = {it}; use "
          "{samples} or a divisor of it"),
     Rule("train_batch_size", lambda job: job.strict_batch_rule and job.off_policy_steps,
@@ -227,9 +230,8 @@ ERRORS: tuple[Rule, ...] = (
     Rule("server_urls", lambda job: [url for url, times in Counter(
         url.rstrip("/").lower() for url in job.server_urls).items() if times > 1],
         "names {it} twice; name every server once"),
-    Rule("vllm", lambda job: [name for name in _OWN["vllm"].split() if name in job.vllm], _OWNED),
-    Rule("sglang", lambda job: [name for name in _OWN["sglang"].split() if name in job.sglang],
-         _OWNED),
+    Rule("vllm", lambda job: sorted(_VLLM & job.vllm.keys()), _GIVEN_ANYWAY),
+    Rule("sglang", lambda job: sorted(_SGLANG & job.sglang.keys()), _GIVEN_ANYWAY),
     *(Rule(name, lambda job, name=name: _secrets(getattr(job, name)), _SECRET)
       for name, field in FIELDS.items() if field.info.default == {}),
     Rule("functions", lambda job: [key for entry in job.functions
