@@ -2,17 +2,19 @@
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 from torchrft.config.fields import FIELDS, value_of
 from torchrft.config.job_config import JobConfig
 
 
-def job_of(config: JobConfig, world_size: int = 1) -> SimpleNamespace:
+def job_of(config: JobConfig, world_size: int = 1, **switches: Any) -> SimpleNamespace:
     """All values of a config by name, with sizes and choices that follow for `world_size` ranks.
 
-    Field names are unique over sections, so that `job.top_p` is `config.rollout.top_p`.
+    Field names are unique over sections, so that `job.top_p` is `config.rollout.top_p`. Values of
+    `switches` stand in for those of the config.
     """
-    job = SimpleNamespace(**{name: value_of(config, name) for name in FIELDS})
+    job = SimpleNamespace(**{name: value_of(config, name) for name in FIELDS} | switches)
     job.config, job.world_size = config, world_size
     job.loss, job.kl_in_reward = config.algorithm.loss, config.algorithm.kl_in_reward
     job.kl_adapts = job.kl_controller == "adaptive" or job.loss == "cpgd"

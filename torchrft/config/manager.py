@@ -206,15 +206,17 @@ def _idle_fields(
 ) -> set[str]:
     """Fields that lose their effect by what a flag switches off, as `eval_steps` by `eval_data`.
 
-    What is off is None, false or 0; then the TOML's value, or the default, is what it was before.
+    What is off is None, false or 0. It is compared with the TOML's value, or else the default; one
+    that is off itself counts as on.
     """
     off = {name for name, value in flags.items() if value in (None, False, 0)}
     before = {name: value for name, value in draft.values.items() if name not in off}
     before |= {name: document[name] for name in off & document.keys()}
+    values = {name: document.get(name, FIELDS[name].info.default) for name in off}
+    on = {name: True for name, value in values.items() if value in (None, False, 0)}
     try:
-        idle = {need.field for need in unmet(config)}
-        return idle - {need.field for need in unmet(_config_of(before))} - flags.keys()
-    except ValidationError:  # the TOML's value is none
+        return unmet(config) - unmet(_config_of(before), **on) - flags.keys()
+    except ValidationError:  # the TOML's value is wrong
         return set()
 
 

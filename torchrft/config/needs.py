@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from operator import attrgetter
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torchrft.config.fields import FIELDS, is_set, value_of
 from torchrft.config.job import job_of
@@ -32,10 +32,10 @@ def is_chosen(config: JobConfig, name: str) -> bool:
     return is_set(config, name) and not is_off
 
 
-def unmet(config: JobConfig) -> list[Need]:
-    """The needs that a config does not meet."""
-    job = job_of(config)
-    return [need for need in NEEDS if not need.met(job)]
+def unmet(config: JobConfig, **switches: Any) -> set[str]:
+    """Fields whose needs a config does not meet, were it not for the values of `switches`."""
+    job = job_of(config, **switches)
+    return {need.field for need in NEEDS if not need.met(job)}
 
 
 def silent_fields(config: JobConfig) -> set[str]:
@@ -43,7 +43,7 @@ def silent_fields(config: JobConfig) -> set[str]:
 
     The resolved TOML leaves them out, so that it can be loaded again.
     """
-    silent = {need.field for need in unmet(config)}
+    silent = unmet(config)
     if ".py:" in config.algorithm.advantage_estimator:  # which may not take them
         silent |= {"gamma", "lambd", *CRITIC_FIELDS}
     if config.parallel.fsdp:
