@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 from importlib.util import find_spec
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torchrft.config.availability import engine_missing
 from torchrft.config.fields import FIELDS, is_set, label, show
@@ -88,8 +88,14 @@ def _url_faults(urls: list[str]) -> list[str]:
     return faults
 
 
-def _secrets(table: dict[str, Any]) -> list[str]:
-    return [key for key, value in table.items() if secret_option(key, value)]
+def _secrets(table: str) -> Rule:
+    """The rule that a field's table holds no secret."""
+
+    def broken(job: SimpleNamespace) -> list[str]:
+        entries = getattr(job, table).items()
+        return [key for key, value in entries if secret_option(key, value)]
+
+    return Rule(table, broken, _SECRET)
 
 
 def _unusual(name: str) -> Rule:
@@ -232,10 +238,9 @@ ERRORS: tuple[Rule, ...] = (
         "names {it} twice; name every server once"),
     Rule("vllm", lambda job: sorted(_VLLM & job.vllm.keys()), _GIVEN_ANYWAY),
     Rule("sglang", lambda job: sorted(_SGLANG & job.sglang.keys()), _GIVEN_ANYWAY),
-    *(Rule(name, lambda job, name=name: _secrets(getattr(job, name)), _SECRET)
-      for name, field in FIELDS.items() if field.info.default == {}),
-    Rule("functions", lambda job: [key for entry in job.functions
-                                   for key in _secrets(entry.options)], _SECRET),
+    *(_secrets(name) for name, field in FIELDS.items() if field.info.default == {}),
+    Rule("functions", lambda job: [key for entry in job.functions for key in entry.options
+                                   if secret_option(key, entry.options[key])], _SECRET),
     *(_effect(need) for need in NEEDS if need.is_error),
 )  # fmt: skip
 
