@@ -2,7 +2,7 @@
 
 A field's name is unique over all sections, so `--algorithm.kl_estimator k2` and `--kl_estimator k2`
 mean the same. The text under a field is its documentation: `--help`, the JSON schema and
-docs/configuration.md are made from it. Rules that join several fields are in validation.py.
+docs/configuration.md are made from it. Rules that join several fields are in rules.py and needs.py.
 """
 
 from typing import Annotated, Any, Literal, Self
