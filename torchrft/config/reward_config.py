@@ -20,35 +20,34 @@ from torchrft.config.field_types import (
 )
 
 
-class RewardSource(Section):
-    """What the entries of all kinds of rewards have in common."""
-
-    weight: Number = 1.0
-    """Weight in the sum."""
-    normalize: bool = False
-    """Put the z-score by this source's running mean and deviation into the sum."""
-
-
-class RewardFunction(RewardSource):
+class RewardFunction(Section):
     """One entry of `[reward] functions`."""
 
     name: Text
     """A registered name, or `path/to/file.py:function`."""
+    weight: Number = 1.0
+    """Weight in the sum."""
     options: dict[str, bool | int | float | str | list[str]] = {}
     """The function's keyword-only parameters, by name."""
+    normalize: bool = False
+    """Put the z-score by this source's running mean and deviation into the sum."""
     alias: Text | None = None
     """What parts, recipes and gate call it; by default `name`."""
     isolate: bool = True
     """Run the function of a file in worker processes; false runs it in the trainer's own."""
 
 
-class RewardModel(RewardSource):
+class RewardModel(Section):
     """One entry of `[reward] models`."""
 
     pretrain: Text
     """Folder or hub id of a model with a sequence-classification head of one label."""
     name: Text | None = None
     """What parts, recipes and gate call it; by default the last part of `pretrain`."""
+    weight: Number = 1.0
+    """Weight in the sum."""
+    normalize: bool = False
+    """Put the z-score by this source's running mean and deviation into the sum."""
     tokenizer: Text | None = None
     """Folder or hub id of its tokenizer; by default `pretrain`."""
     trust_remote_code: bool = False
@@ -58,7 +57,7 @@ class RewardModel(RewardSource):
     the tokenizer's own, where it is another than the policy's."""
 
 
-class Judge(RewardSource):
+class Judge(Section):
     """One entry of `[reward] judges`."""
 
     name: Text = "judge"
@@ -95,6 +94,10 @@ class Judge(RewardSource):
     """Requests to servers under way at once, per rank."""
     token_env: Text | None = None
     """Environment variable that holds the server's bearer token."""
+    weight: Number = 1.0
+    """Weight in the sum."""
+    normalize: bool = False
+    """Put the z-score by this source's running mean and deviation into the sum."""
 
     def faults(self) -> list[str]:
         """What its fields lack, and which of them have no effect."""
