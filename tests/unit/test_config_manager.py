@@ -190,7 +190,7 @@ def test_all_faults_come_together(tmp_path):
         "--kl_estimator k4: expected one of k1, k2, k3",
         "--max_leng 5: unknown flag; did you mean --max_len?",
         'wandb_org = "me" has no effect without use_wandb',
-        "train_batch_size = 96 is above rollout_batch_size x n_samples_per_prompt = 16 x 4 = 64",
+        "train_batch_size = 96 must be a multiple of rollout_batch_size x n_samples_per_prompt = ",
     ):
         assert part in text
     assert len(error.value.faults) == 6
@@ -450,6 +450,9 @@ wandb_run_name = "none"
 """
 
 
+EXTRA = {"--top_k 0 --top_p 1": ["--engine_type", "native"]}
+
+
 def test_none_unsets_what_the_toml_sets(tmp_path):
     path = write(tmp_path / "a.toml", HOLDS)
     words = ["--config_file", path, "--dry_run"]
@@ -467,6 +470,28 @@ def test_none_unsets_what_the_toml_sets(tmp_path):
     assert config.training.max_tokens_per_microbatch is None
     assert loaded.warnings == ()
     assert JobConfig.model_validate(tomllib.loads(dry_run_text(loaded))) == config
+
+
+@pytest.mark.parametrize(
+    ("flags", "toml"),
+    [
+        ("--eval_data none", "[evaluation]\neval_steps = 20\n"),
+        (
+            "--packing_samples false",
+            "[training]\npacking_samples = false\nmax_tokens_per_microbatch = 8192\n",
+        ),
+        ("--mixed_mm_data false", '[data]\nmixed_mm_data = true\nprocessor = "p"\n'),
+        ("--init_kl_coef 0", '[algorithm]\nkl_estimator = "k2"\n'),
+        ("--top_k 0 --top_p 1", "[rollout]\nengine_type = 'native'\ntruncation_replay = true\n"),
+        ("--server_urls none", "[rollout]\nserver_urls = ['http://a:1']\nrequest_timeout = 9.0\n"),
+    ],
+)
+def test_what_a_flag_switches_off_takes_its_options_along(flags, toml, tmp_path):
+    """Whether the TOML names the switch, or only what belongs to it."""
+    path = write(tmp_path / "a.toml", toml)
+    loaded = load([*BASE, "--config_file", path, *flags.split()])
+    assert loaded.warnings == ()
+    assert loaded.config == load([*BASE, *flags.split(), *EXTRA.get(flags, ())]).config
 
 
 @pytest.mark.parametrize("name", OPTIONAL)

@@ -4,20 +4,13 @@ from importlib import metadata
 
 import pytest
 
-from torchrft.config.availability import missing, unavailable
 from torchrft.config.fields import FIELDS, is_set
+from torchrft.config.job import batch_arithmetic, job_of, smallest_world_size
 from torchrft.config.job_config import JobConfig
 from torchrft.config.manager import ConfigError, load
 from torchrft.config.needs import NEEDS
+from torchrft.config.rules import RANGES, Findings, check, unavailable
 from torchrft.config.start import start_notes
-from torchrft.config.validation import (
-    RANGES,
-    Findings,
-    batch_arithmetic,
-    check,
-    data_parallel,
-    smallest_world_size,
-)
 
 REQUIRED = {"pretrain": "m", "train_batch_size": 64, "rollout_batch_size": 16}
 
@@ -47,8 +40,9 @@ ERRORS = [
     (
         {"train_batch_size": 96},
         1,
-        "[training] train_batch_size = 96 is above rollout_batch_size x n_samples_per_prompt = "
-        "16 x 4 = 64, so it must be a multiple of it, but 96 % 64 = 32; use 64 or 128",
+        "[training] train_batch_size = 96 must be a multiple of rollout_batch_size x "
+        "n_samples_per_prompt = 16 x 4 = 64, but 96 % 64 = 32; use 64 or 128, or another "
+        "rollout_batch_size or n_samples_per_prompt",
     ),
     (
         {"train_batch_size": 48},
@@ -60,8 +54,8 @@ ERRORS = [
         {"train_batch_size": 32, "strict_batch_rule": True},
         1,
         "[training] train_batch_size = 32 is below rollout_batch_size x n_samples_per_prompt = "
-        "16 x 4 = 64: a rollout makes max_epochs x 64 / 32 = 1 x 2 = 2 optimizer steps, 1 of them "
-        "off-policy; strict_batch_rule = true demands at least 64",
+        "16 x 4 = 64: 1 of a rollout's 2 optimizer steps (max_epochs x 64 / train_batch_size = "
+        "1 x 64 / 32) are off-policy; strict_batch_rule = true demands at least 64",
     ),
     # rule 2
     (
@@ -80,27 +74,27 @@ ERRORS = [
     (
         {"train_batch_size": 72, "rollout_batch_size": 18},
         8,
-        "[rollout] rollout_batch_size = 18 must be a multiple of dp (dp = world_size / (tp_size x "
-        "sp_size) = 8 / (1 x 1) = 8), but 18 % 8 = 2; use 24",
+        "[rollout] rollout_batch_size = 18 must be a multiple of dp = 8 (dp = world_size / "
+        "(tp_size x sp_size) = 8 / (1 x 1) = 8), but 18 % 8 = 2; use 16 or 24",
     ),
     # rule 3, and the layout
     (
         {"engine_tp_size": 3},
         4,
-        "[rollout] engine_tp_size = 3 must divide the world size: world_size % engine_tp_size = "
-        "4 % 3 = 1; use a divisor of 4",
+        "[parallel] world_size = 4 must be a multiple of engine_tp_size = 3, but 4 % 3 = 1; use 3 "
+        "or 6, or another engine_tp_size",
     ),
     (
         {"tp_size": 2, "sp_size": 2, "dp_replicate": 2},
         4,
         "[parallel] world_size = 4 must be a multiple of tp_size x sp_size x dp_replicate = "
-        "2 x 2 x 2 = 8; start a multiple of 8 ranks or lower one of the three",
+        "2 x 2 x 2 = 8, but 4 % 8 = 4; use 8, or another tp_size or sp_size or dp_replicate",
     ),
     (
         {"dp_shard": 2, "tp_size": 2},
         8,
-        "[parallel] dp_shard = 2 must fill the job: tp_size x sp_size x dp_replicate x dp_shard = "
-        "2 x 1 x 1 x 2 = 4, but world_size = 8; use -1 or 4",
+        "[parallel] dp_shard = 2 must fill the job: world_size / (tp_size x sp_size x "
+        "dp_replicate) = 8 / (2 x 1 x 1) = 4; use -1 or 4",
     ),
     # lengths
     (
@@ -154,11 +148,6 @@ ERRORS = [
             ("sglang", "trust_remote_code"),
             ("sglang", "custom_weight_loader"),
         )
-    ),
-    (
-        {"temperature": 1e-308},
-        1,
-        "[rollout] temperature = 1e-308 makes logits overflow; use at least 0.00001",
     ),
     *(
         (
@@ -241,8 +230,8 @@ WARNINGS = [
     (
         {"train_batch_size": 32, "max_epochs": 2},
         "[training] train_batch_size = 32 is below rollout_batch_size x n_samples_per_prompt = "
-        "16 x 4 = 64: a rollout makes max_epochs x 64 / 32 = 2 x 2 = 4 optimizer steps, 3 of them "
-        "off-policy; on-policy from 64",
+        "16 x 4 = 64: 3 of a rollout's 4 optimizer steps (max_epochs x 64 / train_batch_size = "
+        "2 x 64 / 32) are off-policy; on-policy from 64",
     ),
     (
         {"advantage_estimator": "gae", "actor_learning_rate": 1e-5},
@@ -577,15 +566,20 @@ def test_batch_arithmetic():
 def test_world_sizes():
     config = make(tp_size=2, sp_size=2, dp_replicate=3, engine_tp_size=8)
     assert smallest_world_size(config) == 24
-    assert data_parallel(config, 24) == 6
+    assert job_of(config, 24).dp == 6
     assert smallest_world_size(make(dp_shard=4)) == 4
+
+
+def ready(**fields) -> JobConfig:
+    """A config that names prompts and a reward."""
+    return make(prompt_data="p.jsonl", functions=["exact_match"], **fields)
 
 
 def test_unavailable_names_the_remedy(monkeypatch):
     monkeypatch.setattr(metadata, "version", lambda name: "9.9")
-    assert unavailable(make(engine_type="native")) == []
-    assert unavailable(make(engine_type="vllm", server_urls=["http://a:1"])) == []
-    assert unavailable(make(engine_type="sglang")) == [
+    assert unavailable(ready(engine_type="native")) == []
+    assert unavailable(ready(engine_type="vllm", server_urls=["http://a:1"])) == []
+    assert unavailable(ready(engine_type="sglang")) == [
         '[rollout] engine_type = "sglang" needs sglang 0.5 to below 0.6, but 9.9 is installed: pip '
         "install sglang, on a machine with a GPU (docs/rollout_engines.md), or use engine_type = "
         '"native"',
@@ -594,25 +588,26 @@ def test_unavailable_names_the_remedy(monkeypatch):
 
 def test_images_come_from_the_native_engine_or_from_vllm_in_the_trainers_process(monkeypatch):
     monkeypatch.setattr(metadata, "version", lambda name: "0.30")
-    assert unavailable(make(engine_type="native", images_key="i")) == []
-    assert unavailable(make(engine_type="vllm", images_key="i")) == []
-    (text,) = unavailable(make(engine_type="vllm", images_key="i", server_urls=["http://a:1"]))
+    assert unavailable(ready(engine_type="native", images_key="i")) == []
+    assert unavailable(ready(engine_type="vllm", images_key="i")) == []
+    (text,) = unavailable(ready(engine_type="vllm", images_key="i", server_urls=["http://a:1"]))
     assert text.startswith('[data] images_key = "i" (or mixed_mm_data): images are not read')
-    assert "on servers" in text
+    assert 'server_urls = ["http://a:1"]; use engine_type = "native", or "vllm" without' in text
     monkeypatch.setattr(metadata, "version", lambda name: "0.5.1")
-    (text,) = unavailable(make(engine_type="sglang", mixed_mm_data=True))
-    assert 'by engine_type = "sglang"; use engine_type = "native"' in text
+    (text,) = unavailable(ready(engine_type="sglang", mixed_mm_data=True))
+    assert 'images are not read by engine_type = "sglang" with server_urls = []; use' in text
 
 
 def test_missing_is_met_by_any_reward_source():
-    assert len(missing(make())) == 2
+    native = {"engine_type": "native"}
+    assert len(unavailable(make(**native))) == 2
     for source in (
         {"functions": ["exact_match"]},
         {"reward_pretrain": "r"},
         {"remote_rm_url": "http://r"},
         {"rm_use_engine": True},
     ):
-        assert missing(make(prompt_data="p.jsonl", **source)) == []
+        assert unavailable(make(prompt_data="p.jsonl", **native, **source)) == []
 
 
 def test_warnings_do_not_stop_a_real_run(monkeypatch):

@@ -24,7 +24,7 @@ NonNegativeFloat = Annotated[float, Field(ge=0, le=LARGEST)]
 Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
 Count = Annotated[int, Field(gt=0, le=10**6)]  # of what is held in memory at the same time
 LearningRate = Annotated[float, Field(gt=0, le=1)]
-Temperature = Annotated[float, Field(gt=0, le=1e3)]
+Temperature = Annotated[float, Field(ge=1e-5, le=1e3)]  # below, logits overflow
 Seconds = Annotated[float, Field(gt=0, le=1e6)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 

@@ -17,10 +17,7 @@ from torchrft.config.job_config import JobConfig, Section
 from torchrft.tools.text import redact
 
 Schema = dict[str, Any]
-
-
-# What papers call some presets; only for suggestions.
-_COMMON_NAMES = {"grpo": "group_norm", "ppo": "gae", "reinforce++": "reinforce_plus_plus"}
+UNSET: tuple[Any, ...] = (None, [], {})
 
 
 class ConfigField(NamedTuple):
@@ -80,7 +77,7 @@ def describe(schema: Schema) -> str:
 
 def is_optional(name: str) -> bool:
     """Whether a field may be unset: it has no default value, or an empty list or table."""
-    return FIELDS[name].info.default in (None, [], {})
+    return FIELDS[name].info.default in UNSET
 
 
 def default_text(name: str) -> str:
@@ -120,13 +117,6 @@ def did_you_mean(name: str, known: Iterable[str]) -> str | None:
     return near[0] if near else None
 
 
-def nearest_choice(name: str, value: Any) -> str | None:
-    """The choice of field `name` that a wrong value probably meant."""
-    choices = [str(one) for part in branches(FIELDS[name].schema) for one in part.get("enum", [])]
-    word = str(value).lower()
-    return did_you_mean(_COMMON_NAMES.get(word, word), choices)
-
-
 def value_of(config: JobConfig, name: str) -> Any:
     return getattr(getattr(config, FIELDS[name].section), name)
 
@@ -137,5 +127,6 @@ def is_set(config: JobConfig, name: str) -> bool:
 
 
 def label(config: JobConfig, name: str) -> str:
-    """`[section] name = value`, as messages call a field."""
-    return f"[{FIELDS[name].section}] {name} = {show(value_of(config, name))}"
+    """`[section] name = value`, as messages call a field; an unset one has no value."""
+    value = value_of(config, name)
+    return f"[{FIELDS[name].section}] {name}" + ("" if value in UNSET else f" = {show(value)}")

@@ -1,8 +1,8 @@
 """The command line: `--section.key value`, `--key value`, `--key=value`, and `--help`.
 
 A parser of our own, because every fault of the command line, the TOML and the rules is to be
-reported in one go, a line each; argparse and tyro stop at the first. Nothing is validated here: a
-word that does not read as its field's type stays text, and the config refuses it.
+reported in one go, a line each; argparse and tyro stop at the first. A flag's words become the
+value that a TOML would hold. Whether a field takes it is left to the config, as for a TOML.
 """
 
 import json
@@ -12,11 +12,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from torchrft.config.faults import GONE
 from torchrft.config.fields import FIELDS, branches, did_you_mean, expected, is_optional, show
 from torchrft.tools.text import redact, shorten
 
-_OWN = {"config_file": "string", "dry_run": "boolean"}
+# Flags that are no fields, and what they take.
+_COMMANDS = {"config_file": "a .toml file", "dry_run": "true or false"}
 _NEGATED = {"disable_engine_sleep": "enable_engine_sleep"}
+_NAMES = [*FIELDS, *_COMMANDS, *_NEGATED]
 
 
 @dataclass
@@ -28,18 +31,11 @@ class Draft:
     faults: list[str] = field(default_factory=list)
     spoiled: set[str] = field(default_factory=set)
     is_partial: bool = False  # a file could not be read, so nothing can be said to be missing
-    config_file: str | None = None
-    dry_run: bool = False
 
-    def put(self, name: str, value: Any, origin: str) -> Any:
-        """Sets a field that nobody has set; returns its value."""
-        if name not in self.values:
-            self.values[name], self.origins[name] = value, origin
-        return self.values[name]
-
-
-def wants_help(argv: list[str]) -> bool:
-    return "--help" in argv or "-h" in argv
+    def refuse(self, fault: str, *names: str) -> None:
+        """Notes a fault; messages about fields called `names` would only confuse."""
+        self.faults.append(fault)
+        self.spoiled.update(names)
 
 
 def parse(argv: list[str]) -> Draft:
@@ -49,31 +45,28 @@ def parse(argv: list[str]) -> Draft:
     {'dp_shard': -1, 'bf16': True, 'wandb_run_name': '7'}
     """
     draft = Draft()
-    typed: dict[str, str] = {}
-    for key, words in _grouped(argv, draft.faults):
+    for key, words in _grouped(argv, draft):
         text = shorten(redact(" ".join([f"--{key}", *words])), 120)
-        name = _resolve(key, text, draft)
-        if name is None:
+        section, dot, flag = key.rpartition(".")
+        home = FIELDS[flag].section if flag in FIELDS else None
+        if flag not in _NAMES or (dot and section != home):
+            _refuse_unknown(text, flag, bool(dot), draft)
             continue
-        target = _NEGATED.get(name, name)
+        name = _NEGATED.get(flag, flag)
+        if name in draft.origins:
+            draft.refuse(f"{text}: given twice, first as {draft.origins[name]}", name)
+            continue
+        draft.origins[name] = text
         try:
-            if target in typed:
-                raise ValueError(f"{text}: given twice, first as {typed[target]}")
-            typed[target] = text
-            value = _value(target, key, words, text)
+            value = _value(name, words)
         except ValueError as error:
-            draft.faults.append(str(error))
-            draft.spoiled.add(target)
-            continue
-        if target in _OWN:
-            setattr(draft, target, value)
+            draft.refuse(f"{text}: {error}", name)
         else:
-            negated = target != name and isinstance(value, bool)
-            draft.put(target, not value if negated else value, text)
+            draft.values[name] = not value if flag in _NEGATED else value
     return draft
 
 
-def _grouped(argv: list[str], faults: list[str]) -> list[tuple[str, list[str]]]:
+def _grouped(argv: list[str], draft: Draft) -> list[tuple[str, list[str]]]:
     """Each flag's key with the words behind it; a word that is behind no flag is a fault."""
     groups: list[tuple[str, list[str]]] = []
     for word in argv:
@@ -83,87 +76,71 @@ def _grouped(argv: list[str], faults: list[str]) -> list[tuple[str, list[str]]]:
         elif groups:
             groups[-1][1].append(word)
         else:
-            faults.append(f"{show(word)}: not a flag; write --key {show(word)}")
+            draft.refuse(f"{show(word)}: not a flag; write --key {show(word)}")
     return groups
 
 
-def _resolve(key: str, typed: str, draft: Draft) -> str | None:
-    """The field (or own flag) that `key` names, or None after noting a fault."""
-    section, dot, name = key.rpartition(".")
-    if not dot and (key in FIELDS or key in _OWN or key in _NEGATED):
-        return key
-    if dot and name in FIELDS and FIELDS[name].section == section:
-        return name
-    near = did_you_mean(name, [*FIELDS, *_OWN, *_NEGATED])
-    negated = re.sub("^(no|disable)[_-]", "", name)
-    if negated != name and negated in FIELDS:
-        hint = f"write --{negated} false"
+def _refuse_unknown(text: str, flag: str, has_section: bool, draft: Draft) -> None:
+    near = did_you_mean(flag, _NAMES)
+    positive = re.sub("^(no|disable)[_-]", "", flag)
+    hint = GONE.get(flag, "--help lists all flags")
+    if positive != flag and positive in FIELDS:
+        hint = f"write --{positive} false"
     elif near:  # the very field, if only its section is wrong
-        at = f"{FIELDS[near].section}." if dot and near in FIELDS else ""
+        at = f"{FIELDS[near].section}." if has_section and near in FIELDS else ""
         hint = f"did you mean --{at}{near}?"
-    else:
-        hint = "--help lists all flags"
-    draft.spoiled.update([near] if near else [])
-    draft.faults.append(f"{typed}: unknown flag; {hint}")
-    return None
-
-
-def _value(name: str, key: str, words: list[str], typed: str) -> Any:
-    """The value of one flag, None to unset it. Raises ValueError for words that cannot be one."""
-    kind = _OWN.get(name) or kind_of(name)
-    if not words and kind != "boolean":
-        want = "a .toml file" if name == "config_file" else expected(name)
-        raise ValueError(f"--{key}: its value is missing; expected {want}")
-    if [word.lower() for word in words] == ["none"] and name in FIELDS and is_optional(name):
-        return None
-    if kind == "array":
-        return _list(name, words)
-    if len(words) > 1:
-        raise ValueError(f"{typed}: takes one value; {show(' '.join(words[1:]))} is too much")
-    value = _scalar(kind, words[0] if words else "true")
-    if name == "dry_run" and not isinstance(value, bool):
-        raise ValueError(f"{typed}: expected true or false")
-    return value
+    draft.refuse(f"{text}: unknown flag; {hint}", near or "")
 
 
 def kind_of(name: str) -> str:
-    """The JSON type that a field's flag is read as."""
+    """The JSON type that a flag's words are read as."""
+    if name in _COMMANDS:
+        return "boolean" if name == "dry_run" else "string"
     kinds = {part.get("type", "string") for part in branches(FIELDS[name].schema)}
     return "array" if "array" in kinds else kinds.pop()
 
 
-def _scalar(kind: str, text: str) -> Any:
+def _value(name: str, words: list[str]) -> Any:
+    """The words as a TOML would write them; None unsets a field. Raises ValueError for a fault."""
+    kind, is_field = kind_of(name), name in FIELDS
+    if not words and kind != "boolean":
+        want = expected(name) if is_field else _COMMANDS[name]
+        raise ValueError(f"its value is missing; expected {want}")
+    if [word.lower() for word in words] == ["none"] and is_field and is_optional(name):
+        return None
+    if kind == "array":
+        return _list(name, words)
+    if len(words) > 1:
+        raise ValueError(f"takes one value; {show(' '.join(words[1:]))} is too much")
     if kind == "boolean":
-        return {"true": True, "false": False}.get(text.lower(), text)
-    if kind == "integer":
-        return int(text) if re.fullmatch(r"[+-]?[0-9]{1,300}", text) else text
-    if kind == "number":
-        try:
-            return float(text)
-        except ValueError:
-            return text
-    if kind == "object" and text.lstrip().startswith("{"):
-        return _toml(text)
-    return text
+        word = words[0].lower() if words else "true"
+        if word not in ("true", "false"):
+            raise ValueError("expected true or false")
+        return word == "true"
+    return words[0] if kind == "string" else as_value(words[0])
 
 
-def _toml(text: str) -> Any:
-    """A value as TOML or JSON writes it; other text stays text, for its field to refuse."""
-    for read in (lambda: tomllib.loads(f"value = {text}")["value"], lambda: json.loads(text)):
+def _as_toml(text: str) -> Any:
+    (value,) = tomllib.loads(f"value = {text}").values()  # a line break may begin another key
+    return value
+
+
+def as_value(text: str) -> Any:
+    """A value as TOML, JSON or Python write it; other text stays text, for its field to refuse."""
+    for read in (_as_toml, json.loads, float):  # only the last reads .5
         with suppress(ValueError, RecursionError):
-            return read()
+            return read(text)
     return text
 
 
 def _list(name: str, words: list[str]) -> Any:
     """A list as TOML, as several words, or separated by commas; one word alone is kept as it is."""
-    if words[0].startswith("["):
-        return _toml(" ".join(words))
-    array = next(part for part in branches(FIELDS[name].schema) if part.get("type") == "array")
-    item = array["prefixItems"][0] if "prefixItems" in array else array["items"]
-    if item.get("type") in ("integer", "number"):
-        inner = re.sub(r"^\((.*)\)$", r"\1", " ".join(words).strip())
-        return [_scalar(item["type"], part) for part in re.split(r"\s*,\s*|\s+", inner.strip())]
-    if len(words) == 1 and "," not in words[0]:
+    text = " ".join(words)
+    if text.startswith("["):
+        return as_value(text)
+    if re.search("integer|number", expected(name)):
+        inner = re.sub(r"^\((.*)\)$", r"\1", text.strip()).strip()
+        return [as_value(word) for word in re.split(r"\s*,\s*|\s+", inner)]
+    if len(words) == 1 and "," not in text:
         return words
     return [part.strip() for word in words for part in word.split(",")]

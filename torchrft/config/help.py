@@ -20,10 +20,8 @@ def help_text() -> str:
     width = max(map(len, FIELDS)) + 4
     for section, model in SECTIONS.items():
         lines.append(f"[{section}]  {model.__doc__}")
-        for name, entry in FIELDS.items():
-            if entry.section != section:
-                continue
-            doc = " ".join((entry.info.description or "").split())
+        for name, info in model.model_fields.items():
+            doc = " ".join((info.description or "").split())
             body = f"{doc} ({expected(name)}; {default_text(name)})"
             first, other = f"  {'--' + name:<{width}}", " " * (width + 2)
             lines += textwrap.wrap(body, 100, initial_indent=first, subsequent_indent=other)

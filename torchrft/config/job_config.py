@@ -2,7 +2,7 @@
 
 A field's name is unique over all sections, so `--algorithm.kl_estimator k2` and `--kl_estimator k2`
 mean the same. The text under a field is its documentation: `--help`, the JSON schema and
-docs/configuration.md are made from it. Rules that join several fields are in validation.py.
+docs/configuration.md are made from it. Rules that join several fields are in rules.py and needs.py.
 """
 
 from typing import Annotated, Any, Literal, Self
@@ -318,8 +318,6 @@ class Parallel(Section):
     """Data-parallel replicas (HSDP's outer dimension)."""
     dp_shard: Annotated[Literal[-1] | PositiveInt, BeforeValidator(exact_int)] = -1
     """Ranks over which a replica is sharded; -1 takes all that are left."""
-    deepspeed_config: Text | None = None
-    """DeepSpeed JSON that fills the fields it has a name for; they may not say otherwise."""
     collective_timeout: Seconds = 600.0
     """Seconds after which a wait for another rank ends the job."""
 

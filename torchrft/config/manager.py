@@ -1,7 +1,6 @@
 """From a command line to a `JobConfig`: TOML, then flags, then every rule; all faults at once."""
 
 import contextlib
-import math
 import os
 import re
 import sys
@@ -14,21 +13,18 @@ from typing import Any, TextIO
 import tomli_w
 from pydantic import ValidationError
 
-from torchrft.config.availability import missing, unavailable
-from torchrft.config.deepspeed_fields import accumulation_fault, merge, wanted
-from torchrft.config.deepspeed_json import Judged, read_json
-from torchrft.config.faults import field_fault, toml_fault
-from torchrft.config.fields import FIELDS, SECTIONS, did_you_mean, expected, show
-from torchrft.config.flags import Draft, parse, wants_help
+from torchrft.config.faults import field_fault, key_fault, toml_fault
+from torchrft.config.fields import FIELDS, SECTIONS, expected, show
+from torchrft.config.flags import Draft, parse
 from torchrft.config.help import help_text
+from torchrft.config.job import batch_arithmetic, smallest_world_size
 from torchrft.config.job_config import JobConfig
-from torchrft.config.needs import idle_fields, silent_fields
+from torchrft.config.needs import silent_fields, unmet
+from torchrft.config.rules import check, unavailable
 from torchrft.config.start import jsonl_rows, lacks_bf16, start_notes, with_precision
-from torchrft.config.validation import batch_arithmetic, check, data_parallel, smallest_world_size
 from torchrft.tools.text import one_line
 
 __all__ = ["ConfigError", "LoadedConfig", "help_text", "load", "read", "to_toml"]
-
 
 _MOST_FAULTS = 100  # shown at once
 
@@ -62,20 +58,28 @@ class LoadedConfig:
 Verify = Callable[[JobConfig], list[str]]  # faults that only the parts themselves can find
 
 
-def read(argv: list[str], verify: Verify = lambda config: []) -> JobConfig:
+def read(argv: list[str], verify: Verify = lambda config: [], warn: bool = True) -> JobConfig:
     """The front door of the entry point: a config for a real run, or SystemExit.
 
     Exits with 0 after --help and --dry_run and with 2 after faults, one line each on stderr. In a
     job of several ranks only rank 0 prints.
     """
-    if wants_help(argv):
+    if "--help" in argv or "-h" in argv:
         _say([help_text()])
         raise SystemExit(0)
-    loaded = _load_or_exit(argv, verify)
+    try:
+        loaded = load(argv)
+        with contextlib.redirect_stdout(sys.stderr):  # a file of the user's may print
+            faults = verify(loaded.config)
+        if faults:
+            raise ConfigError(faults)
+    except ConfigError as error:
+        _say([f"error: {fault}" for fault in error.faults], sys.stderr)
+        raise SystemExit(2) from None
     if loaded.dry_run:
         _say([dry_run_text(loaded)])
         raise SystemExit(0)
-    _say([f"warning: {warning}" for warning in loaded.warnings], sys.stderr)
+    _say([f"warning: {warning}" for warning in loaded.warnings if warn], sys.stderr)
     return loaded.config
 
 
@@ -91,25 +95,10 @@ def check_only(argv: list[str], verify: Verify = lambda config: []) -> int:
     For launch.py, which asks before it starts any process. Warnings are left to the job.
     """
     try:
-        if wants_help(argv) or parse(argv).dry_run:
-            read(argv, verify)  # which ends in SystemExit
-        _load_or_exit(argv, verify)
+        read(argv, verify, warn=False)
     except SystemExit as done:
         return int(done.code or 0) or 10
     return 0
-
-
-def _load_or_exit(argv: list[str], verify: Verify) -> LoadedConfig:
-    try:
-        loaded = load(argv)
-        with contextlib.redirect_stdout(sys.stderr):  # a file of the user's may print
-            faults = verify(loaded.config)
-        if faults:
-            raise ConfigError(faults)
-        return loaded
-    except ConfigError as error:
-        _say([f"error: {fault}" for fault in error.faults], sys.stderr)
-        raise SystemExit(2) from None
 
 
 def load(argv: list[str], world_size: int | None = None) -> LoadedConfig:
@@ -118,127 +107,93 @@ def load(argv: list[str], world_size: int | None = None) -> LoadedConfig:
     Raises ConfigError with all faults of the TOML, the flags and the rules together.
     """
     draft = parse(argv)
-    flags = dict(draft.values)
-    if draft.config_file is not None:
-        _merge_toml(draft.config_file, draft)
+    dry_run, path = draft.values.pop("dry_run", False), draft.values.pop("config_file", None)
+    flags, document = dict(draft.values), {}
+    if path is not None:
+        document = _merge_toml(path, draft)
     given = None if world_size is None else (world_size, "given")
-    known = given or _known_world_size(draft.dry_run, draft.faults)
-    judged = _merge_deepspeed(draft, known)
+    known = given or _known_world_size(dry_run, draft.faults)
     config = _build(draft)
-    if idle := idle_fields(config, flags) & draft.values.keys():
-        draft.values = {key: draft.values[key] for key in draft.values.keys() - idle}
-        config = _build(draft)
+    for name in _idle_fields(config, flags, draft, document) & draft.values.keys():
+        del draft.values[name]
+    config = _build(draft)
     unknown = smallest_world_size(config), "the smallest that fits; set NGPU for another"
     world_size, source = known or unknown
-    if judged is not None:
-        dp = max(data_parallel(config, world_size), 1)
-        draft.faults += accumulation_fault(judged, config, dp)
-    findings = check(config, world_size)
-    notes = unavailable(config) + missing(config)
-    errors = findings.errors if draft.dry_run else findings.errors + notes
+    findings, notes = check(config, world_size), unavailable(config)
+    errors = findings.errors if dry_run else findings.errors + notes
     if not draft.is_partial:
         # A message about a field whose own value is bad would only confuse; it waits its turn.
         clear = [text for text in errors if draft.spoiled.isdisjoint(re.findall(r"\w+", text))]
         draft.faults += clear
     if draft.faults:
         raise ConfigError(draft.faults)
-    config = with_precision(config, lacks_bf16)
-    warnings = (*findings.warnings, *(judged.notes if judged else ()))
-    return LoadedConfig(config, world_size, source, draft.dry_run, warnings, tuple(notes))
+    config, warnings = with_precision(config, lacks_bf16), tuple(findings.warnings)
+    return LoadedConfig(config, world_size, source, dry_run, warnings, tuple(notes))
 
 
-def _merge_deepspeed(draft: Draft, known: tuple[int, str] | None) -> Judged | None:
-    """Fill what is not set from the DeepSpeed JSON, if there is one."""
-    path = draft.values.get("deepspeed_config")
-    if not isinstance(path, str) or not path:
-        return None
-    sizes = [draft.values.get(name, 1) for name in ("tp_size", "sp_size")]
-    fits = known is not None and all(type(size) is int and size > 0 for size in sizes)
-    ranks = known[0] // math.prod(sizes) if known is not None and fits else None
-    try:
-        judged = read_json(path)
-        found = list(wanted(judged, ranks))
-    except (OSError, ValueError, RecursionError) as error:
-        draft.faults.append(f"{draft.origins['deepspeed_config']}: {error}")
-        draft.is_partial = True
-        return None
-    merge(path, found, draft)
-    return judged
+def _merge_toml(path: str, draft: Draft) -> dict[str, Any]:
+    """Fill what no flag has set from a TOML; returns all its values by their fields' names.
 
-
-def _merge_toml(path: str, draft: Draft) -> None:
-    """Add a TOML file's values to the draft; unknown sections and keys become faults."""
+    Unknown sections and keys become faults.
+    """
     try:
         document = tomllib.loads(Path(path).read_bytes().decode())
     except (OSError, ValueError, RecursionError) as error:
         draft.is_partial = True
-        draft.faults.append(toml_fault(path, error))
-        return
+        draft.refuse(toml_fault(path, error))
+        return {}
+    values: dict[str, Any] = {}
     for section, table in document.items():
-        what = f"{section} = {show(table)}"
-        if section in SECTIONS and isinstance(table, dict):
-            for key, value in table.items():
-                _place(path, section, key, value, draft)
+        is_table = isinstance(table, dict)
+        if is_table and section in SECTIONS:
+            values |= _merge_section(path, section, table, draft)
             continue
+        at = f"{path}: [{section}]" if is_table else f"{path}: {section} = {show(table)}"
         if section in SECTIONS:
-            fault = f"{what}: must be a table; write [{section}]"
-        elif section in FIELDS:
-            fault = f"{what}: outside its section; put it under [{FIELDS[section].section}]"
-            draft.spoiled.add(section)
+            draft.refuse(f"{at}: must be a table; write [{section}]")
         else:
-            near = did_you_mean(section, SECTIONS)
-            hint = f"did you mean [{near}]?" if near else "valid: " + ", ".join(SECTIONS)
-            is_table = isinstance(table, dict)
-            fault = f"{f'[{section}]' if is_table else what}: unknown section; {hint}"
-            draft.spoiled.update(table if is_table else [])
-        draft.faults.append(f"{path}: {fault}")
+            fault, near = key_fault(section, None)
+            draft.refuse(f"{at}: {fault}", near, *(table if is_table else ()))
+    return values
 
 
-def _place(path: str, section: str, key: str, value: Any, draft: Draft) -> None:
-    """Put one key of the TOML into the draft, or note that there is no such key."""
-    at = f"{path}: [{section}] {key} = {show(value)}"
-    if key in FIELDS and FIELDS[key].section == section:
-        draft.put(key, value, at)
-        return
-    if key in FIELDS:
-        hint = f"it belongs under [{FIELDS[key].section}]"
-        draft.spoiled.add(key)
-    elif near := did_you_mean(key, SECTIONS[section].model_fields) or did_you_mean(key, FIELDS):
-        home = FIELDS[near].section
-        hint = f"did you mean {near}{'' if home == section else f' under [{home}]'}?"
-        draft.spoiled.add(near)
-    else:
-        hint = "valid: " + ", ".join(SECTIONS[section].model_fields)
-    draft.faults.append(f"{at}: unknown key; {hint}")
+def _merge_section(path: str, section: str, table: dict[str, Any], draft: Draft) -> dict[str, Any]:
+    values = {}
+    for key, value in table.items():
+        at = f"{path}: [{section}] {key} = {show(value)}"
+        if key in SECTIONS[section].model_fields:
+            values[key] = value
+            if key not in draft.values:  # which no flag has set
+                draft.values[key], draft.origins[key] = value, at
+        else:
+            fault, near = key_fault(key, section)
+            draft.refuse(f"{at}: {fault}", near)
+    return values
 
 
 def _build(draft: Draft) -> JobConfig:
-    """Validate field by field; where a value is bad its default stands in, to check the rest."""
+    """The config of the draft; a bad value is a fault, and its default stands in for the rules."""
     try:
-        return _made(draft.values)
+        return _config_of(draft.values)
     except ValidationError as error:
-        for detail in error.errors():
-            section, key = str(detail["loc"][0]), str(detail["loc"][1])
-            if len(draft.faults) > _MOST_FAULTS and key not in draft.values:
-                continue  # a list of very many wrong entries
-            if detail["type"] == "missing" and len(detail["loc"]) == 2:
-                fault = f"[{section}] {key} is missing; set it there or pass --{key} "
-                fault += f"({expected(key)})"
-                # A key that was misspelt or refused elsewhere is not missing as well.
-                is_known = draft.is_partial or key in draft.spoiled
-            else:
-                fault = field_fault(key, detail, draft.origins[key])
-                is_known = fault in draft.faults
-            draft.faults += [] if is_known else [fault]
-            draft.spoiled.add(key)
-            draft.values.pop(key, None)
-    for name, entry in FIELDS.items():
-        if entry.info.is_required():
-            draft.values.setdefault(name, 1 if name != "pretrain" else "missing")
-    return _made(draft.values)
+        details = error.errors()
+    for number, detail in enumerate(details):
+        section, name = map(str, detail["loc"][:2])
+        fault = f"[{section}] {name} is missing; set it there or pass --{name} ({expected(name)})"
+        is_missing = detail["type"] == "missing" and len(detail["loc"]) == 2
+        if not is_missing and number <= _MOST_FAULTS:
+            fault = field_fault(name, detail, draft.origins[name])
+        # A key that was misspelt or refused elsewhere is not missing as well.
+        is_known = is_missing and (draft.is_partial or name in draft.spoiled)
+        if not is_known and fault not in draft.faults:
+            draft.refuse(fault, name)
+        draft.values.pop(name, None)
+    stand_ins = {"pretrain": "missing", "train_batch_size": 1, "rollout_batch_size": 1}
+    draft.values = stand_ins | draft.values
+    return _config_of(draft.values)
 
 
-def _made(values: dict[str, Any]) -> JobConfig:
+def _config_of(values: dict[str, Any]) -> JobConfig:
     tables: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     for name, value in values.items():
         if value is not None:  # which a flag's `none` is: the field stays as if nobody had set it
@@ -246,21 +201,40 @@ def _made(values: dict[str, Any]) -> JobConfig:
     return JobConfig.model_validate(tables)
 
 
+def _idle_fields(
+    config: JobConfig, flags: dict[str, Any], draft: Draft, document: dict[str, Any]
+) -> set[str]:
+    """Fields that lose their effect by what a flag switches off, as `eval_steps` by `eval_data`.
+
+    What is off is None, false or 0. It is compared with the TOML's value, or else the default; one
+    that is off itself counts as on.
+    """
+    off = {name for name, value in flags.items() if value in (None, False, 0)}
+    before = {name: value for name, value in draft.values.items() if name not in off}
+    before |= {name: document[name] for name in off & document.keys()}
+    values = {name: document.get(name, FIELDS[name].info.default) for name in off}
+    on = {name: True for name, value in values.items() if value in (None, False, 0)}
+    try:
+        return unmet(config) - unmet(_config_of(before), **on) - flags.keys()
+    except ValidationError:  # the TOML's value is wrong
+        return set()
+
+
 def _known_world_size(dry_run: bool, faults: list[str]) -> tuple[int, str] | None:
     """The job's ranks: torchrun's, else what run_train.sh would start; a dry run may not know."""
-    if "WORLD_SIZE" in os.environ:
-        return _count("WORLD_SIZE", faults), "WORLD_SIZE"
-    if dry_run and "NGPU" in os.environ:
-        return _count("NGPU", faults) * _count("NNODES", faults), "NGPU x NNODES"
+    names = ["WORLD_SIZE"] if "WORLD_SIZE" in os.environ else []
+    if dry_run and not names and "NGPU" in os.environ:
+        names = ["NGPU", "NNODES"]
+    ranks = 1
+    for name in names:
+        text = os.environ.get(name, "1")
+        if re.fullmatch(r"0*[1-9][0-9]{0,8}", text):
+            ranks *= int(text)
+        else:
+            faults.append(f"environment variable {name} = {show(text)}: expected integer > 0")
+    if names:
+        return ranks, " x ".join(names)
     return None if dry_run else (1, "no torchrun")
-
-
-def _count(variable: str, faults: list[str]) -> int:
-    text = os.environ.get(variable, "1")
-    if re.fullmatch(r"0*[1-9][0-9]{0,8}", text):
-        return int(text)
-    faults.append(f"environment variable {variable} = {show(text)}: expected integer > 0")
-    return 1
 
 
 def to_toml(config: JobConfig) -> str:

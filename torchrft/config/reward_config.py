@@ -101,28 +101,26 @@ class Judge(Section):
 
     def faults(self) -> list[str]:
         """What its fields lack, and which of them have no effect."""
-        faults, served = [], self.engine == "remote"
-        if served and not (self.server_url and self.model):
-            faults.append('engine = "remote" needs server_url and model')
-        if not served and self.pretrain is None:
-            faults.append(f'engine = "{self.engine}" needs pretrain, the judge\'s model')
-        if self.votes > 1 and self.temperature == 0:
-            faults.append(
-                f"votes = {self.votes} at temperature = 0 would all be equal; set temperature > 0 "
-                "or votes = 1"
-            )
-        if 0 < self.temperature < 1e-3:
-            faults.append(f"temperature = {self.temperature} makes logits overflow; use 0 or 0.001")
-        if not served and self.max_new_tokens >= self.max_len:
-            faults.append(f"max_new_tokens must be below max_len = {self.max_len}; lower it")
+        served = self.engine == "remote"
+        rules = (
+            (served and not (self.server_url and self.model),
+             'engine = "remote" needs server_url and model'),
+            (not served and self.pretrain is None,
+             f'engine = "{self.engine}" needs pretrain, the judge\'s model'),
+            (self.votes > 1 and self.temperature == 0,
+             f"votes = {self.votes} at temperature = 0 would all be equal; set temperature > 0 or "
+             "votes = 1"),
+            (0 < self.temperature < 1e-3,
+             f"temperature = {self.temperature} makes logits overflow; use 0 or 0.001"),
+            (not served and self.max_new_tokens >= self.max_len,
+             f"max_new_tokens must be below max_len = {self.max_len}; lower it"),
+        )  # fmt: skip
+        faults = [text for is_broken, text in rules if is_broken]
         idle = ["pretrain", "trust_remote_code", "max_len"] if served else list(_OF_SERVERS)
-        idle += ["aggregate"] if self.votes == 1 else []
-        faults += [
-            f'{name} has no effect with engine = "{self.engine}" and votes = {self.votes}; leave '
-            f"{name} out"
-            for name in idle
-            if getattr(self, name) != type(self).model_fields[name].default
-        ]
+        without = f'has no effect with engine = "{self.engine}" and votes = {self.votes}'
+        for name in idle + ["aggregate"] * (self.votes == 1):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                faults.append(f"{name} {without}; leave {name} out")
         return [f"judge {self.name!r}: {fault}" for fault in faults]
 
 
@@ -208,38 +206,36 @@ class Reward(Section):
             plain = [policy]
         return [*self.models, *(RewardModel(pretrain=pretrain) for pretrain in plain)]
 
+    def weights(self, policy: str) -> list[tuple[str, float]]:
+        """What parts, recipes and gate call the rewards, with weights, in the order of the sum."""
+        sources = [(entry.alias or entry.name, entry.weight) for entry in self.functions]
+        for entry in self.scalar_models(policy):
+            sources.append((entry.name or Path(entry.pretrain).name, entry.weight))
+        sources += [(judge.name, judge.weight) for judge in self.judges]
+        return sources + ([("remote", self.remote_rm_weight)] if self.remote_rm_url else [])
+
     def names(self, policy: str) -> list[str]:
-        """What parts, recipes and gate call the rewards, in the order of the sum."""
-        functions = [entry.alias or entry.name for entry in self.functions]
-        models = [entry.name or Path(entry.pretrain).name for entry in self.scalar_models(policy)]
-        remote = ["remote"] if self.remote_rm_url else []
-        return [*functions, *models, *(judge.name for judge in self.judges), *remote]
+        """What parts, recipes and gate call the rewards."""
+        return [name for name, _ in self.weights(policy)]
 
     def faults(self, policy: str) -> list[str]:
         """What is wrong with the rewards, taken together."""
-        names = self.names(policy)
-        faults = self.name_faults(names)
-        for judge in self.judges:
-            faults += judge.faults()
-        weights = [entry.weight for entry in self.functions]
-        weights += [entry.weight for entry in self.scalar_models(policy)]
-        weights += [entry.weight for entry in self.judges]
-        weights += [self.remote_rm_weight] if self.remote_rm_url else []
-        by_name = dict(zip(names, weights, strict=True))
+        weights = dict(self.weights(policy))
+        faults = self.name_faults(self.names(policy))
+        faults += [fault for judge in self.judges for fault in judge.faults()]
         elsewhere = self.overlong_buffer_len or (self.gate and self.gate_reward)
         recipes = {f"of recipes.{key} ": recipe for key, recipe in self.recipes.items()}
-        faults += [
-            f"[reward] every weight {where}is 0, so that every reward is: raise one"
-            for where, recipe in (recipes or {"": names} if names else {}).items()
-            if not elsewhere and not any(by_name.get(name, 1.0) for name in recipe)
-        ]
-        used = {name for recipe in self.recipes.values() for name in recipe}
-        faults += [
-            f'[reward] no recipe names "{name}", which then never counts: name it, or take it out'
-            for name in names
-            if self.recipes and name not in used
-        ]
-        if self.overlong_buffer_len and "overlong" in names:
+        for where, recipe in (recipes or {"": list(weights)} if weights else {}).items():
+            if not elsewhere and not any(weights.get(name, 1.0) for name in recipe):
+                fault = f"every weight {where}is 0, so that every reward is: raise one"
+                faults.append(f"[reward] {fault}")
+        for name in weights if recipes else ():
+            if not any(name in recipe for recipe in recipes.values()):
+                fault = (
+                    f'no recipe names "{name}", which then never counts: name it, or take it out'
+                )
+                faults.append(f"[reward] {fault}")
+        if self.overlong_buffer_len and "overlong" in weights:
             faults.append('[reward] "overlong" is the overlong penalty; call the source otherwise')
         return faults
 

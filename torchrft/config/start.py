@@ -6,8 +6,9 @@ from functools import cache
 from pathlib import Path
 
 from torchrft.config.fields import is_set, label
+from torchrft.config.job import job_of
 from torchrft.config.job_config import JobConfig, Optimizer
-from torchrft.config.needs import is_chosen, truncates
+from torchrft.config.needs import is_chosen
 
 # What Linux calls the instructions, on x86 and on ARM.
 _BF16 = {"avx512_bf16", "amx_bf16", "bf16"}
@@ -65,7 +66,7 @@ def start_notes(config: JobConfig, prompts: int | None, lacks: bool) -> list[str
         notes.append(f"[training] bf16 = true is slow here, about tenfold: {why}; try bf16 = false")
     elif not bf16 and not is_set(config, "bf16"):
         notes.append(f"[training] bf16 = false: left unset, and {why}")
-    if truncates(config) and not config.rollout.truncation_replay:
+    if job_of(config).truncates and not config.rollout.truncation_replay:
         notes.append(
             f"{label(config, 'top_p' if config.rollout.top_p < 1 else 'top_k')} truncates what is "
             "sampled, but training takes log-probs over all tokens, which biases gradient and "

@@ -9,8 +9,6 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
-import numpy as np
-
 from torchrft.rewards.registry import LabelError
 
 
@@ -19,6 +17,8 @@ def plain_label(label: Any) -> str | int | float | Decimal | Fraction:
 
     Raises LabelError for what is neither a text nor a finite number.
     """
+    import numpy as np  # here, as in registry.py: a dry run has no use for it
+
     if isinstance(label, np.generic):
         label = label.item()
     if isinstance(label, str):

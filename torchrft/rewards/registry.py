@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, TypeVar
 
-import numpy as np
 from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
 from torchrft.rewards.source import RewardResult
@@ -86,6 +85,8 @@ class Rule:
             values = self._guarded(lambda: self._call(rows))
         else:
             values = self._one_by_one(rows)
+        import numpy as np
+
         is_list = isinstance(values, Sequence) or (isinstance(values, np.ndarray) and values.ndim)
         if not is_list or len(values) != len(rows):
             raise RuleFault(0, f"{len(rows)} rewards are expected in a list, got {values!r:.80}")
@@ -244,6 +245,8 @@ def _as_result(value: Any, index: int) -> RewardResult:
 
 def as_float(value: Any) -> float:
     """A real number as a float, anything else as NaN."""
+    import numpy as np  # here: it takes long, and a dry run scores nothing
+
     if not isinstance(value, Real | np.bool_):
         return math.nan
     try:
