@@ -196,6 +196,7 @@ FIELD_PROOF: dict[str, str] = {
     "tp_size": UNIT + "parallel_layouts.py::test_every_layout_takes_the_same_steps",
     "dp_replicate": UNIT + "parallel_memory.py::test_replicas_are_sharded_within",
     "dp_shard": UNIT + "config_validation.py::test_errors",
+    "deepspeed_config": UNIT + "config_deepspeed.py::test_a_json_fills_fields",
     "collective_timeout": UNIT
     + "tools_distributed.py::test_a_wait_has_a_deadline_and_names_phase_and_ranks",
     # evaluation

@@ -2,8 +2,6 @@
 
 import json
 import math
-import tomllib
-from pathlib import Path
 
 import pytest
 import tiny
@@ -12,9 +10,8 @@ from helpers import run_ranks
 from torch import nn
 
 from torchrft import deepspeed
-from torchrft.deepspeed import keys
+from torchrft.config.deepspeed_keys import KEYS
 from torchrft.deepspeed.config import offloads, read
-from torchrft.deepspeed.keys import KEYS
 from torchrft.deepspeed.schedules import Schedule, WarmupLR
 
 MICRO = {"train_micro_batch_size_per_gpu": 2}
@@ -137,18 +134,6 @@ def test_every_key_is_met_with_what_the_table_says(name, caplog):
         return
     read(MICRO | nested, 2)
     assert f"DeepSpeed key {name} has no effect: {key.reason}" in caplog.text
-
-
-def test_every_key_is_listed_once():
-    table = tomllib.loads(Path(keys.__file__).with_suffix(".toml").read_text())
-    assert len(KEYS) == sum(len(entry["names"]) for entry in table["key"])
-
-
-def test_a_key_that_is_there_twice(tmp_path):
-    path = tmp_path / "ds.json"
-    path.write_text('{"bf16": {"enabled": true, "enabled": false}, "train_batch_size": 64}')
-    with pytest.raises(ValueError, match='no valid JSON: the key "enabled" is there more than onc'):
-        read(path, 2)
 
 
 @pytest.mark.parametrize("name", [name for name in KEYS if KEYS[name].disposition == "mapped"])

@@ -10,8 +10,6 @@ from torchrft.config.field_types import LARGEST
 from torchrft.config.fields import FIELDS, SECTIONS, branches, did_you_mean, expected, show
 from torchrft.config.reward_config import TABLES
 
-# What was a field once, and what to do instead.
-GONE = {"deepspeed_config": "set the fields that docs/parallelism.md lists for the JSON's keys"}
 _REASONS = {
     "finite_number": "must be finite",
     "string_unicode": "must be valid Unicode",
@@ -49,8 +47,7 @@ def key_fault(name: str, section: str | None) -> tuple[str, str]:
     shown = f"[{near}]" if near in SECTIONS else near
     if near in FIELDS and FIELDS[near].section != section:
         shown = f"{near} under [{FIELDS[near].section}]"
-    remedy = GONE.get(name) or hint(shown, known)
-    return f"unknown {'key' if section else 'section'}; {remedy}", near or ""
+    return f"unknown {'key' if section else 'section'}; {hint(shown, known)}", near or ""
 
 
 def field_fault(name: str, detail: Mapping[str, Any], origin: str) -> str:

@@ -12,7 +12,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from torchrft.config.faults import GONE
 from torchrft.config.fields import FIELDS, branches, did_you_mean, expected, is_optional, show
 from torchrft.tools.text import redact, shorten
 
@@ -31,6 +30,12 @@ class Draft:
     faults: list[str] = field(default_factory=list)
     spoiled: set[str] = field(default_factory=set)
     is_partial: bool = False  # a file could not be read, so nothing can be said to be missing
+
+    def put(self, name: str, value: Any, origin: str) -> Any:
+        """Sets a field that nobody has set; returns its value."""
+        if name not in self.values:
+            self.values[name], self.origins[name] = value, origin
+        return self.values[name]
 
     def refuse(self, fault: str, *names: str) -> None:
         """Notes a fault; messages about fields called `names` would only confuse."""
@@ -83,7 +88,7 @@ def _grouped(argv: list[str], draft: Draft) -> list[tuple[str, list[str]]]:
 def _refuse_unknown(text: str, flag: str, has_section: bool, draft: Draft) -> None:
     near = did_you_mean(flag, _NAMES)
     positive = re.sub("^(no|disable)[_-]", "", flag)
-    hint = GONE.get(flag, "--help lists all flags")
+    hint = "--help lists all flags"
     if positive != flag and positive in FIELDS:
         hint = f"write --{positive} false"
     elif near:  # the very field, if only its section is wrong

@@ -318,6 +318,8 @@ class Parallel(Section):
     """Data-parallel replicas (HSDP's outer dimension)."""
     dp_shard: Annotated[Literal[-1] | PositiveInt, BeforeValidator(exact_int)] = -1
     """Ranks over which a replica is sharded; -1 takes all that are left."""
+    deepspeed_config: Text | None = None
+    """DeepSpeed JSON that fills the fields it has a name for; they may not say otherwise."""
     collective_timeout: Seconds = 600.0
     """Seconds after which a wait for another rank ends the job."""
 

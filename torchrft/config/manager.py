@@ -1,6 +1,7 @@
 """From a command line to a `JobConfig`: TOML, then flags, then every rule; all faults at once."""
 
 import contextlib
+import math
 import os
 import re
 import sys
@@ -13,6 +14,8 @@ from typing import Any, TextIO
 import tomli_w
 from pydantic import ValidationError
 
+from torchrft.config.deepspeed_fields import accumulation_fault, merge, wanted
+from torchrft.config.deepspeed_json import Judged, read_json
 from torchrft.config.faults import field_fault, key_fault, toml_fault
 from torchrft.config.fields import FIELDS, SECTIONS, expected, show
 from torchrft.config.flags import Draft, parse
@@ -113,12 +116,15 @@ def load(argv: list[str], world_size: int | None = None) -> LoadedConfig:
         document = _merge_toml(path, draft)
     given = None if world_size is None else (world_size, "given")
     known = given or _known_world_size(dry_run, draft.faults)
+    judged = _merge_deepspeed(draft, known)
     config = _build(draft)
     for name in _idle_fields(config, flags, draft, document) & draft.values.keys():
         del draft.values[name]
     config = _build(draft)
     unknown = smallest_world_size(config), "the smallest that fits; set NGPU for another"
     world_size, source = known or unknown
+    if judged is not None:
+        draft.faults += accumulation_fault(judged, config, world_size)
     findings, notes = check(config, world_size), unavailable(config)
     errors = findings.errors if dry_run else findings.errors + notes
     if not draft.is_partial:
@@ -127,8 +133,28 @@ def load(argv: list[str], world_size: int | None = None) -> LoadedConfig:
         draft.faults += clear
     if draft.faults:
         raise ConfigError(draft.faults)
-    config, warnings = with_precision(config, lacks_bf16), tuple(findings.warnings)
+    warnings = (*findings.warnings, *(judged.notes if judged else ()))
+    config = with_precision(config, lacks_bf16)
     return LoadedConfig(config, world_size, source, dry_run, warnings, tuple(notes))
+
+
+def _merge_deepspeed(draft: Draft, known: tuple[int, str] | None) -> Judged | None:
+    """Fill what is not set from the DeepSpeed JSON, if there is one."""
+    path = draft.values.get("deepspeed_config")
+    if not isinstance(path, str) or not path:
+        return None
+    sizes = [draft.values.get(name, 1) for name in ("tp_size", "sp_size")]
+    fits = known is not None and all(type(size) is int and size > 0 for size in sizes)
+    ranks = known[0] // math.prod(sizes) if known is not None and fits else None
+    try:
+        judged = read_json(path)
+        found = list(wanted(judged, ranks))
+    except (OSError, ValueError, RecursionError) as error:
+        draft.faults.append(f"{draft.origins['deepspeed_config']}: {error}")
+        draft.is_partial = True
+        return None
+    merge(path, found, draft)
+    return judged
 
 
 def _merge_toml(path: str, draft: Draft) -> dict[str, Any]:
@@ -162,9 +188,8 @@ def _merge_section(path: str, section: str, table: dict[str, Any], draft: Draft)
     for key, value in table.items():
         at = f"{path}: [{section}] {key} = {show(value)}"
         if key in SECTIONS[section].model_fields:
+            draft.put(key, value, at)
             values[key] = value
-            if key not in draft.values:  # which no flag has set
-                draft.values[key], draft.origins[key] = value, at
         else:
             fault, near = key_fault(key, section)
             draft.refuse(f"{at}: {fault}", near)

@@ -1,4 +1,4 @@
-"""What becomes of every key of DeepSpeed's configuration: the table in keys.toml."""
+"""What becomes of every key of DeepSpeed's configuration: the table in deepspeed_keys.toml."""
 
 import math
 import tomllib
@@ -81,12 +81,17 @@ def _switches(table: dict[str, Any]) -> Iterator[bool]:
             yield from _switches(inner)
 
 
+_TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())
+
 KEYS = {
     name: Key(**{field: value for field, value in entry.items() if field != "names"})
-    for entry in tomllib.loads(Path(__file__).with_suffix(".toml").read_text())["key"]
+    for entry in _TABLE["key"]
     for name in entry["names"]
 }
 """By dotted name. A dictionary under a name without further parts is not looked into."""
+
+TRAINER: dict[str, dict[str, Any]] = _TABLE["trainer"]
+"""What the trainer makes of mapped keys: "fields", "only" and "elsewhere"."""
 
 SECTIONS = {
     ".".join(name.split(".")[:depth]) for name in KEYS for depth in range(1, name.count(".") + 1)
