@@ -153,7 +153,10 @@ TOMLS = [
     ("max_len = 5\n", "max_len = 5: unknown section; did you mean max_len under [data]?"),
     ("zzz = 5\n", "zzz = 5: unknown section; valid:"),
     ("[data]\nmax_leng = 5\n", "[data] max_leng = 5: unknown key; did you mean max_len?"),
-    ("[data]\ntop_p = 1.0\n", "[data] top_p = 1.0: unknown key; did you mean top_p under [rollout]?"),
+    (
+        "[data]\ntop_p = 1.0\n",
+        "[data] top_p = 1.0: unknown key; did you mean top_p under [rollout]?",
+    ),
     ("[data]\ntemprature = 1.0\n", "did you mean temperature under [rollout]?"),
     (
         '[parallel]\ndeepspeed_config = "a"\n',

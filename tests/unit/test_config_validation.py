@@ -74,8 +74,8 @@ ERRORS = [
     (
         {"train_batch_size": 72, "rollout_batch_size": 18},
         8,
-        "[rollout] rollout_batch_size = 18 must be a multiple of dp = 8 (dp = world_size / (tp_size "
-        "x sp_size) = 8 / (1 x 1) = 8), but 18 % 8 = 2; use 16 or 24",
+        "[rollout] rollout_batch_size = 18 must be a multiple of dp = 8 (dp = world_size / "
+        "(tp_size x sp_size) = 8 / (1 x 1) = 8), but 18 % 8 = 2; use 16 or 24",
     ),
     # rule 3, and the layout
     (
@@ -93,8 +93,8 @@ ERRORS = [
     (
         {"dp_shard": 2, "tp_size": 2},
         8,
-        "[parallel] dp_shard = 2 must fill the job: world_size / (tp_size x sp_size x dp_replicate) "
-        "= 8 / (2 x 1 x 1) = 4; use -1 or 4",
+        "[parallel] dp_shard = 2 must fill the job: world_size / "
+        "(tp_size x sp_size x dp_replicate) = 8 / (2 x 1 x 1) = 4; use -1 or 4",
     ),
     # lengths
     (
