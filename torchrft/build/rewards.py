@@ -5,8 +5,8 @@ from functools import partial
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from torchrft.config.job_config import Data, JobConfig
 from torchrft.build.rollout import judge_engine
+from torchrft.config.job_config import Data, JobConfig
 from torchrft.rewards.judge import build_judge
 from torchrft.rewards.models import build_scalar_model
 from torchrft.rewards.remote import RemoteRewards
