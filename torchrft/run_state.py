@@ -32,7 +32,7 @@ class RunState:
             "data_parallel_ranks": drawing.ranks.size,
         }
         self.agreement = Agreement()
-        self.small = {"coefficients": learner, "data": collector.prompts}
+        self.small: dict[str, Any] = {"coefficients": learner, "data": collector.prompts}
         self.captured: dict[str, Any] | None = None
         self.capture(0, [], 0)
 

@@ -357,6 +357,15 @@ def make_run(save_path: Path, log_dir: Path) -> None:
     (log_dir / "metrics.jsonl").write_text("old")
 
 
+def test_set_aside_leaves_nothing_half_written_behind(tmp_path):
+    for name in ("checkpoints/step-1.tmp", "hf/step-1.tmp", "hf/step-2.old", "hf/step-3"):
+        (tmp_path / name).mkdir(parents=True)
+    set_aside(tmp_path)
+    assert names(tmp_path / "previous-1") == ["checkpoints", "hf"]
+    assert names(tmp_path / "previous-1" / "checkpoints") == []
+    assert names(tmp_path / "previous-1" / "hf") == ["step-2", "step-3"]
+
+
 def test_set_aside_keeps_the_earlier_run_and_what_is_not_its(tmp_path, caplog):
     make_run(tmp_path, tmp_path / "logs")
     (tmp_path / "notes.txt").write_text("mine")

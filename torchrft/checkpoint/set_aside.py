@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from torchrft.checkpoint import folders
 from torchrft.tools.distributed import on_main
 from torchrft.tools.logging import logger
 
@@ -21,6 +22,9 @@ def set_aside(save_path: str | Path, log_dir: str | Path | None = None) -> None:
 
 
 def _set_aside(save_path: Path, log_dir: str | Path | None) -> None:
+    for parent in (save_path / "checkpoints", save_path / "hf"):
+        folders.restore_interrupted(parent)
+        folders.clear_leftovers(parent)  # a half-written checkpoint is of no use to anybody
     _move(save_path, [*WRITTEN_TO_SAVE_PATH, *(f"logs/{name}" for name in WRITTEN_TO_LOG_DIR)])
     if log_dir is not None and Path(log_dir).resolve() != (save_path / "logs").resolve():
         _move(Path(log_dir), list(WRITTEN_TO_LOG_DIR))

@@ -228,7 +228,8 @@ def parameters_on_meta() -> Iterator[None]:
             return None
         return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
-    handle = register_module_parameter_registration_hook(on_meta)
+    hook: Any = on_meta  # torch declares its return type too narrowly
+    handle = register_module_parameter_registration_hook(hook)
     try:
         yield
     finally:
