@@ -48,10 +48,6 @@ FLAGS = [
     (["--no_bf16"], "--no_bf16: unknown flag; write --bf16 false"),
     (["--disable_compile"], "--disable_compile: unknown flag; write --compile false"),
     (["--zzz", "1"], "--zzz 1: unknown flag; --help lists all flags"),
-    (
-        ["--deepspeed_config", "a.json"],
-        "unknown flag; set the fields that docs/parallelism.md list",
-    ),
     (["--max_len", "9\nx = 1"], "--max_len 9 x = 1: expected integer > 0"),
     (["--"], "--: unknown flag"),
     (["--=5"], "-- 5: unknown flag"),
@@ -158,10 +154,6 @@ TOMLS = [
         "[data] top_p = 1.0: unknown key; did you mean top_p under [rollout]?",
     ),
     ("[data]\ntemprature = 1.0\n", "did you mean temperature under [rollout]?"),
-    (
-        '[parallel]\ndeepspeed_config = "a"\n',
-        "unknown key; set the fields that docs/parallelism.md",
-    ),
     ("[data]\nqqqq = 1\n", "[data] qqqq = 1: unknown key; valid: prompt_data"),
     ('[data]\n"a\\nb" = 1\n', "unknown key"),
     ("[data.max_len]\nx = 1\n", '[data] max_len = {"x": 1}: expected integer > 0'),

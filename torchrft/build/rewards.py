@@ -5,8 +5,8 @@ from functools import partial
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from torchrft.config.job_config import Data, JobConfig
 from torchrft.build.rollout import judge_engine
+from torchrft.config.job_config import Data, JobConfig
 from torchrft.rewards.scorer import Scorer, Weighted, build_scorer
 from torchrft.tools.distributed import World
 
