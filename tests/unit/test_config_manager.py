@@ -190,7 +190,7 @@ def test_all_faults_come_together(tmp_path):
         "--kl_estimator k4: expected one of k1, k2, k3",
         "--max_leng 5: unknown flag; did you mean --max_len?",
         'wandb_org = "me" has no effect without use_wandb',
-        "train_batch_size = 96 must be a multiple of rollout_batch_size x n_samples_per_prompt = 16",
+        "must be a multiple of rollout_batch_size x n_samples_per_prompt = 16 x 4",
     ):
         assert part in text
     assert len(error.value.faults) == 6
