@@ -62,8 +62,8 @@ def main(argv: list[str]) -> int:
 
         train.run(argv)
     # A wrong config is refused here, in one process, before any other starts.
+    from torchrft.build.preflight import job_faults
     from torchrft.config.manager import check_only
-    from torchrft.preflight import job_faults
 
     if code := check_only(argv, job_faults):
         return 0 if code == 10 else code

@@ -16,8 +16,8 @@ from torchrft.tools.signals import SecondKeyboardInterrupt, end_with_launcher, e
 def main(argv: list[str] | None = None) -> int:
     """Runs the job; returns 0, 2 for a job that cannot start, 1 for one that cannot go on, or
     128 + signal if one ended it. A fault is one line; the traceback of a bug goes to a file."""
+    from torchrft.build.preflight import job_faults
     from torchrft.config.manager import read
-    from torchrft.preflight import job_faults
 
     config = read(sys.argv[1:] if argv is None else argv, job_faults)
 

@@ -25,7 +25,8 @@ from helpers import run_ranks
 from torchrft.config.job_config import Rollout
 from torchrft.rollout import build_engine
 from torchrft.rollout.canary import WeightSyncError
-from torchrft.rollout.weight_sync import WeightFiles, named_full_tensors
+from torchrft.rollout.weight_files import WeightFiles
+from torchrft.rollout.weight_sync import named_full_tensors
 from torchrft.tools.http import Deadline, run
 from torchrft.types import Prompt, SamplingParams
 
@@ -296,7 +297,7 @@ def test_files_that_are_not_what_was_sent(servers, monkeypatch):
         engine.update_weights((taken.append(pair) or pair for pair in pairs), 0)
     assert len(taken) == len(pairs)  # gathering is collective: it must be gone through
     monkeypatch.undo()
-    monkeypatch.setattr("torchrft.rollout.weight_sync._BUCKET", 60_000)
+    monkeypatch.setattr("torchrft.rollout.weight_files._BUCKET", 60_000)
     written = []
     monkeypatch.setattr(WeightFiles, "remove", lambda self: written.extend(self.paths))
     engine.update_weights(pairs, 7)

@@ -9,12 +9,12 @@ import tiny_job
 import torch
 from test_vllm_trainer import train
 from tiny_job import rollout, tiny_config
-from torchrft.build.rollout import judge_engine
 
+from torchrft.build.judges import build_judge
+from torchrft.build.rollout import judge_engine
 from torchrft.config.job_config import Rollout
 from torchrft.config.reward_config import Judge as Entry
 from torchrft.models.loader import load_tokenizer
-from torchrft.rewards.judge import build_judge
 from torchrft.rewards.source import RewardRequest
 from torchrft.rollout.vllm_scores import VllmScores
 

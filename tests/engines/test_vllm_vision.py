@@ -9,14 +9,14 @@ import pytest
 import tiny_vlm
 import torch
 from tiny_job import ASSETS, tiny_config
-from torchrft.build.rollout import judge_engine
 from transformers import AutoModelForImageTextToText
 
+from torchrft.build.judges import build_judge
+from torchrft.build.rollout import judge_engine
 from torchrft.config.job_config import Rollout
 from torchrft.config.reward_config import Judge
 from torchrft.models.loader import load_config, load_model, load_tokenizer
 from torchrft.models.vision import Vision
-from torchrft.rewards.judge import build_judge
 from torchrft.rollout import build_engine
 from torchrft.rollout.canary import Canary, WeightSyncError
 from torchrft.rollout.native.engine import NativeEngine

@@ -20,8 +20,8 @@ def built(monkeypatch):
     """Builds the rewards of a config with stand-ins for models, judges and servers."""
     model, judge, remote = (lambda entry, *_: Source(entry.name or entry.pretrain)), None, None
     judge, remote = (lambda entry, *_: Source(entry.name)), (lambda reward: Source("remote"))
-    monkeypatch.setattr("torchrft.rewards.models.build_scalar_model", model)
-    monkeypatch.setattr("torchrft.rewards.judge.build_judge", judge)
+    monkeypatch.setattr("torchrft.build.reward_models.build_scalar_model", model)
+    monkeypatch.setattr("torchrft.build.judges.build_judge", judge)
     monkeypatch.setattr("torchrft.rewards.remote.RemoteRewards", remote)
 
     def build(**options):

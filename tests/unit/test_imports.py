@@ -5,6 +5,7 @@ Imports inside functions and under TYPE_CHECKING count as well.
 
 import ast
 import io
+import re
 import subprocess
 import sys
 import tokenize
@@ -23,7 +24,7 @@ ROWS = [
     {"data", "rewards", "rollout", "optim", "checkpoint", "metrics"},
     {"learn"},
     {"build"},
-    {"collector", "preflight"},
+    {"collector"},
     {"run_state"},
     {"trainer"},
     {"train", "deepspeed", "rewards/server.py"},
@@ -147,6 +148,17 @@ def test_the_package_stays_small():
     core = sum(code_lines(source) for path, source in sources.items() if path not in apart)
     assert core < 14_110  # docs/design.md: why not 10,200
     assert max(source.count("\n") for source in sources.values()) <= 400
+
+
+def test_the_way_of_a_prompt_is_short():
+    """From run_train.sh to the weight sync, as docs/architecture.md lists it."""
+    text = (ROOT.parent / "docs" / "architecture.md").read_text()
+    listed = dict(re.findall(r"^\| `([\w/]+\.py)` \| (\d+) \|", text, re.M))
+    lines = {name: (ROOT / name).read_text().count("\n") for name in listed}
+    assert lines == {name: int(count) for name, count in listed.items()}
+    assert len(lines) == 7
+    script = (ROOT.parent / "run_train.sh").read_text().count("\n")
+    assert sum(lines.values()) + script <= 1500
 
 
 # Each with its reason.

@@ -12,9 +12,9 @@ from pyarrow import parquet
 from tiny_job import ASSETS, MODEL, argv, tiny_config
 
 from torchrft import train
+from torchrft.build.preflight import WRITTEN, job_faults
 from torchrft.config.fields import FIELDS
 from torchrft.config.manager import check_only
-from torchrft.preflight import WRITTEN, job_faults
 
 PROMPT = '{"prompt": "1 2", "label": "2"}\n'
 
@@ -205,7 +205,7 @@ def test_a_checkpoint_to_resume_from(tmp_path):
     ],
 )
 def test_wandb_has_a_key_or_needs_none(monkeypatch, tmp_path, variables, files):
-    monkeypatch.setattr("torchrft.preflight.find_spec", lambda name: name)
+    monkeypatch.setattr("torchrft.build.preflight.find_spec", lambda name: name)
     (fault,) = faults(use_wandb="project")
     assert fault.startswith('[logging] use_wandb = "project" needs a key of Weights & Biases: run')
     for name, value in variables.items():
@@ -218,7 +218,7 @@ def test_wandb_has_a_key_or_needs_none(monkeypatch, tmp_path, variables, files):
 
 
 def test_wandb_is_installed(monkeypatch):
-    monkeypatch.setattr("torchrft.preflight.find_spec", lambda name: None)
+    monkeypatch.setattr("torchrft.build.preflight.find_spec", lambda name: None)
     monkeypatch.setenv("WANDB_MODE", "offline")
     (fault,) = faults(use_wandb="project")
     assert "needs the package wandb: pip install" in fault

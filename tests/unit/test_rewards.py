@@ -576,6 +576,11 @@ def test_a_fault_of_the_data_is_told_from_a_bug(isolated):
     assert not isinstance(caught.value, SampleError)
 
 
+def checked(flags):
+    words = tiny_job.argv(functions=None)[:-2] + flags
+    return check_only(words, lambda config: reward_faults(config.reward))
+
+
 def test_what_only_loading_shows_is_told_by_a_dry_run(tmp_path, capsys):
     (tmp_path / "own.py").write_text("def f(response, *, base: int): return 0")
     functions = f'["exact_mach", {{ name = "{tmp_path}/own.py:f", options = {{ bas = 1 }} }}]'
@@ -585,7 +590,12 @@ def test_what_only_loading_shows_is_told_by_a_dry_run(tmp_path, capsys):
     )
     models = '[{ pretrain = "m", chat_template = "none.jinja" }]'
     flags = ["--functions", functions, "--judges", judges, "--models", models, "--dry_run"]
-    assert check_only(tiny_job.argv(functions=None)[:-2] + flags, reward_faults) == 2
+    assert (
+        check_only(
+            tiny_job.argv(functions=None)[:-2] + flags, lambda config: reward_faults(config.reward)
+        )
+        == 2
+    )
     first, second, third, fourth, fifth = capsys.readouterr().err.splitlines()
     assert first.startswith('error: [reward] unknown reward function "exact_mach"')
     assert "has no option 'bas'; valid: base" in second
@@ -597,7 +607,12 @@ def test_what_only_loading_shows_is_told_by_a_dry_run(tmp_path, capsys):
 def test_a_file_that_prints_does_not_spoil_the_toml_of_a_dry_run(tmp_path, capsys):
     (tmp_path / "own.py").write_text("print('hello')\ndef f(response): return 0")
     flags = ["--functions", f"{tmp_path}/own.py:f", "--dry_run"]
-    assert check_only(tiny_job.argv(functions=None)[:-2] + flags, reward_faults) == 10
+    assert (
+        check_only(
+            tiny_job.argv(functions=None)[:-2] + flags, lambda config: reward_faults(config.reward)
+        )
+        == 10
+    )
     said = capsys.readouterr()
     assert said.err == "hello\n"
     assert tomllib.loads(said.out)["reward"]["functions"][0]["name"] == f"{tmp_path}/own.py:f"

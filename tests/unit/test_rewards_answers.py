@@ -483,7 +483,7 @@ def test_a_dry_run_only_notes_that_math_verify_is_missing(monkeypatch):
     needs = "[reward] functions: 'math' needs math-verify: pip install 'torchrft[math]'"
     loaded = load([*flags, "math", "--dry_run"], 1)
     assert needs in loaded.notes
-    assert reward_faults(loaded.config) == []
+    assert reward_faults(loaded.config.reward) == []
     with pytest.raises(ConfigError) as refused:
         load([*flags, "math"], 1)
     assert refused.value.faults == [needs]

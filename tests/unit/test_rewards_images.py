@@ -24,11 +24,11 @@ from transformers import (
     Gemma3Processor,
 )
 
+from torchrft.build.reward_models import build_scalar_model
 from torchrft.config.reward_config import Reward, RewardFunction
 from torchrft.config.reward_config import RewardModel as Entry
 from torchrft.rewards.judge import JudgeTemplate
 from torchrft.rewards.judge_server import ServerAnswers
-from torchrft.rewards.models import build_scalar_model
 from torchrft.rewards.registry import register
 from torchrft.rewards.remote import RemoteRewards
 from torchrft.rewards.scorer import build_scorer

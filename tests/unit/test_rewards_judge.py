@@ -16,11 +16,12 @@ from helpers import run_ranks
 from reward_servers import Reply, Scripted, wait_until
 from tiny_job import records, rollout, tiny_config
 from tokenizers import processors
-from torchrft.build.rollout import judge_engine
 
+from torchrft.build.judges import build_judge
+from torchrft.build.rollout import judge_engine
 from torchrft.config.reward_config import Judge as Entry
 from torchrft.models.loader import load_tokenizer
-from torchrft.rewards.judge import EngineAnswers, Judge, JudgeTemplate, build_judge
+from torchrft.rewards.judge import EngineAnswers, Judge, JudgeTemplate
 from torchrft.rewards.judge_server import ServerAnswers
 from torchrft.rewards.source import RewardError, RewardRequest
 from torchrft.rewards.verdicts import aggregate, parser_of

@@ -15,10 +15,11 @@ from tiny_job import MODEL, records, rollout, tiny_config
 from tokenizers import processors
 from transformers import AutoTokenizer
 
+from torchrft.build.reward_models import build_scalar_model
 from torchrft.config.job_config import Parallel
 from torchrft.config.reward_config import RewardModel as Entry
 from torchrft.models.reward_model import HostWeights, load_reward_model
-from torchrft.rewards.models import Batches, Reader, ScalarModel, build_scalar_model, text_or_file
+from torchrft.rewards.models import Batches, Reader, ScalarModel, text_or_file
 from torchrft.rewards.source import RewardError, RewardRequest
 from torchrft.tools.distributed import World
 from torchrft.trainer import Trainer

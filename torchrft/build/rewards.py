@@ -22,14 +22,14 @@ def build_rewards(
     reward, others = config.reward, []
     # Optional sources are imported where they are selected.
     for entry in reward.scalar_models(config.model.pretrain):
-        from torchrft.rewards.models import build_scalar_model
+        from torchrft.build.reward_models import build_scalar_model
         from torchrft.rollout.vllm_scores import VllmScores
 
         pooling = partial(VllmScores, rollout=config.rollout, dtype=dtype, device=world.device)
         model = build_scalar_model(entry, config, world, dtype, tokenizer, pooling)
         others.append(Weighted(model, entry.weight, entry.normalize))
     for judge in reward.judges:
-        from torchrft.rewards.judge import build_judge
+        from torchrft.build.judges import build_judge
 
         engine = partial(judge_engine, config=config, dtype=dtype, device=world.device)
         others.append(Weighted(build_judge(judge, config, engine), judge.weight, judge.normalize))

@@ -2,21 +2,19 @@
 
 import hashlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from torchrft.config.job_config import JobConfig
 from torchrft.config.reward_config import Judge as Entry
-from torchrft.models.loader import load_config, load_tokenizer
 from torchrft.models.tokenizer import affixes, encode, render_chat
 from torchrft.models.vision import Vision
 from torchrft.rewards.judge_template import Content, JudgeTemplate
 from torchrft.rewards.registry import RuleFault
 from torchrft.rewards.source import RewardError, RewardRequest, RewardResult, SampleError
-from torchrft.rewards.verdicts import Parsing, Stuck, aggregate, parser_of
+from torchrft.rewards.verdicts import Parsing, Stuck, aggregate
 from torchrft.tools.images import Image
 from torchrft.tools.seeds import derive_seed
 from torchrft.types import Completion, Prompt, SamplingParams
@@ -38,9 +36,6 @@ class Answers(Protocol):
     ) -> list[list[str] | None]: ...
 
     def close(self) -> None: ...
-
-
-MakeEngine = Callable[[Entry, int, Vision | None], Engine]
 
 
 @dataclass
@@ -176,37 +171,3 @@ class Judge:
     def close(self) -> None:
         self.answers.close()
         self.parse.close()
-
-
-def build_judge(entry: Entry, config: JobConfig, make_engine: MakeEngine) -> Judge:
-    """The judge of an entry of `[reward] judges`.
-
-    `make_engine(entry, max_len, vision)` starts an engine that has the judge's weights.
-
-    Raises ValueError for a template, parser, model, engine or server that cannot be used.
-    """
-    template = JudgeTemplate(entry.template, entry.name)
-    where = f"judge {entry.name!r}"
-    parser_of(entry.parser)
-    for fault in entry.faults():
-        raise ValueError(fault)
-    if entry.engine == "remote":
-        from torchrft.rewards.judge_server import ServerAnswers
-
-        return Judge(entry, template, ServerAnswers(entry), config.training.seed)
-    assert entry.pretrain is not None
-    limit = getattr(load_config(entry.pretrain), "max_position_embeddings", entry.max_len)
-    max_len = min(entry.max_len, limit)
-    if entry.max_new_tokens >= max_len:
-        raise ValueError(
-            f"{where}: max_new_tokens = {entry.max_new_tokens} leaves no room for a prompt within "
-            f"{max_len} tokens, the smaller of max_len and the model's own limit"
-        )
-    tokenizer = load_tokenizer(entry.pretrain)
-    vision = None
-    if template.shows_images:
-        data = config.data
-        vision = Vision.load(entry.pretrain, None, data.min_pixels, data.max_pixels)
-    engine = make_engine(entry, max_len, vision)
-    answers = EngineAnswers(engine, tokenizer, entry, max_len, vision)
-    return Judge(entry, template, answers, config.training.seed)

@@ -3,25 +3,24 @@
 from collections.abc import Callable
 from functools import partial
 
-from torchrft.config.job_config import JobConfig
-from torchrft.config.reward_config import Judge
+from torchrft.config.reward_config import Judge, Reward
 from torchrft.rewards.registry import MissingPackage
 from torchrft.rewards.rule_source import check_isolation, checked_rule
 from torchrft.rewards.text import text_or_file
 
 
-def reward_faults(config: JobConfig) -> list[str]:
+def reward_faults(reward: Reward) -> list[str]:
     """A sentence for each function, template and parser that cannot be used; starts nothing.
 
     Files of the user's own functions are imported.
     """
     checks: list[Callable[[], object]] = [
-        *(partial(checked_rule, entry) for entry in config.reward.functions),
-        partial(check_isolation, config.reward),
-        *(partial(_check_judge, judge) for judge in config.reward.judges),
+        *(partial(checked_rule, entry) for entry in reward.functions),
+        partial(check_isolation, reward),
+        *(partial(_check_judge, judge) for judge in reward.judges),
         *(
             partial(text_or_file, entry.chat_template, f'models "{entry.pretrain}": chat_template')
-            for entry in config.reward.models
+            for entry in reward.models
             if entry.chat_template is not None
         ),
     ]

@@ -24,7 +24,8 @@ from torchrft.models.loader import expected_model
 from torchrft.rollout.canary import Canary, WeightSyncError
 from torchrft.rollout.engine import check_prompts, completion
 from torchrft.rollout.vllm import sampling_options
-from torchrft.rollout.weight_sync import WeightFiles, layout
+from torchrft.rollout.weight_files import WeightFiles
+from torchrft.rollout.weight_sync import layout
 from torchrft.tools import distributed
 from torchrft.tools.credentials import bearer_token
 from torchrft.tools.http import Deadline, Server, ServerError, ServerGroup, run, run_all

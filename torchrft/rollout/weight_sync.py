@@ -1,23 +1,15 @@
 """The trainer's weights, one full tensor at a time, by Hugging Face name."""
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from torchrft.models.loader import persistent_buffers
 from torchrft.parallel import reshard
-from torchrft.rollout.canary import Canary, Held, fingerprint
-
-_BUCKET = 256 << 20  # bytes held at a time while weights are written
+from torchrft.rollout.canary import Canary, Held
 
 
 def named_full_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -64,44 +56,3 @@ def layout(model: nn.Module) -> str:
     tensors = (*model.named_parameters(), *persistent_buffers(model))
     shapes = sorted((name, tuple(tensor.shape)) for name, tensor in tensors)
     return hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
-
-
-@dataclass
-class WeightFiles:
-    """All weights as safetensors files, and the mark (`fingerprint`) of every tensor."""
-
-    paths: list[str] = field(default_factory=list)
-    marks: dict[str, int] = field(default_factory=dict)
-    failure: str | None = None
-
-    @classmethod
-    def write(cls, pairs: Iterable[tuple[str, Tensor]], folder: str) -> Self:
-        """Writes the tensors in buckets of bounded size.
-
-        Gathering them is collective, so all are taken, even when the disk is full: that is told in
-        `failure`.
-        """
-        files = cls()
-
-        def on_host() -> Iterator[tuple[str, Tensor]]:
-            for name, tensor in pairs:
-                if files.failure is None:
-                    files.marks[name] = int(fingerprint(tensor))
-                    yield name, tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
-
-        for bucket in buckets(on_host(), _BUCKET):
-            files._save(bucket, folder)
-        return files
-
-    def _save(self, bucket: dict[str, Tensor], folder: str) -> None:
-        path = os.path.join(folder, f"{len(self.paths)}.safetensors")
-        self.paths.append(path)
-        try:
-            save_file(bucket, path)
-        except (OSError, SafetensorError) as error:
-            self.failure = f"weight update: {path} cannot be written ({error}); make room there, "
-            self.failure += "or set weight_folder to another folder"
-
-    def remove(self) -> None:
-        for path in self.paths:
-            Path(path).unlink(missing_ok=True)

@@ -33,7 +33,7 @@ def job_faults(config: JobConfig) -> list[str]:
     faults: list[str] = []
     for check in (_prompts, _models, _functions, _written, _checkpoint, _wandb, _tokens):
         faults += _fault(faults.extend, check(config))
-    return faults + reward_faults(config)
+    return faults + reward_faults(config.reward)
 
 
 def _fault(check: Callable[..., object], *arguments: object) -> list[str]:
