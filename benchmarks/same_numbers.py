@@ -21,9 +21,10 @@ from common import REPOSITORY, table
 
 from torchrft.algorithms.presets import PRESETS
 
-SMALL = "--rollout_batch_size 16 --train_batch_size 128 --micro_train_batch_size 64"
+SMALL = "--rollout_batch_size 16 --train_batch_size 128"
 SMALL = f"{SMALL} --max_tokens_per_microbatch 1024 --actor_learning_rate 5e-3 --lr_warmup_ratio 0"
 SMALL = f"{SMALL} --functions tests/tiny_rewards.py:spread --n_samples_per_prompt 8"
+ALONE = f"{SMALL} --micro_train_batch_size 64"
 TP, SP, PADDED = "--tp_size 2", "--sp_size 2", "--packing_samples false"
 LAYOUTS = {
     "dp": "",
@@ -50,11 +51,11 @@ def jobs() -> dict[str, tuple[int, str]]:
     runs = {"default": (1, "--max_steps 12 --eval_steps 4")}
     runs["debug_vlm"] = (1, "--config_file train_configs/debug_vlm.toml --max_steps 8")
     for name in PRESETS:
-        runs[f"preset {name}"] = (1, f"--advantage_estimator {name} --max_steps 3 {SMALL}")
+        runs[f"preset {name}"] = (1, f"--advantage_estimator {name} --max_steps 3 {ALONE}")
     more = "--kl_controller adaptive --max_epochs 2 --entropy_coef 0.01 --freezing_actor_steps 1"
-    runs["options"] = (1, f"--advantage_estimator gae {more} --max_steps 3 {SMALL}")
+    runs["options"] = (1, f"--advantage_estimator gae {more} --max_steps 3 {ALONE}")
     selected = "--high_entropy_token_ratio 0.5 --rollout_correction token_tis --dynamic_sampling"
-    runs["selected"] = (1, f"{selected} --max_steps 3 {SMALL}")
+    runs["selected"] = (1, f"{selected} --max_steps 3 {ALONE}")
     for ranks, layouts in ((2, LAYOUTS), (4, FOUR)):
         for name, flags in layouts.items():
             size = f"--micro_train_batch_size {128 // ranks}"

@@ -64,8 +64,9 @@ def main(argv: list[str]) -> int:
     # A wrong config is refused here, in one process, before any other starts.
     from torchrft.build.preflight import job_faults
     from torchrft.config.manager import check_only
+    from torchrft.sources import SOURCES
 
-    if code := check_only(argv, job_faults):
+    if code := check_only(argv, job_faults, SOURCES):
         return 0 if code == 10 else code
     if hosts == 1:
         return _one_host(argv, count)

@@ -18,8 +18,9 @@ def main(argv: list[str] | None = None) -> int:
     128 + signal if one ended it. A fault is one line; the traceback of a bug goes to a file."""
     from torchrft.build.preflight import job_faults
     from torchrft.config.manager import read
+    from torchrft.sources import SOURCES
 
-    config = read(sys.argv[1:] if argv is None else argv, job_faults)
+    config = read(sys.argv[1:] if argv is None else argv, job_faults, sources=SOURCES)
 
     from torchrft.tools.logging import on_terminal, setup_logging
 

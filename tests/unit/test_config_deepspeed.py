@@ -2,14 +2,19 @@
 
 import json
 import tomllib
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from torchrft.config import deepspeed_keys
-from torchrft.config.deepspeed_keys import KEYS, TRAINER
+from torchrft.config import manager
 from torchrft.config.fields import FIELDS, value_of
-from torchrft.config.manager import ConfigError, load, to_toml
+from torchrft.config.manager import ConfigError, to_toml
+from torchrft.deepspeed import keys as deepspeed_keys
+from torchrft.deepspeed.keys import KEYS, TRAINER
+from torchrft.sources import SOURCES
+
+load = partial(manager.load, sources=SOURCES)
 
 BASE = ["--pretrain", "m", "--rollout_batch_size", "16", "--engine_type", "native", "--dry_run"]
 
@@ -180,3 +185,10 @@ def test_every_mapped_key_has_its_place():
 def test_every_key_is_listed_once():
     table = tomllib.loads(Path(deepspeed_keys.__file__).with_suffix(".toml").read_text())
     assert len(KEYS) == sum(len(entry["names"]) for entry in table["key"])
+
+
+def test_without_its_reader_a_json_is_no_silent_option():
+    with pytest.raises(
+        ConfigError, match=r"deepspeed_config needs a reader; pass torchrft\.sources"
+    ):
+        manager.load([*BASE, "--deepspeed_config", "x.json"], 1)

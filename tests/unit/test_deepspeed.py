@@ -10,8 +10,8 @@ from helpers import run_ranks
 from torch import nn
 
 from torchrft import deepspeed
-from torchrft.config.deepspeed_keys import KEYS
 from torchrft.deepspeed.config import offloads, read
+from torchrft.deepspeed.keys import KEYS
 from torchrft.deepspeed.schedules import Schedule, WarmupLR
 
 MICRO = {"train_micro_batch_size_per_gpu": 2}

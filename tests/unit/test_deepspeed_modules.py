@@ -11,10 +11,10 @@ from test_deepspeed import MICRO, OPTIMIZER, Net, data
 from torch import nn
 
 from torchrft import deepspeed
-from torchrft.config.deepspeed_json import read_json
 from torchrft.deepspeed import modules
 from torchrft.deepspeed.accelerator import get_accelerator
 from torchrft.deepspeed.adam import DeepSpeedCPUAdam, FusedAdam
+from torchrft.deepspeed.json_config import read_json
 
 PROGRAM = """
 from torchrft.deepspeed.everywhere import deepspeed

@@ -26,8 +26,9 @@ ROWS = [
     {"build"},
     {"collector"},
     {"run_state"},
-    {"trainer"},
-    {"train", "deepspeed", "rewards/server.py"},
+    {"trainer", "deepspeed"},
+    {"sources"},
+    {"train", "rewards/server.py"},
     {"launch"},
 ]
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names}

@@ -6,16 +6,14 @@ import os
 import re
 import sys
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import tomli_w
 from pydantic import ValidationError
 
-from torchrft.config.deepspeed_fields import accumulation_fault, merge, wanted
-from torchrft.config.deepspeed_json import Judged, read_json
 from torchrft.config.faults import field_fault, key_fault, toml_fault
 from torchrft.config.fields import FIELDS, SECTIONS, expected, show
 from torchrft.config.flags import Draft, parse
@@ -58,10 +56,27 @@ class LoadedConfig:
     notes: tuple[str, ...] = ()
 
 
+class Filled(NamedTuple):
+    """What a further file of options says beside its values: notes, and faults of the whole."""
+
+    notes: list[str]
+    faults: Callable[[JobConfig, int], list[str]]
+
+
+# By the field that names the file: fills a draft from it, for so many data-parallel ranks (None:
+# not known). Raises ValueError, in one sentence, for a file that cannot be used.
+Sources = Mapping[str, Callable[[str, Draft, int | None], Filled]]
+NO_SOURCES: Sources = {}
+FILE_FIELDS = ("deepspeed_config",)
 Verify = Callable[[JobConfig], list[str]]  # faults that only the parts themselves can find
 
 
-def read(argv: list[str], verify: Verify = lambda config: [], warn: bool = True) -> JobConfig:
+def read(
+    argv: list[str],
+    verify: Verify = lambda config: [],
+    warn: bool = True,
+    sources: Sources = NO_SOURCES,
+) -> JobConfig:
     """The front door of the entry point: a config for a real run, or SystemExit.
 
     Exits with 0 after --help and --dry_run and with 2 after faults, one line each on stderr. In a
@@ -71,7 +86,7 @@ def read(argv: list[str], verify: Verify = lambda config: [], warn: bool = True)
         _say([help_text()])
         raise SystemExit(0)
     try:
-        loaded = load(argv)
+        loaded = load(argv, sources=sources)
         with contextlib.redirect_stdout(sys.stderr):  # a file of the user's may print
             faults = verify(loaded.config)
         if faults:
@@ -92,19 +107,23 @@ def _say(lines: Iterable[str], file: TextIO | None = None) -> None:
             print(line, file=file)
 
 
-def check_only(argv: list[str], verify: Verify = lambda config: []) -> int:
+def check_only(
+    argv: list[str], verify: Verify = lambda config: [], sources: Sources = NO_SOURCES
+) -> int:
     """Whether the job may start: 0, or 2 after printing faults; 10 after --help or --dry_run.
 
     For launch.py, which asks before it starts any process. Warnings are left to the job.
     """
     try:
-        read(argv, verify, warn=False)
+        read(argv, verify, False, sources)
     except SystemExit as done:
         return int(done.code or 0) or 10
     return 0
 
 
-def load(argv: list[str], world_size: int | None = None) -> LoadedConfig:
+def load(
+    argv: list[str], world_size: int | None = None, sources: Sources = NO_SOURCES
+) -> LoadedConfig:
     """Read flags and their TOML and judge them for `world_size` ranks (by default the job's).
 
     Raises ConfigError with all faults of the TOML, the flags and the rules together.
@@ -116,15 +135,14 @@ def load(argv: list[str], world_size: int | None = None) -> LoadedConfig:
         document = _merge_toml(path, draft)
     given = None if world_size is None else (world_size, "given")
     known = given or _known_world_size(dry_run, draft.faults)
-    judged = _merge_deepspeed(draft, known)
+    filled = _read_sources(draft, sources, known)
     config = _build(draft)
     for name in _idle_fields(config, flags, draft, document) & draft.values.keys():
         del draft.values[name]
     config = _build(draft)
     unknown = smallest_world_size(config), "the smallest that fits; set NGPU for another"
     world_size, source = known or unknown
-    if judged is not None:
-        draft.faults += accumulation_fault(judged, config, world_size)
+    draft.faults += [fault for file in filled for fault in file.faults(config, world_size)]
     findings, notes = check(config, world_size), unavailable(config)
     errors = findings.errors if dry_run else findings.errors + notes
     if not draft.is_partial:
@@ -133,28 +151,27 @@ def load(argv: list[str], world_size: int | None = None) -> LoadedConfig:
         draft.faults += clear
     if draft.faults:
         raise ConfigError(draft.faults)
-    warnings = (*findings.warnings, *(judged.notes if judged else ()))
+    warnings = (*findings.warnings, *(note for file in filled for note in file.notes))
     config = with_precision(config, lacks_bf16)
     return LoadedConfig(config, world_size, source, dry_run, warnings, tuple(notes))
 
 
-def _merge_deepspeed(draft: Draft, known: tuple[int, str] | None) -> Judged | None:
-    """Fill what is not set from the DeepSpeed JSON, if there is one."""
-    path = draft.values.get("deepspeed_config")
-    if not isinstance(path, str) or not path:
-        return None
-    sizes = [draft.values.get(name, 1) for name in ("tp_size", "sp_size")]
-    fits = known is not None and all(type(size) is int and size > 0 for size in sizes)
-    ranks = known[0] // math.prod(sizes) if known is not None and fits else None
-    try:
-        judged = read_json(path)
-        found = list(wanted(judged, ranks))
-    except (OSError, ValueError, RecursionError) as error:
-        draft.faults.append(f"{draft.origins['deepspeed_config']}: {error}")
-        draft.is_partial = True
-        return None
-    merge(path, found, draft)
-    return judged
+def _read_sources(draft: Draft, sources: Sources, known: tuple[int, str] | None) -> list[Filled]:
+    """Fills what is not set from the files that fields name."""
+    filled = []
+    for name in FILE_FIELDS:
+        if isinstance(path := draft.values.get(name), str) and path:
+            sizes = [draft.values.get(name, 1) for name in ("tp_size", "sp_size")]
+            fits = known is not None and all(type(size) is int and size > 0 for size in sizes)
+            ranks = known[0] // math.prod(sizes) if known is not None and fits else None
+            try:
+                if name not in sources:
+                    raise ValueError(f"{name} needs a reader; pass torchrft.sources.SOURCES")
+                filled.append(sources[name](path, draft, ranks))
+            except (OSError, ValueError, RecursionError) as error:
+                draft.faults.append(f"{draft.origins[name]}: {error}")
+                draft.is_partial = True
+    return filled
 
 
 def _merge_toml(path: str, draft: Draft) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """DeepSpeed's `initialize` and engine, on FSDP2: `from torchrft import deepspeed`.
 
 ZeRO stages (arXiv:1910.02054) become the equivalent sharding, see `zero.py`; what becomes of every
-key of the configuration is in `config/deepspeed_keys.toml`. No code of DeepSpeed is used or needed.
+key of the configuration is in `deepspeed/keys.toml`. No code of DeepSpeed is used or needed.
 
 >>> engine, optimizer, _, _ = initialize(model=model, config="ds.json")      # doctest: +SKIP
 >>> for batch in data:                                                       # doctest: +SKIP
@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from torchrft.config.deepspeed_keys import KEYS
 from torchrft.deepspeed import checkpointing, comm, modules, utils, zero
 from torchrft.deepspeed.accelerator import get_accelerator
 from torchrft.deepspeed.adam import adam_of
 from torchrft.deepspeed.comm import init_distributed
 from torchrft.deepspeed.config import DeepSpeedConfigError, Settings, read
 from torchrft.deepspeed.engine import DeepSpeedEngine
+from torchrft.deepspeed.keys import KEYS
 from torchrft.deepspeed.schedules import Schedule, check_options
 from torchrft.deepspeed.utils import log_dist
 from torchrft.deepspeed.whole import shard_of

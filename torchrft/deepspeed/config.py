@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torchrft.config.deepspeed_json import Judged, read_json
+from torchrft.deepspeed.json_config import Judged, read_json
 from torchrft.parallel.mesh import ParallelDims
 from torchrft.parallel.zero import Sharding, stage
 from torchrft.tools.logging import logger

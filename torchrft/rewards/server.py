@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torchrft.config import flags as command_line
 from torchrft.config.job_config import JobConfig
 from torchrft.config.manager import ConfigError, load
+from torchrft.sources import SOURCES
 from torchrft.tools.credentials import bearer_token
 from torchrft.tools.logging import logger, setup_logging
 from torchrft.tools.text import one_line
@@ -53,7 +54,7 @@ def _config(path: str, flags: list[str]) -> tuple[JobConfig, bool]:
     given = {name for table in tables for name in table} | command_line.parse(flags).values.keys()
     extra = [word for n, v in _UNUSED.items() if n not in given for word in (f"--{n}", v)]
     words = ["--config_file", path, "--dry_run", *flags, *extra]
-    return load(words, world_size=1).config, "pretrain" in given
+    return load(words, 1, SOURCES).config, "pretrain" in given
 
 
 def _scorer(path: str, flags: list[str]) -> Scorer:

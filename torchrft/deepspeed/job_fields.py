@@ -1,14 +1,16 @@
 """A DeepSpeed JSON as fields of a run: what each mapped key is called in torchrft."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
-from torchrft.config.deepspeed_json import Judged
-from torchrft.config.deepspeed_keys import TRAINER
 from torchrft.config.fields import show
 from torchrft.config.flags import Draft
 from torchrft.config.job import job_of
 from torchrft.config.job_config import JobConfig
+from torchrft.config.manager import Filled
+from torchrft.deepspeed.json_config import Judged, read_json
+from torchrft.deepspeed.keys import TRAINER
 
 _ZERO = "zero_optimization."
 _ADAM = "optimizer.params."
@@ -78,14 +80,20 @@ def _schedule(values: dict[str, Any]) -> Iterator[Wanted]:
         yield Wanted("lr_min_ratio", 0.0001, key)
 
 
-def merge(path: str, found: list[Wanted], draft: Draft) -> None:
-    """Fills the fields that nobody has set; one that is set to something else is a fault."""
-    for field, value, key in found:
+def fill(path: str, draft: Draft, ranks: int | None) -> Filled:
+    """Fills the fields that nobody has set from a JSON file; one set to something else is a fault.
+
+    For `ranks` data-parallel ranks (None: not known). Raises ValueError, in one sentence, for a
+    file that cannot be used.
+    """
+    judged = read_json(path)
+    for field, value, key in list(wanted(judged, ranks)):
         at = f"{path}: {key}"
         held = draft.put(field, value, at)
         if (list(held) if isinstance(held, tuple) else held) != value:
             remedy = 'make them equal, or write "auto" in the JSON'
             draft.faults.append(f"{draft.origins[field]} and {at} differ; {remedy}")
+    return Filled(judged.notes, partial(accumulation_fault, judged))
 
 
 def accumulation_fault(judged: Judged, config: JobConfig, world_size: int) -> list[str]:

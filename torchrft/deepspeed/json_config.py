@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torchrft.config.deepspeed_keys import KEYS, SECTIONS
+from torchrft.deepspeed.keys import KEYS, SECTIONS
 
 # Sections whose switches DeepSpeed takes in quotes, too.
 _QUOTED = ("bf16.", "bfloat16.", "fp16.", "zero_optimization.")
