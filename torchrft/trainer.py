@@ -105,8 +105,8 @@ class Trainer:
         other_files: dict[str, bytes] = {}  # rank 0's; read now, since they may be gone later
         read = partial(files_beside_weights, config.model.pretrain)
         on_main(lambda: other_files.update(read()), "read pretrain")
-        policy = self.learner.policy.model.model
-        self.export = partial(export_hf, policy, processor, dtype=dtype, files=other_files)
+        model = self.learner.model
+        self.export = partial(export_hf, model, processor, dtype=dtype, files=other_files)
         self.stop_requested: int | None = None
         self._start(log_dir)
 
@@ -221,8 +221,8 @@ class Trainer:
     def _sync_weights(self) -> None:
         if self.sleeps:
             self.engine.wake()
-        policy = self.learner.policy.model.model
-        self.engine.update_weights(named_full_tensors(policy), version=self.progress.step)
+        weights = named_full_tensors(self.learner.model)
+        self.engine.update_weights(weights, version=self.progress.step)
 
     def _measured_step(self) -> dict[str, float]:
         """A step with what surrounds it: evaluation, times, throughput and memory."""

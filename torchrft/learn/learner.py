@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from torchrft.algorithms.advantages import AdvantageEstimator
 from torchrft.algorithms.aggregation import Denominators, token_mean
@@ -65,6 +66,12 @@ class Learner:
     def steppers(self) -> dict[str, OptimizerStep]:
         """The models that are trained, by their names in checkpoints."""
         return {"policy": self.policy} | ({} if self.critic is None else {"critic": self.critic})
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that is trained, whose weights engines and exports take."""
+        wrapped: Any = self.policy.model
+        return wrapped.model  # type: ignore[no-any-return]
 
     def fetch_states(self) -> None:
         """An update is due soon: optimizers' states that are on the host must come back."""
