@@ -361,7 +361,7 @@ def distances(folder: Path, built: Any) -> dict[str, float]:
     found = {}
     for way, packed in (("padded", False), ("packed", True)):
         with torch.no_grad():
-            got = policy(micro_batch(samples, rows, packed, samples.mask.shape[1]))[0]
+            got = policy(micro_batch(samples, rows, packed))[0]
         found[way] = float((got - wanted).abs().max())
     engine = NativeEngine(load_config(str(folder)), load_tokenizer(str(_TOKENIZER)), (1,))
     engine.update_weights(named_full_tensors(policy.model), version=0)
@@ -391,7 +391,7 @@ def sharded(rank: int, folders: list[str]) -> list[tuple[Tensor, str | None]]:
         if weights is not None:
             weights.fill(policy, torch.device("cpu"))
         with torch.no_grad():
-            logprobs = policy(micro_batch(samples, rows, True, samples.mask.shape[1]))[0]
+            logprobs = policy(micro_batch(samples, rows, True))[0]
         Path(folder, "export").mkdir(exist_ok=True)
         export_hf(
             policy.model, load_tokenizer(str(_TOKENIZER)), Path(folder, "export"), torch.float32

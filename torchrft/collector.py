@@ -24,22 +24,23 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawing:
+class RolloutPlan:
     """How many samples a rollout draws, how, and how ranks share them.
 
-    `max_rounds` bounds the rounds of dynamic sampling; None is without. `unit` neighboring samples
-    stay on one rank. Among `ranks` each place has samples of its own; the `helpers` ranks of a
-    place (tensor and sequence parallelism) divide its prompts among them. With `is_async` the next
-    rollout is generated while the trainer updates.
+    `max_rounds` bounds the rounds of dynamic sampling; None is without. `samples_per_unit`
+    consecutive samples stay on one rank. Each of the `ranks` has samples of its own, or shares them
+    with other ranks of a model (tensor and sequence parallelism): `model_parallel_ranks` share one
+    model, and divide its prompts among them. With `is_async` the next rollout is generated while
+    the trainer updates.
     """
 
     sampling: SamplingParams
     seed: int
     prompts_per_rollout: int
     max_rounds: int | None
-    unit: int
+    samples_per_unit: int
     ranks: DataRanks
-    helpers: int = 1
+    model_parallel_ranks: int = 1
     is_async: bool = False
 
     @classmethod
@@ -49,7 +50,7 @@ class Drawing:
         training: Training,
         sampling: SamplingParams,
         ranks: DataRanks,
-        helpers: int,
+        model_parallel_ranks: int,
     ) -> Self:
         """As the config's sections say."""
         # Whole prompts go to one rank, which computes each once. If an optimizer step takes parts
@@ -60,9 +61,9 @@ class Drawing:
             training.seed,
             rollout.rollout_batch_size,
             max_rounds=rollout.dynamic_sampling_max_rounds if rollout.dynamic_sampling else None,
-            unit=1 if training.train_batch_size % (n * ranks.size) else n,
+            samples_per_unit=1 if training.train_batch_size % (n * ranks.size) else n,
             ranks=ranks,
-            helpers=helpers,
+            model_parallel_ranks=model_parallel_ranks,
             is_async=rollout.async_level > 0,
         )
 
@@ -76,14 +77,14 @@ class Collector:
 
     def __init__(
         self,
-        drawing: Drawing,
+        plan: RolloutPlan,
         engine: RolloutEngine,
         prompts: PromptLoader,
         scorer: Scorer,
         shaper: RewardShaper,
         timer: PhaseTimer,
     ) -> None:
-        self.drawing, self.engine, self.prompts = drawing, engine, prompts
+        self.plan, self.engine, self.prompts = plan, engine, prompts
         self.scorer, self.shaper, self.timer = scorer, shaper, timer
         self.flight: Flight | None = None
         # Within it, a signal that asks the run to end may leave what hangs.
@@ -100,7 +101,7 @@ class Collector:
         With `ahead` the next rollout's first round is started, by the weights of now, and this one
         may have been. `wait_for_flight` must then be called before the engine gets other weights.
         """
-        size, max_rounds = self.drawing.prompts_per_rollout, self.drawing.max_rounds
+        size, max_rounds = self.plan.prompts_per_rollout, self.plan.max_rounds
         kept: list[list[Sample]] = []
         drawn: list[list[Sample]] = []
         for _ in range(max_rounds or 1):
@@ -115,7 +116,7 @@ class Collector:
             if not kept:  # every rank needs something to compute
                 kept = [[dataclasses.replace(sample, filler=True) for sample in drawn[0]]]
         if ahead:
-            prompts, places, sampling = self._round()
+            prompts, places, sampling = self._next_round()
             completions = self.thread.submit(self.engine.generate, prompts, sampling)
             position, options = self.prompts.position, without_seeds(sampling)
             self.flight = Flight(position, places, options, completions)
@@ -144,7 +145,7 @@ class Collector:
 
     def flight_state(self, flight: Flight | None) -> dict[str, Any] | None:
         """What was generated ahead, of all ranks, as a checkpoint keeps it; collective."""
-        if not self.drawing.is_async:
+        if not self.plan.is_async:
             return None
         rows = None if flight is None else flight.rows()
         gathered = distributed.on_all(lambda: rows, "gather what was generated ahead")
@@ -155,9 +156,9 @@ class Collector:
 
     def load_flight(self, state: Mapping[str, Any] | None) -> None:
         """Takes over what `flight_state` returned, if this run would have generated it, too."""
-        if state is None or not self.drawing.is_async:
+        if state is None or not self.plan.is_async:
             return
-        _, places, sampling = self._round()
+        _, places, sampling = self._next_round()
         if state["sampling"] != without_seeds(sampling):
             text = "the rollout's options changed: what was generated ahead is generated anew"
             logger.warning(text)
@@ -170,7 +171,7 @@ class Collector:
         If the samples do not divide evenly, the last ones are repeated as fillers. Fillers do not
         count in the loss.
         """
-        unit, ranks = self.drawing.unit, self.drawing.ranks
+        unit, ranks = self.plan.samples_per_unit, self.plan.ranks
         short = -len(samples) % (unit * ranks.size)
         fillers = [dataclasses.replace(s, filler=True) for s in samples[-unit:]] * short
         even = [*samples, *fillers[:short]]
@@ -179,12 +180,14 @@ class Collector:
     @property
     def splits_groups(self) -> bool:
         """Whether a group's samples may be on several ranks."""
-        return self.drawing.unit == 1 < self.drawing.ranks.size and self.drawing.sampling.n > 1
+        return self.plan.samples_per_unit == 1 < self.plan.ranks.size and self.plan.sampling.n > 1
 
     def gather_from_ranks(self, samples: Sequence[Sample]) -> list[Sample]:
         """All ranks' samples, of which `samples` is what `split_over_ranks` gave this rank."""
-        gathered = self.drawing.ranks.gather(samples)
-        units = [_batched(samples_of_rank, self.drawing.unit) for samples_of_rank in gathered]
+        gathered = self.plan.ranks.gather(samples)
+        units = [
+            _batched(samples_of_rank, self.plan.samples_per_unit) for samples_of_rank in gathered
+        ]
         return [s for row in zip(*units, strict=True) for unit in row for s in unit]
 
     def to_rows(self, samples: Sequence[Sample]) -> list[dict[str, Any]]:
@@ -203,7 +206,7 @@ class Collector:
         """Mean reward of greedy completions of all ranks' `prompts`."""
         with self.timer.phase("eval"):
             greedy = dataclasses.replace(
-                self.drawing.sampling,
+                self.plan.sampling,
                 n=1,
                 temperature=0.0,
                 first_token_temperature=None,
@@ -215,7 +218,7 @@ class Collector:
 
     def _draw(self) -> list[list[Sample]]:
         """One round: all ranks' groups, in the order of their prompts."""
-        prompts, places, sampling = self._round()
+        prompts, places, sampling = self._next_round()
         flight, self.flight = self.flight, None
         with self.timer.phase("rollout"):
             if flight is not None and flight.position == self.prompts.position:
@@ -233,17 +236,19 @@ class Collector:
             groups.setdefault(sample.group, []).append(sample)
         return list(groups.values())
 
-    def _round(self) -> tuple[list[Prompt], list[int], SamplingParams]:
+    def _next_round(self) -> tuple[list[Prompt], list[int], SamplingParams]:
         """This rank's prompts at the stream's position, their places, and how to sample them."""
-        drawing, ranks = self.drawing, self.drawing.ranks
+        plan, ranks = self.plan, self.plan.ranks
         first, prompts = self.prompts.position, self.prompts.peek()
         places = [first + index * ranks.size + ranks.rank for index in range(len(prompts))]
-        own = slice(distributed.get_rank() % drawing.helpers, None, drawing.helpers)
+        own = slice(
+            distributed.get_rank() % plan.model_parallel_ranks, None, plan.model_parallel_ranks
+        )
         seeds = tuple(
-            tuple(derive_seed(drawing.seed, place, j) for j in range(drawing.sampling.n))
+            tuple(derive_seed(plan.seed, place, j) for j in range(plan.sampling.n))
             for place in places[own]
         )
-        return prompts[own], places[own], dataclasses.replace(drawing.sampling, seeds=seeds)
+        return prompts[own], places[own], dataclasses.replace(plan.sampling, seeds=seeds)
 
     def _score(
         self, prompts: Sequence[Prompt], completions: list[Completion], places: list[int]

@@ -24,12 +24,12 @@ class RunState:
 
     def __init__(self, options: Checkpoint, collector: Collector, learner: Learner) -> None:
         self.options, self.collector, self.learner = options, collector, learner
-        drawing = collector.drawing
+        plan = collector.plan
         self.batch_sizes = {  # they decide how samples become optimizer steps
-            "rollout_batch_size": drawing.prompts_per_rollout,
-            "n_samples_per_prompt": drawing.sampling.n,
+            "rollout_batch_size": plan.prompts_per_rollout,
+            "n_samples_per_prompt": plan.sampling.n,
             "train_batch_size": learner.policy.training.train_batch_size,
-            "data_parallel_ranks": drawing.ranks.size,
+            "data_parallel_ranks": plan.ranks.size,
         }
         self.agreement = Agreement()
         self.small: dict[str, Any] = {"coefficients": learner, "data": collector.prompts}
@@ -131,7 +131,7 @@ class RunState:
                     f"{path} was saved with {name} = {saved[name]}{waiting}; this run has {value}: "
                     f"resume with {saved[name]}"
                 )
-        if saved["data_parallel_ranks"] != collector.drawing.ranks.size:
+        if saved["data_parallel_ranks"] != collector.plan.ranks.size:
             pending = [sample for sample in pending if not sample.filler]
         collector.load_flight(progress.get("flight"))
         set_rng_state(state["rng"][f"rank{get_rank()}"])

@@ -14,7 +14,7 @@ from torchrft.build.rollout import policy_engine, sampling_params
 from torchrft.checkpoint.hf_export import export_hf, files_beside_weights
 from torchrft.checkpoint.manager import CheckpointManager
 from torchrft.checkpoint.set_aside import set_aside
-from torchrft.collector import Collector, Drawing
+from torchrft.collector import Collector, RolloutPlan
 from torchrft.config.job_config import JobConfig
 from torchrft.config.manager import to_toml
 from torchrft.config.start import lacks_bf16, start_notes, with_precision
@@ -93,9 +93,9 @@ class Trainer:
             self.engine.sleep()
         shaper = RewardShaper(config.reward)
         sampling = sampling_params(config)
-        drawing = Drawing.of(config.rollout, config.training, sampling, ranks, dims.model_ranks)
+        plan = RolloutPlan.of(config.rollout, config.training, sampling, ranks, dims.model_ranks)
         self.collector = Collector(
-            drawing, self.engine, self.prompts.stream, scorer, shaper, self.timer
+            plan, self.engine, self.prompts.stream, scorer, shaper, self.timer
         )
         rollouts = self.prompts.rollouts
         self.last_step = min(rollouts, config.training.max_steps or rollouts)
@@ -145,9 +145,9 @@ class Trainer:
             try:
                 self._sync_weights()
                 if unlogged := self.state.progress["unlogged"]:  # a fault came after its update
-                    self._finish_step(self._completed(unlogged))
+                    self._finish_step(self._with_final_metrics(unlogged))
                 while progress.step < self.last_step and self.stop_requested is None:
-                    metrics = self._measured_step()
+                    metrics = self._step_with_evaluation()
                     stopping = distributed.any_rank(stop.received is not None)
                     self.stop_requested = (stop.received or 15) if stopping else None
                     self._finish_step(metrics)
@@ -174,8 +174,8 @@ class Trainer:
         """One rollout and what is learned from it."""
         progress, stream, learner = self.progress, self.prompts.stream, self.learner
         progress.began_at = stream.position
-        # Beyond max_steps, too: a run that it stops goes on as one that never stopped.
-        ahead = self.collector.drawing.is_async and progress.step + 1 < self.prompts.rollouts
+        # Ahead even past max_steps: a run that goes on later is then the run that never stopped.
+        ahead = self.collector.plan.is_async and progress.step + 1 < self.prompts.rollouts
         samples, metrics = self.collector.collect(ahead)
         if self.sleeps:
             self.engine.sleep()
@@ -224,7 +224,7 @@ class Trainer:
         weights = named_full_tensors(self.learner.model)
         self.engine.update_weights(weights, version=self.progress.step)
 
-    def _measured_step(self) -> dict[str, float]:
+    def _step_with_evaluation(self) -> dict[str, float]:
         """A step with what surrounds it: evaluation, times, throughput and memory."""
         progress = self.progress
         progress.metrics = {}
@@ -233,9 +233,9 @@ class Trainer:
             if progress.step % every == 0 and progress.step + 1 < self.last_step:
                 progress.metrics |= self.evaluate()
             self.train_step()
-        return self._completed(progress.metrics)
+        return self._with_final_metrics(progress.metrics)
 
-    def _completed(self, metrics: dict[str, float]) -> dict[str, float]:
+    def _with_final_metrics(self, metrics: dict[str, float]) -> dict[str, float]:
         """The metrics of a step with what comes after its update."""
         with self.timer.phase("step"):
             if self.progress.step == self.last_step:

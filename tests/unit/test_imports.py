@@ -1,4 +1,4 @@
-"""The layer order of DESIGN.md: nobody imports upwards, and the middle row's packages stay apart.
+"""The rows of docs/architecture.md: nobody imports upwards, and packages of a row stay apart.
 
 Imports inside functions and under TYPE_CHECKING count as well.
 """

@@ -145,11 +145,11 @@ class Learner:
         the policy without training it.
         """
         metrics = {} if self.critic is None else self._update_critic(self.critic, batch)
-        loss = self.objective.loss.with_coefficients(
+        loss_function = self.objective.loss.with_coefficients(
             0.0 if self.objective.kl_in_reward else self.kl_coef, self.drift_coef
         )
         steps = [
-            self._policy_step(batch, rows, loss, frozen)
+            self._policy_step(batch, rows, loss_function, frozen)
             for _ in range(1 if frozen else self.policy.training.max_epochs)
             for rows in self.policy.rows(len(batch))
         ]
@@ -173,28 +173,28 @@ class Learner:
         return {**dict.fromkeys([*_NAMES, "grad_norm"], math.nan), **known}
 
     def _policy_step(
-        self, batch: RolloutBatch, rows: list[int], loss: PolicyLoss, frozen: bool
+        self, batch: RolloutBatch, rows: list[int], loss_function: PolicyLoss, frozen: bool
     ) -> StepMetrics:
         policy, measured = self.policy, Accumulator()
         denominators = policy.denominators(batch.mask[rows])
         batch = self._with_selection(batch, rows)
         with torch.set_grad_enabled(not frozen):
             for micro in policy.micro_batches(batch, rows):
-                value, sums, maxima = self._policy_loss(micro, loss, denominators)
-                if value.requires_grad:
-                    policy.backward(value)
-                measured.add(value, sums, maxima)
+                loss, sums, maxima = self._policy_loss(micro, loss_function, denominators)
+                if loss.requires_grad:
+                    policy.backward(loss)
+                measured.add(loss, sums, maxima)
         metrics = measured.over_ranks(self.ranks)
         return metrics if frozen else policy.step(metrics, denominators.tokens > 0)
 
     def _policy_loss(
-        self, micro: MicroBatch, loss: PolicyLoss, denominators: Denominators
+        self, micro: MicroBatch, loss_function: PolicyLoss, denominators: Denominators
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """Loss of a micro-batch, metrics that add up, and maxima."""
         samples, mask = micro.samples, micro.samples.mask
-        values, entropies = self.policy.model(micro)
-        logprobs = micro.scatter(values)
-        entropy = micro.scatter(entropies if loss.entropy_coef else entropies.detach())
+        token_logprobs, entropies = self.policy.model(micro)
+        logprobs = micro.scatter(token_logprobs)
+        entropy = micro.scatter(entropies if loss_function.entropy_coef else entropies.detach())
         old = logprobs.detach() if samples.old_logprobs is None else samples.old_logprobs
         assert samples.advantages is not None
         tokens = Tokens(
@@ -207,11 +207,11 @@ class Learner:
             entropy=entropy,
             keep=samples.keep,
         )
-        value, metrics = loss(tokens, denominators)
+        loss, metrics = loss_function(tokens, denominators)
         drift, worst = mismatch(old, samples.rollout_logprobs, mask, denominators)
         metrics |= {**drift, "policy/entropy": token_mean(entropy, mask, denominators)}
         del metrics["policy/loss"]  # the accumulator has it
-        return value, metrics, {"mismatch/logprob_abs_max": worst}
+        return loss, metrics, {"mismatch/logprob_abs_max": worst}
 
     def _with_selection(self, batch: RolloutBatch, rows: list[int]) -> RolloutBatch:
         """The batch with the tokens of `rows` whose policy loss counts, if not all of them do."""

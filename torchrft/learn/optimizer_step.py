@@ -109,13 +109,13 @@ class OptimizerStep:
         """The first `outputs` outputs of `model` for response tokens, float32 [B, T], else 0."""
         tables = tuple(torch.zeros_like(batch.rollout_logprobs) for _ in range(outputs))
         rows, size = list(range(len(batch))), self.rollout.micro_rollout_batch_size
-        passes = self._passes(batch, rows, size)
-        for members, counts in each(passes, len(passes), "micro-batches"):
+        passes = self._plan_passes(batch, rows, size)
+        for members, is_counted in each(passes, len(passes), "micro-batches"):
             micro = build(batch, members, self.training.packing_samples, self.vision)
             values = model(micro)
             values = values if isinstance(values, tuple) else (values,)
             for table, value in zip(tables, values, strict=False):
-                if counts:
+                if is_counted:
                     table[members] = micro.scatter(value)
         return tables
 
@@ -128,29 +128,29 @@ class OptimizerStep:
 
     def micro_batches(self, batch: RolloutBatch, rows: list[int]) -> Iterator[MicroBatch]:
         """The micro-batches of an optimizer step; the last one's gradients are always reduced."""
-        passes = self._passes(batch, rows, self.training.micro_train_batch_size)
+        passes = self._plan_passes(batch, rows, self.training.micro_train_batch_size)
         count, title = len(passes), "micro-batches of this optimizer step"
-        for index, (members, counts) in enumerate(each(passes, count, title)):
+        for index, (members, is_counted) in enumerate(each(passes, count, title)):
             set_gradient_sync(self.model, index == count - 1 or self.reduce_every_micro_batch)
             micro = build(batch, members, self.training.packing_samples, self.vision)
-            yield micro if counts else micro.uncounted()
+            yield micro if is_counted else micro.uncounted()
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of a micro-batch's loss."""
         # FSDP2 averages gradients over ranks; the denominators ask for their sum.
         (loss * self.gradient_ranks).backward()
 
-    def step(self, metrics: StepMetrics, usable: bool = True) -> StepMetrics:
+    def step(self, metrics: StepMetrics, has_tokens: bool = True) -> StepMetrics:
         """Clips the gradients and updates the weights. Returns `metrics` with what the step adds.
 
-        A step that is not `usable`, or whose loss or gradient is not finite, changes nothing but
-        the schedule. All ranks agree on that because they compare global numbers.
+        A step without tokens that count, or whose loss or gradient is not finite, changes nothing
+        but the schedule. All ranks agree on that because they compare global numbers.
         """
         lr = float(self.scheduler.get_last_lr()[0])
         reshard(self.model)  # a pass without gradient may have left old weights gathered
         norm = float(clip_gradients(self.model, self.max_norm))
-        usable = usable and math.isfinite(norm) and math.isfinite(metrics.loss)
-        if usable:
+        applies = has_tokens and math.isfinite(norm) and math.isfinite(metrics.loss)
+        if applies:
             if self.offload is not None:
                 self.offload.wait()
             self.optimizer.step()
@@ -160,15 +160,15 @@ class OptimizerStep:
             warnings.filterwarnings("ignore", message=".*`lr_scheduler.step")
             self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return replace(metrics, grad_norm=norm, lr=lr, skipped=not usable)
+        return replace(metrics, grad_norm=norm, lr=lr, skipped=not applies)
 
-    def _passes(
+    def _plan_passes(
         self, batch: RolloutBatch, rows: list[int], samples: int
     ) -> list[tuple[list[int], bool]]:
         """Rows of each forward pass, and whether they count.
 
-        Every rank runs equally many passes, because a sharded forward is collective: a rank that
-        has fewer repeats its first sample uncounted.
+        A sharded forward is collective, so every rank runs the same number of passes: a rank with
+        fewer repeats its first sample, which does not count then.
         """
         budget = self.training.max_tokens_per_microbatch or samples * self.max_len
         bins = plan(batch, rows, self.training.packing_samples, samples, budget)

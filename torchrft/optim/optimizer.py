@@ -1,4 +1,4 @@
-"""AdamW over the parameters of a model."""
+"""AdamW over the parameters of a model, and the clipping of its gradients."""
 
 from typing import Any
 
