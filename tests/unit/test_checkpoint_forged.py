@@ -236,7 +236,7 @@ def test_waiting_samples_of_an_earlier_version_are_gone_on_with(tmp_path, monkey
 
     with monkeypatch.context() as old:
         old.setattr(state_io, "Planner", dcp.DefaultSavePlanner)
-        old.setattr(Collector, "rows", lambda self, samples: list(samples))
+        old.setattr(Collector, "to_rows", lambda self, samples: list(samples))
         tiny_job.run(tmp_path / "old", max_steps=3, **options)
     ends = []
     for name in ("new", "old"):
