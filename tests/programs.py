@@ -326,7 +326,7 @@ HONEST |= {
     "a counter of the program's": (
         "inc()\nassert COUNT == 1", "COUNT = 0\ndef inc():\n    global COUNT\n    COUNT += 1"),
     "rows": ("cases = [{'input': [1, 2], 'output': 3}]\nfor case in cases:\n    assert add(*case['input']) == case['output']", ADD),
-    "numbers of math": ("assert math.isclose(half(math.pi), 1.5707963)\nassert abs(half(float('inf'))) == math.inf\n"
+    "numbers of math": ("assert math.isclose(half(math.pi), 1.5707963, rel_tol=1e-6)\nassert abs(half(float('inf'))) == math.inf\n"
                         "assert half(math.inf) > 1", "def half(x):\n    return x / 2"),
     "a function of the tests'": ("def same(x, y, total):\n    assert add(x, y) == total\nsame(1, 2, 3)\nsame(2, 2, 4)", ADD),
     "a condition in an argument": ("limit = 2\nassert keep(lambda x: x > limit, [1, 2, 3]) == [3]",

@@ -278,10 +278,10 @@ def test_the_best_isolation_that_works_is_chosen(monkeypatch):
     words = " ".join(bwrap.command)
     for option in ("--unshare-net", "--unshare-pid", "--die-with-parent", "--cap-drop ALL"):
         assert option in words
-    assert f"--ro-bind {sys.prefix} {sys.prefix}" in words
+    assert f"--ro-bind {sys.prefix}/lib {sys.prefix}/lib" in words
     assert "--bind /" not in words.replace("--ro-bind", "")
     assert "/tools/setpriv --pdeathsig KILL /tools/nsjail -Mo" in " ".join(nsjail.command)
-    assert f"-R {sys.prefix}" in " ".join(nsjail.command)
+    assert f"-R {sys.prefix}/lib" in " ".join(nsjail.command)
 
 
 def test_an_isolation_is_tried_before_it_is_believed(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -35,13 +36,16 @@ _PATH = os.defpath + ":/usr/sbin:/sbin"
 
 _CHILD = Path(__file__).with_name("sandbox_child.py")
 _SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/etc/alternatives", "/etc/ld.so.cache", "/nix/store")
+_PYTHON = ("bin", "lib", "lib64", "include", "share", "pyvenv.cfg")
 # Builds a root of its own from read-only folders. The shell stays process 1, with capabilities, so
 # that the program, which has none, cannot keep the namespace alive when its starter is killed.
 _ROOT = f"""set -e
 mount -n -t tmpfs -o size={_SCRATCH},mode=755 none /sys
 cd /sys
-mkdir dev etc proc
-for file in etc/ld.so.cache dev/null dev/zero dev/random dev/urandom; do : > $file; done
+mkdir etc proc
+for file in FILES; do mkdir -p "./${{file%/*}}"; : > "./$file"; done
+ln -s /proc/self/fd/0 dev/stdin
+ln -s /proc/self/fd/1 dev/stdout
 printf %s "$0" > etc/fstab
 mount -n --all --fstab etc/fstab --target-prefix /sys
 echo 0 > /proc/sys/user/max_user_namespaces || true
@@ -54,9 +58,7 @@ setpriv --no-new-privs --bounding-set=-all --inh-caps=-all "$@"
 exit $?
 """
 _SCRATCHES = [f"none {path} tmpfs size={_SCRATCH},X-mount.mkdir" for path in ("/tmp", "/dev/shm")]
-_DEVICES = [
-    f"{path} {path} none bind" for path in ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
-]
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 _ENDING = "setpriv --pdeathsig KILL"  # what it becomes ends with the process that starts it
 _NAMESPACES = (
     f"{_ENDING} unshare --user --map-root-user --net --ipc --uts --pid --mount --fork --kill-child"
@@ -64,7 +66,7 @@ _NAMESPACES = (
 _BWRAP = """bwrap --unshare-user --unshare-pid --unshare-net --unshare-ipc --unshare-uts
 --disable-userns --die-with-parent --cap-drop ALL --proc /proc --dev /dev --chdir /tmp"""
 _NSJAIL = f"""{_ENDING} nsjail -Mo -Q --keep_env --time_limit 0 --cwd /tmp
--m none:/tmp:tmpfs:size={_SCRATCH} -B /dev/null -B /dev/zero -B /dev/urandom
+-m none:/tmp:tmpfs:size={_SCRATCH} -s /proc/self/fd/0:/dev/stdin -s /proc/self/fd/1:/dev/stdout
 --rlimit_as hard --rlimit_cpu hard --rlimit_fsize hard --rlimit_nofile hard --rlimit_nproc hard
 --rlimit_stack hard"""
 _TOOLS: dict[str, tuple[str, ...]] = {
@@ -118,7 +120,8 @@ _CHOSEN: list[Isolation] = []
 def _view() -> list[str]:
     """The folders and files of this machine that a program sees: those that Python needs."""
     python = os.path.dirname(os.path.realpath(sys.executable))
-    paths = [*_SYSTEM, sys.prefix, sys.base_prefix, python]
+    prefixes = (sys.prefix, sys.base_prefix)  # perhaps a project's folder, with all that is in it
+    paths = [*_SYSTEM, python, *(f"{prefix}/{name}" for prefix in prefixes for name in _PYTHON)]
     paths = [path for path in dict.fromkeys(paths) if os.path.exists(path)]
     return [path for path in paths if not any(path.startswith(f"{each}/") for each in paths)]
 
@@ -127,12 +130,16 @@ def _fstab(view: list[str]) -> str:
     """The mounts of a root of its own, in the form of /etc/fstab."""
     paths = [path.replace("\\", "\\134").replace(" ", "\\040") for path in view]
     shown = [f"{path} {path} none rbind,ro,nosuid,nodev,X-mount.mkdir" for path in paths]
-    return "\n".join([*_SCRATCHES, *shown, *_DEVICES, ""])
+    # Root could change a device that is not read-only; writing to it is another matter.
+    devices = [f"{path} {path} none bind,ro,nosuid,noexec" for path in _DEVICES]
+    return "\n".join([*_SCRATCHES, *shown, *devices, ""])
 
 
 def _isolations() -> Iterator[Isolation]:
     """All that may do on this machine, the best first."""
     view = _view()
+    files = [shlex.quote(path) for path in (*view, *_DEVICES) if not os.path.isdir(path)]
+    root = _ROOT.replace("FILES", " ".join(files))
     commands = {
         "bubblewrap": [
             *(*_BWRAP.split(), "--size", str(_SCRATCH), "--tmpfs", "/tmp"),
@@ -141,8 +148,12 @@ def _isolations() -> Iterator[Isolation]:
             *(word for path in view for word in ("--ro-bind", path, path)),
             *("--remount-ro", "/"),
         ],
-        "nsjail": [*_NSJAIL.split(), *(word for path in view for word in ("-R", path)), "--"],
-        "namespaces": [*_NAMESPACES.split(), "sh", "-c", _ROOT, _fstab(view)],
+        "nsjail": [
+            *_NSJAIL.split(),
+            *(word for path in (*view, *_DEVICES) for word in ("-R", path)),
+            "--",
+        ],
+        "namespaces": [*_NAMESPACES.split(), "sh", "-c", root, _fstab(view)],
         "none": _ENDING.split() if shutil.which("setpriv") else [],
     }
     # Root becomes nobody where nobody can start this Python.
@@ -154,7 +165,8 @@ def _isolations() -> Iterator[Isolation]:
             words = tuple(tools.get(word) or word for word in command)
             if os.geteuid() == 0:
                 yield Isolation(name, words, nobody)
-            yield Isolation(name, words)
+            if os.geteuid() != 0 or name in ("namespaces", "none"):  # root owns bwrap's devices
+                yield Isolation(name, words)
 
 
 def isolation() -> Isolation:
