@@ -26,11 +26,11 @@ _FUNCTIONS += "isinstance iter len list map max min next ord chr pow range repr 
 _FUNCTIONS += "set sorted str sum tuple type zip"
 _NAMES: dict[str, Any] = {name: getattr(builtins, name) for name in _FUNCTIONS.split()}
 _NAMES |= {f"math.{name}": value for name, value in vars(math).items() if name[0] != "_"}
+_SCOPE = {"__builtins__": {}, **_NAMES}
 _SENT = (  # of what a call may consist; the others are computed before, or refused
     *(ast.Name, ast.Call, ast.Attribute, ast.Subscript, ast.Slice, ast.Starred, ast.UnaryOp),
     *(ast.BinOp, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.Constant, ast.Lambda),
 )
-_UNDER_TEST = ("solution", "main", "typing")  # whose names the program has, or that do nothing
 _LIBRARIES = sys.stdlib_module_names | {"np", "numpy", "pd", "pandas", "pytest", "scipy", "torch"}
 _PROBES = (True, False, None, "", (), [], {})  # what a program may answer without a thought
 _LONGEST = 1_000  # turns of a loop
@@ -56,7 +56,7 @@ def _holds(condition: CodeType, count: int, answers: Sequence[Any]) -> bool:
     """Whether a condition holds for the last `count` answers; those before are of statements."""
     names = {f"answer.{place}": answer for place, answer in enumerate(answers[-count:])}
     with suppress(Exception):  # an answer is of another kind than the test can look at
-        return bool(eval(condition, {"__builtins__": {}, **_NAMES, **names}))
+        return bool(eval(condition, _SCOPE | names))
     return False
 
 
@@ -79,8 +79,7 @@ class AssertReader:
         tree = ast.parse(source)
         kinds = ast.Assert | ast.FunctionDef
         self.unread |= dict.fromkeys(each for each in ast.walk(tree) if isinstance(each, kinds))
-        for statement in tree.body:
-            self._read(statement)
+        self._read(*tree.body)
         for node in tree.body:  # as pytest does
             if isinstance(node, ast.FunctionDef) and node.name[:5] == "test_":
                 self._call(node, [], again=False)
@@ -92,51 +91,47 @@ class AssertReader:
             raise Unreadable(ast.unparse(node))
         return [Check(self.setup, lambda answers: True)] if self.setup else []
 
-    def _read(self, node: ast.stmt) -> None:
-        match node:
-            case ast.Pass() | ast.Expr(ast.Constant()):
-                pass
-            case ast.Expr(ast.Call(ast.Name("print")) as call) if not self._asks(call):
-                pass
-            case ast.Import(names) | ast.ImportFrom(names=names):
-                self._import(node, names)
-            case ast.FunctionDef(name, decorator_list=[]):
-                self.functions[name] = node
-            case ast.Assign([target], value) | ast.AnnAssign(target, value=ast.expr() as value):
-                self._bind(target, self._inlined(value), node)
-            case ast.Assert(test):
-                self.unread.pop(node, None)
-                self._check(test)
-            case ast.For(target, values, body, orelse=[]):
-                for value in self._turns(values, node):
-                    self._bind(target, _literal(value), node)
-                    for statement in body:
-                        self._read(statement)
-            case ast.Expr(ast.Call(ast.Name(name), args, [])) if name in self.functions:
-                self._call(self.functions[name], args)
-            case ast.Expr(ast.Call() as call) if self.is_asked(self._inlined(call)):
-                # It may change a constant, or be an assertion of its own.
-                objects = self.variables.keys() & {*_names(call.func)}
-                is_nested = self.is_nested(call)
-                if self.names.keys() & {*_names(call)} or (is_nested and not objects):
+    def _read(self, *nodes: ast.stmt) -> None:
+        for node in nodes:
+            match node:
+                case ast.Pass() | ast.Expr(ast.Constant()):
+                    pass
+                case ast.ImportFrom("solution" | "main" | "typing"):
+                    pass  # the program has these names, or they do nothing
+                case ast.Expr(ast.Call(ast.Name("print")) as call) if not self._asks(call):
+                    pass
+                case ast.Import(names) | ast.ImportFrom(names=names) if names[0].name != "*":
+                    module = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+                    for each in names:
+                        self.modules[each.asname or each.name.split(".")[0]] = module + each.name
+                case ast.FunctionDef(name, decorator_list=[]):
+                    self.functions[name] = node
+                case ast.Assign([target], value) | ast.AnnAssign(target, value=ast.expr() as value):
+                    self._bind(target, self._inlined(value), node)
+                case ast.Assert(test):
+                    self.unread.pop(node, None)
+                    self._check(test)
+                case ast.For(target, values, body, orelse=[]):
+                    for value in self._turns(values):
+                        self._bind(target, value, node)
+                        self._read(*body)
+                case ast.Expr(ast.Call(ast.Name(name), args, [])) if name in self.functions:
+                    self._call(self.functions[name], args)
+                case ast.Expr(ast.Call() as call) if self.is_asked(self._inlined(call)):
+                    self._change(call)
+                case ast.If(ast.Compare(ast.Name("__name__"), [ast.Eq()]), body, []):
+                    self._read(*body)
+                case _:
                     raise Unreadable(ast.unparse(node))
-                self.mixed |= objects if is_nested else set()
-                self.setup.append({"setup": self.sent(call)})
-            case ast.If(ast.Compare(ast.Name("__name__"), [ast.Eq()]), body, []):
-                for statement in body:
-                    self._read(statement)
-            case _:
-                raise Unreadable(ast.unparse(node))
 
-    def _import(self, node: ast.Import | ast.ImportFrom, names: list[ast.alias]) -> None:
-        module = node.module if isinstance(node, ast.ImportFrom) else None
-        for each in names:
-            if module in _UNDER_TEST:
-                continue
-            if each.name == "*":
-                raise Unreadable(ast.unparse(node))
-            name = each.asname or each.name.split(".")[0]
-            self.modules[name] = f"{module}.{each.name}" if module else each.name
+    def _change(self, call: ast.Call) -> None:
+        """Has a call change the program's objects, but neither a constant nor the verdict."""
+        objects = self.variables.keys() & {*_names(call.func)}
+        is_nested = self.is_nested(call)
+        if self.names.keys() & {*_names(call)} or (is_nested and not objects):
+            raise Unreadable(ast.unparse(call))
+        self.mixed |= objects if is_nested else set()
+        self.setup.append({"setup": self.sent(self._inlined(call))})
 
     def _call(self, function: ast.FunctionDef, args: list[ast.expr], again: bool = True) -> None:
         """Reads the body of a function of the tests, such as HumanEval's `check`."""
@@ -150,8 +145,7 @@ class AssertReader:
         outside = self.names, self.variables
         self.names = self.names | dict(zip(parameters, map(self._inlined, args), strict=True))
         self.variables = dict(self.variables)
-        for statement in function.body:
-            self._read(statement)
+        self._read(*function.body)
         self.names, self.variables = outside
 
     def _bind(self, target: ast.expr, value: ast.expr, node: ast.stmt) -> None:
@@ -159,7 +153,7 @@ class AssertReader:
             case ast.Name() | ast.Tuple(), _ if self.is_asked(value):
                 for name in _bound(target):
                     self.names.pop(name, None)
-                    self.variables[name] = _makes_object(value)
+                    self.variables[name] = self.is_object(value)
                 self.mixed |= _bound(target) if self.is_nested(value) else set()
                 source = f"{ast.unparse(target)} = {self.sent(value)}"
                 self.setup.append({"setup": source})
@@ -174,26 +168,26 @@ class AssertReader:
             case _:
                 raise Unreadable(ast.unparse(node))
 
-    def _turns(self, node: ast.expr, statement: ast.stmt) -> list[Any]:
-        values = _evaluated(self._code(self._inlined(node), 0))
-        turns = list(islice(values, _LONGEST + 1)) if hasattr(values, "__iter__") else []
-        if not 0 < len(turns) <= _LONGEST:
-            raise Unreadable(ast.unparse(statement))
-        return turns
+    def _turns(self, node: ast.expr) -> list[ast.expr]:
+        with suppress(Exception):
+            values = [*islice(eval(self._code(self._inlined(node), 0), _SCOPE), _LONGEST + 1)]
+            if 0 < len(values) <= _LONGEST:
+                return [*map(_literal, values)]
+        raise Unreadable(ast.unparse(node))
 
     def _check(self, test: ast.expr) -> None:
         names = {*_names(test)}
         match test.left if isinstance(test, ast.Compare) else test:
             case ast.Call(ast.Name(name)) as call if name in _FUNCTIONS.split():
                 if not self._asks(test) and not names & self.names.keys():
-                    call.func = ast.parse(f"program.{name}", mode="eval").body  # of its own
+                    call.func = ast.parse(f"__program__.{name}", mode="eval").body  # its own
         split = _Split(self, self._inlined(test))
-        code, count = self._code(split.condition, len(split.calls)), len(split.calls)
+        count = len(split.calls)
+        judge = partial(_holds, self._code(split.condition, count), count)
         if not count:
-            if names & self.names.keys() or not _evaluated(code):
+            if names & self.names.keys() or not judge([]):
                 raise Unreadable(ast.unparse(test))  # whether it holds is up to the program
             return
-        judge = partial(_holds, code, count)
         # With the expected value as an argument, the program would judge itself.
         if split.is_nested and any(judge([probe] * count) for probe in _PROBES):
             raise Unreadable(ast.unparse(test))
@@ -215,6 +209,8 @@ class AssertReader:
                     is_sent = is_value
                 case ast.Call(ast.Name("range" | "frozenset" | "set" | "float")):
                     is_sent = True
+                case ast.List() | ast.Tuple() | ast.Set() | ast.Dict() if each in within:
+                    is_sent = not is_value  # what it knows is more than the value of a call
                 case ast.Call() | ast.Subscript():
                     is_sent = each in within or not is_value
                 case _:
@@ -234,8 +230,8 @@ class AssertReader:
     def value(self, node: ast.expr) -> ast.expr:
         """The value of an expression as Python writes it, or the expression if it is no data."""
         if not self.free(node):
-            with suppress(ValueError, SyntaxError, TypeError, MemoryError):
-                return _literal(_evaluated(self._code(node, 0)))
+            with suppress(Exception):
+                return _literal(eval(self._code(node, 0), _SCOPE))
         return node
 
     def free(self, node: ast.AST) -> list[str]:
@@ -262,6 +258,13 @@ class AssertReader:
         bound = _bound(node)
         return any(self.is_asked(each, bound) for each in ast.walk(self._inlined(node)))
 
+    def is_object(self, node: ast.expr) -> bool:
+        """Whether an answer is an object rather than data: a function, or what a class makes."""
+        if _is_name(node):  # which is data if it is written like a constant
+            return self.variables.get(node.id, not node.id.isupper())
+        function = getattr(node, "func", None)
+        return str(getattr(function, "attr", getattr(function, "id", "")))[:1].isupper()
+
     def _code(self, node: ast.expr, answers: int) -> CodeType:
         """Compiles a condition that reads nothing but answers and plain data."""
         known = _bound(node) | _NAMES.keys() | {f"answer.{place}" for place in range(answers)}
@@ -275,13 +278,6 @@ class AssertReader:
         return compile(ast.fix_missing_locations(ast.Expression(node)), "test", "eval")
 
 
-def _evaluated(code: CodeType) -> Any:
-    try:
-        return eval(code, {"__builtins__": {}, **_NAMES})
-    except Exception as error:
-        raise Unreadable(f"a constant that cannot be computed: {error}") from error
-
-
 def _literal(value: Any) -> ast.expr:
     """Plain data as Python writes it; ValueError or SyntaxError for other data."""
     ast.literal_eval(repr(value))
@@ -290,13 +286,6 @@ def _literal(value: Any) -> ast.expr:
 
 def _is_name(node: ast.AST, context: type[ast.expr_context] = ast.Load) -> TypeGuard[ast.Name]:
     return isinstance(node, ast.Name) and isinstance(node.ctx, context)
-
-
-def _makes_object(node: ast.expr) -> bool:
-    """Whether an expression is a class that is called, going by its capital letter."""
-    function = node.func if isinstance(node, ast.Call) else None
-    name = getattr(function, "attr", getattr(function, "id", ""))
-    return name[:1].isupper()
 
 
 class _Inline(ast.NodeTransformer):
@@ -325,9 +314,8 @@ class _Split(ast.NodeTransformer):
     """Takes what is up to the program out of a condition."""
 
     def __init__(self, reader: AssertReader, test: ast.expr) -> None:
-        self.reader, self.is_nested = reader, False
+        self.reader, self.bound, self.is_nested = reader, _bound(test), False
         self.calls: list[Mapping[str, Any]] = []
-        self.bound = _bound(test)
         self.condition = self.visit(test)
 
     def visit(self, node: ast.AST) -> Any:
@@ -338,7 +326,7 @@ class _Split(ast.NodeTransformer):
             # A method of data is called on the answer: the program could lend it one of its own.
             case ast.Call(ast.Attribute(base, method) as function, args, keywords) if (
                 self._is_asked(base)
-                and self._is_data(base)
+                and not self.reader.is_object(base)
                 and (method in _METHODS or args or keywords)
             ):
                 if method not in _METHODS:
@@ -348,11 +336,7 @@ class _Split(ast.NodeTransformer):
                 return node
         names = {*_names(node)} - _bound(node)
         base = getattr(getattr(node, "value", None), "id", "")
-        if isinstance(node, ast.Call):
-            is_object = _makes_object(node) and not node.args and not node.keywords
-        else:
-            # A name by itself is a function or a class, unless it is written like a constant.
-            is_object = _is_name(node) and self.reader.variables.get(node.id, not node.id.isupper())
+        is_object = self.reader.is_object(node) and not getattr(node, "args", None)
         if is_object or (base[:1].isupper() and not base.isupper()) or names & self.bound:
             raise Unreadable(ast.unparse(node))
         self.is_nested |= self.reader.is_nested(node)
@@ -365,7 +349,7 @@ class _Split(ast.NodeTransformer):
             case ast.Compare(left, comparators=sides):
                 # Two objects are not compared as data.
                 is_refused = sum(map(self._asks, [left, *sides])) > 1
-            case ast.BoolOp(values=sides) | ast.List(sides) | ast.Tuple(sides):
+            case ast.BoolOp(_, sides) | ast.Dict(_, sides) | ast.List(sides) | ast.Tuple(sides):
                 # An argument that was to be changed is none.
                 is_refused = 0 < sum(map(self._asks, sides)) < len(sides)
             case ast.Call(ast.Name("next" | "iter"), [ast.Name(name), *_]):
@@ -380,12 +364,6 @@ class _Split(ast.NodeTransformer):
 
     def _is_asked(self, node: ast.AST) -> bool:
         return self.reader.is_asked(node, self.bound)
-
-    def _is_data(self, node: ast.expr) -> bool:
-        """Whether an answer is to be data, rather than an object of the program's."""
-        if _is_name(node):
-            return self.reader.variables.get(node.id) is False
-        return not _makes_object(node)
 
 
 def _names(node: ast.AST) -> list[str]:

@@ -17,7 +17,6 @@ from torchrft.rewards.registry import LabelError
 from torchrft.rewards.sandbox import Sandbox
 
 _TOLERANCE = 1e-6  # relative or absolute, of numbers that are not whole
-_DECIMAL_TOLERANCE = Decimal("1e-6")
 _CALLS = ("functional", "function_call", "function", "call")
 _SCRIPTS = ("stdin", "stdin_stdout", "standard_input")
 _MISSING = object()
@@ -150,7 +149,7 @@ def _is_number(written: str, wanted: str) -> bool:
         if number == number.to_integral_value() and not {*wanted.lower()} & {*".e"}:
             return answer == number
         largest = max(abs(answer), abs(number), Decimal(1))
-        return largest.is_finite() and abs(answer - number) <= largest * _DECIMAL_TOLERANCE
+        return largest.is_finite() and abs(answer - number) <= largest * Decimal(_TOLERANCE)
     except (ArithmeticError, ValueError):
         return False
 

@@ -119,15 +119,16 @@ def main():
     os.write(channel, b"ready\n")
     names: dict[str, object] = {"math": math, "inf": math.inf, "nan": math.nan}
     answer: object = None
+    loaded = None
     for line in asked:
         token, question = json.loads(line)
         try:
             if "stdin" in question:
                 answer = run_script(program, question["stdin"])
             else:
-                if "program" not in names:
-                    names["program"] = load(program)
-                scope = names["program"].__dict__
+                if loaded is None:
+                    loaded = names["__program__"] = load(program)
+                scope = loaded.__dict__
                 if "call" in question:
                     answer = encode(call(scope, names, question))
                 elif "setup" in question:
