@@ -329,7 +329,7 @@ HONEST |= {
     "numbers of math": ("assert math.isclose(half(math.pi), 1.5707963, rel_tol=1e-6)\nassert abs(half(float('inf'))) == math.inf\n"
                         "assert half(math.inf) > 1", "def half(x):\n    return x / 2"),
     "a function of the tests'": ("def same(x, y, total):\n    assert add(x, y) == total\nsame(1, 2, 3)\nsame(2, 2, 4)", ADD),
-    "a condition in an argument": ("limit = 2\nassert keep(lambda x: x > limit, [1, 2, 3]) == [3]",
+    "a number of the tests' in a function": ("limit = 2\nassert keep(lambda x: x > limit, [1, 2, 3]) == [3]",
                                    "def keep(f, xs):\n    return [*filter(f, xs)]"),
     "statements at the end": (["assert add(1, 2) == 3", "add(3, 4)"], ADD),
     "its own module": (
@@ -339,9 +339,6 @@ HONEST |= {
         "    return sys.modules[__name__].Node(node.x).x"),
     "names of typing": ({"inputs": [[[2, 7]]], "outputs": [9], "fn_name": "total"},
                         "class Solution:\n    def total(self, xs: List[int]) -> Optional[int]:\n        return sum(xs)"),
-    "fractions and iterators": (
-        "from solution import half\nassert half(1) == 0.5\nassert abs(half(3) - 1.5) < 1e-6",
-        "from fractions import Fraction\nhalf = lambda n: Fraction(n, 2)"),
     "functional, iterators and tuples": (
         [{"input": "3", "output": "(0, 1.0, 2)", "fn_name": "f"}], "def f(n):\n    return (i for i in range(n))"),
     "stdin, by its name": (SUMS, "print(sum(map(int, open('/dev/stdin').read().split())), file=open('/dev/stdout', 'w'))"),

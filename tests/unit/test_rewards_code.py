@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from torchrft.rewards import build_scorer, rules, sandbox
 from torchrft.rewards.code_tests import _is_output, passed_tests, read_tests
 from torchrft.rewards.registry import LabelError
 from torchrft.rewards.sandbox import Isolation, Sandbox
+from torchrft.rewards.source import RewardError
+from torchrft.types import Completion, Prompt
 
 FENCE = "```python\n{}\n```"
 WAYS = [way.name for way in sandbox._isolations() if sandbox._works(way)]
@@ -200,7 +203,7 @@ def test_forgeable_tests_run_where_they_are_allowed():
         (["assert 1", 3], "is no test"),
         ("assert (", "is no Python"),
         ("(" * 10_000, "is no Python"),
-        ("def test_f(x):\n    assert f(x) == 1", "needs the program's own objects"),
+        ("def test_f(x):\n    assert f(x) == 1", "tests nothing"),
         ({"inputs": ["1"], "outputs": [None]}, "a case whose input or output is None"),
         *((label, "tests nothing: it asks the program for no answer") for label in NOTHING),
     ],
@@ -401,6 +404,64 @@ def test_a_sandbox_ends_with_its_worker(safe):
             break
         time.sleep(0.01)
     assert not Path(f"/proc/{pid}").exists()
+
+
+def test_workers_isolate_as_the_job_does(safe, monkeypatch):
+    """A worker with a try of its own might go without, and a reward of 0 would hide a failure."""
+    monkeypatch.setattr(sandbox, "isolation", lambda: Isolation("namespaces", ("/bin/false",)))
+    scorer = build_scorer(Reward(functions=[RewardFunction(name="code")], reward_workers=1))
+    try:
+        prompt = Prompt(row=0, text="Add.", token_ids=(1,), label=ASSERTS)
+        completion = Completion(0, 0, (1, 1), (-0.1, -0.1), FENCE.format(ADD), "stop")
+        with pytest.raises(RewardError, match=r"the sandbox \(namespaces\) does not start"):
+            scorer.score([prompt], [completion])
+    finally:
+        scorer.close()
+
+
+def test_of_python_only_its_own_folders_are_seen(safe, monkeypatch, tmp_path):
+    """The project may lie in the folder of a virtual environment, with its data."""
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "train.jsonl").write_text("assert f(3) == 6")
+    monkeypatch.setattr(sandbox.sys, "prefix", str(tmp_path))
+    shown = [path for path in sandbox._view() if path.startswith(str(tmp_path))]
+    assert shown == [str(tmp_path / "lib")]
+    way = next(filter(sandbox._works, sandbox._isolations()))
+    monkeypatch.setattr(sandbox, "isolation", lambda: way)
+    with Sandbox(f"import os\ndef f():\n    return os.listdir({str(tmp_path)!r})", 20.0) as box:
+        assert box.ask({"call": "f()"}) == '["lib"]'
+
+
+def test_devices_cannot_be_changed(safe):
+    program = (
+        "import os\ndef f(name, mode):\n    open('/dev/null', 'w').write('x')\n"
+        "    assert open('/dev/' + name, 'rb').read(1) is not None\n"
+        "    os.chmod('/dev/' + name, mode)\n    return 1\n"
+    )
+    for name in ("null", "zero", "random", "urandom"):
+        before = os.stat(f"/dev/{name}")
+        test = f"assert f({name!r}, {before.st_mode & 0o7777}) == 1"
+        assert earned(test, program) == 0.0
+        assert earned(test, program.replace("os.chmod", "str")) == 1.0
+        assert earned(test, program.replace("os.chmod(", "os.utime(").replace(", mode)", ")")) == 0
+        assert os.stat(f"/dev/{name}").st_mtime == before.st_mtime
+
+
+def test_a_script_is_bounded_also_where_it_was_started():
+    """What starts scripts has limits as well, for they may reach it."""
+    program = "import os, resource\nprint(open(f'/proc/{os.getppid()}/limits').read())"
+    with Sandbox(program, 20.0) as box:
+        limits = box.ask({"stdin": ""})
+    assert re.search(r"Max address space +1073741824 ", limits)
+    assert re.search(r"Max file size +16777216 ", limits)
+
+
+def test_judging_has_a_deadline(safe):
+    start = time.monotonic()
+    label = ["assert f(0) == 1", "assert set(f(1)) == {1, 2}"]
+    program = "def f(n):\n    return [i * (2**61 - 1) for i in range(10**5)] if n else 1"
+    assert passed(program, label, 2.0) == 1
+    assert time.monotonic() - start < 20
 
 
 def test_folders_of_any_depth_are_removed(tmp_path):

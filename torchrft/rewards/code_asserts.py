@@ -18,19 +18,14 @@ from types import CodeType
 from typing import Any, TypeGuard
 
 _KINDS = (str, bytes, list, tuple, dict, set, frozenset, int, float, complex)
-_METHODS = {name for kind in _KINDS for name in dir(kind) if name[0] != "_"} - {
-    *("format", "format_map"),  # which reach attributes
-}
+_METHODS = {name for kind in _KINDS for name in dir(kind) if name[0] != "_"}
+_METHODS -= {"format", "format_map"}  # which reach attributes
 _FUNCTIONS = "abs all any bool bytes complex dict divmod enumerate filter float frozenset int "
 _FUNCTIONS += "isinstance iter len list map max min next ord chr pow range repr reversed round "
 _FUNCTIONS += "set sorted str sum tuple type zip"
 _NAMES: dict[str, Any] = {name: getattr(builtins, name) for name in _FUNCTIONS.split()}
 _NAMES |= {f"math.{name}": value for name, value in vars(math).items() if name[0] != "_"}
 _SCOPE = {"__builtins__": {}, **_NAMES}
-_SENT = (  # of what a call may consist; the others are computed before, or refused
-    *(ast.Name, ast.Call, ast.Attribute, ast.Subscript, ast.Slice, ast.Starred, ast.UnaryOp),
-    *(ast.BinOp, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.Constant, ast.Lambda),
-)
 _LIBRARIES = sys.stdlib_module_names | {"np", "numpy", "pd", "pandas", "pytest", "scipy", "torch"}
 _PROBES = (True, False, None, "", (), [], {})  # what a program may answer without a thought
 _LONGEST = 1_000  # turns of a loop
@@ -81,8 +76,9 @@ class AssertReader:
         self.unread |= dict.fromkeys(each for each in ast.walk(tree) if isinstance(each, kinds))
         self._read(*tree.body)
         for node in tree.body:  # as pytest does
-            if isinstance(node, ast.FunctionDef) and node.name[:5] == "test_":
-                self._call(node, [], again=False)
+            match node:
+                case ast.FunctionDef(name, ast.arguments(args=[])) if name[:5] == "test_":
+                    self._call(node, [])
         return self.checks
 
     def end(self) -> list[Check]:
@@ -94,11 +90,15 @@ class AssertReader:
     def _read(self, *nodes: ast.stmt) -> None:
         for node in nodes:
             match node:
-                case ast.Pass() | ast.Expr(ast.Constant()):
+                case (
+                    ast.Pass()
+                    | ast.Expr(ast.Constant())
+                    | ast.ImportFrom(
+                        "solution" | "main" | "typing"  # whose names the program has
+                    )
+                ):
                     pass
-                case ast.ImportFrom("solution" | "main" | "typing"):
-                    pass  # the program has these names, or they do nothing
-                case ast.Expr(ast.Call(ast.Name("print")) as call) if not self._asks(call):
+                case ast.Expr(ast.Call(ast.Name("print")) as call) if len(self.free(call)) == 1:
                     pass
                 case ast.Import(names) | ast.ImportFrom(names=names) if names[0].name != "*":
                     module = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
@@ -133,10 +133,8 @@ class AssertReader:
         self.mixed |= objects if is_nested else set()
         self.setup.append({"setup": self.sent(self._inlined(call))})
 
-    def _call(self, function: ast.FunctionDef, args: list[ast.expr], again: bool = True) -> None:
+    def _call(self, function: ast.FunctionDef, args: list[ast.expr]) -> None:
         """Reads the body of a function of the tests, such as HumanEval's `check`."""
-        if function not in self.unread and not again:
-            return
         self.unread.pop(function, None)
         parameters = [each.arg for each in function.args.args]
         plain = ast.arguments([], function.args.args, None, [], [], None, [])
@@ -158,7 +156,7 @@ class AssertReader:
                 source = f"{ast.unparse(target)} = {self.sent(value)}"
                 self.setup.append({"setup": source})
             case ast.Name(name), _:
-                if self._asks(value) and self.variables.keys() & {*_names(value)}:
+                if self.asks(value) and self.variables.keys() & {*_names(value)}:
                     raise Unreadable(ast.unparse(node))  # its state may change until it counts
                 self.variables.pop(name, None)
                 self.names[name] = value
@@ -179,7 +177,7 @@ class AssertReader:
         names = {*_names(test)}
         match test.left if isinstance(test, ast.Compare) else test:
             case ast.Call(ast.Name(name)) as call if name in _FUNCTIONS.split():
-                if not self._asks(test) and not names & self.names.keys():
+                if not self.asks(self._inlined(test)) and not names & self.names.keys():
                     call.func = ast.parse(f"__program__.{name}", mode="eval").body  # its own
         split = _Split(self, self._inlined(test))
         count = len(split.calls)
@@ -202,26 +200,28 @@ class AssertReader:
             is_value = not self.free(each)
             match each:
                 case ast.Name(name):
-                    is_sent = name not in self.functions.keys() | self.modules.keys()
+                    is_sent = name not in self.functions and name not in self.modules
                 case ast.Attribute(base, name):
                     is_sent = name[:2] != "__" and not self._is_library(base)
                 case ast.Lambda():
                     is_sent = is_value
-                case ast.Call(ast.Name("range" | "frozenset" | "set" | "float")):
+                case ast.Call(ast.Name("range" | "frozenset" | "set" | "float")) | ast.Starred():
                     is_sent = True
-                case ast.List() | ast.Tuple() | ast.Set() | ast.Dict() if each in within:
-                    is_sent = not is_value  # what it knows is more than the value of a call
+                case ast.Constant() | ast.UnaryOp() | ast.BinOp() | ast.Slice():
+                    is_sent = True
+                case ast.List() | ast.Tuple() | ast.Set() | ast.Dict():
+                    is_sent = not (each in within and is_value)
                 case ast.Call() | ast.Subscript():
                     is_sent = each in within or not is_value
                 case _:
-                    is_sent = each in within or isinstance(each, _SENT)
+                    is_sent = each in within
             if isinstance(each, ast.expr) and not is_sent:
                 raise Unreadable(ast.unparse(each))
         return ast.unparse(node)
 
     def _is_library(self, node: ast.AST) -> bool:
         """Whether a name is that of a module, also of one that the tests do not import."""
-        return _is_name(node) and node.id in _LIBRARIES - self.variables.keys()
+        return _is_name(node) and node.id in _LIBRARIES and node.id not in self.variables
 
     def _inlined(self, node: ast.expr) -> ast.expr:
         """A copy with values in place of names and of all that can be computed here."""
@@ -236,7 +236,8 @@ class AssertReader:
 
     def free(self, node: ast.AST) -> list[str]:
         """The names in an expression that are none of Python's, as often as they are there."""
-        return [name for name in _names(node) if name not in _NAMES.keys() | _bound(node)]
+        bound = _bound(node)
+        return [name for name in _names(node) if name not in _NAMES and name not in bound]
 
     def is_nested(self, node: ast.expr) -> bool:
         """Whether a call gets something of the program's as an argument."""
@@ -251,12 +252,12 @@ class AssertReader:
             node = node.func if isinstance(node, ast.Call) else node.value
         if not _is_name(node) or node.id in bound:
             return False
-        known = _NAMES.keys() | self.functions.keys() | self.modules.keys()
-        return node.id in self.variables or node.id not in known
+        known = (_NAMES, self.functions, self.modules, ("eval", "exec"))
+        return node.id in self.variables or not any(node.id in names for names in known)
 
-    def _asks(self, node: ast.expr) -> bool:
-        bound = _bound(node)
-        return any(self.is_asked(each, bound) for each in ast.walk(self._inlined(node)))
+    def asks(self, node: ast.expr, bound: Set[str] = frozenset()) -> bool:
+        bound = bound | _bound(node)
+        return any(self.is_asked(each, bound) for each in ast.walk(node))
 
     def is_object(self, node: ast.expr) -> bool:
         """Whether an answer is an object rather than data: a function, or what a class makes."""
@@ -315,22 +316,21 @@ class _Split(ast.NodeTransformer):
 
     def __init__(self, reader: AssertReader, test: ast.expr) -> None:
         self.reader, self.bound, self.is_nested = reader, _bound(test), False
+        self.is_asked = partial(reader.is_asked, bound=self.bound)
         self.calls: list[Mapping[str, Any]] = []
         self.condition = self.visit(test)
 
     def visit(self, node: ast.AST) -> Any:
-        if not self._is_asked(node):
+        if not self.is_asked(node):
             self._refuse(node)
             return self.generic_visit(node)
         match node:
             # A method of data is called on the answer: the program could lend it one of its own.
             case ast.Call(ast.Attribute(base, method) as function, args, keywords) if (
-                self._is_asked(base)
+                self.is_asked(base)
                 and not self.reader.is_object(base)
                 and (method in _METHODS or args or keywords)
             ):
-                if method not in _METHODS:
-                    raise Unreadable(ast.unparse(node))
                 function.value = self.visit(base)
                 node.args = [self.visit(each) for each in node.args]
                 return node
@@ -345,25 +345,20 @@ class _Split(ast.NodeTransformer):
 
     def _refuse(self, node: ast.AST) -> None:
         """Refuses what only the program's own objects tell, of which there are copies."""
+        asks = partial(self.reader.asks, bound=self.bound)
         match node:
             case ast.Compare(left, comparators=sides):
                 # Two objects are not compared as data.
-                is_refused = sum(map(self._asks, [left, *sides])) > 1
+                is_refused = sum(map(asks, [left, *sides])) > 1
             case ast.BoolOp(_, sides) | ast.Dict(_, sides) | ast.List(sides) | ast.Tuple(sides):
                 # An argument that was to be changed is none.
-                is_refused = 0 < sum(map(self._asks, sides)) < len(sides)
+                is_refused = 0 < sum(map(asks, sides)) < len(sides)
             case ast.Call(ast.Name("next" | "iter"), [ast.Name(name), *_]):
                 is_refused = name in self.reader.variables
             case _:
                 return
         if is_refused:
             raise Unreadable(ast.unparse(node))
-
-    def _asks(self, node: ast.expr) -> bool:
-        return any(map(self._is_asked, ast.walk(node)))
-
-    def _is_asked(self, node: ast.AST) -> bool:
-        return self.reader.is_asked(node, self.bound)
 
 
 def _names(node: ast.AST) -> list[str]:

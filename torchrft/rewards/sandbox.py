@@ -126,18 +126,14 @@ def _view() -> list[str]:
     return [path for path in paths if not any(path.startswith(f"{each}/") for each in paths)]
 
 
-def _fstab(view: list[str]) -> str:
-    """The mounts of a root of its own, in the form of /etc/fstab."""
+def _isolations() -> Iterator[Isolation]:
+    """All that may do on this machine, the best first."""
+    view = _view()
     paths = [path.replace("\\", "\\134").replace(" ", "\\040") for path in view]
     shown = [f"{path} {path} none rbind,ro,nosuid,nodev,X-mount.mkdir" for path in paths]
     # Root could change a device that is not read-only; writing to it is another matter.
     devices = [f"{path} {path} none bind,ro,nosuid,noexec" for path in _DEVICES]
-    return "\n".join([*_SCRATCHES, *shown, *devices, ""])
-
-
-def _isolations() -> Iterator[Isolation]:
-    """All that may do on this machine, the best first."""
-    view = _view()
+    fstab = "\n".join([*_SCRATCHES, *shown, *devices, ""])
     files = [shlex.quote(path) for path in (*view, *_DEVICES) if not os.path.isdir(path)]
     root = _ROOT.replace("FILES", " ".join(files))
     commands = {
@@ -153,7 +149,7 @@ def _isolations() -> Iterator[Isolation]:
             *(word for path in (*view, *_DEVICES) for word in ("-R", path)),
             "--",
         ],
-        "namespaces": [*_NAMESPACES.split(), "sh", "-c", root, _fstab(view)],
+        "namespaces": [*_NAMESPACES.split(), "sh", "-c", root, fstab],
         "none": _ENDING.split() if shutil.which("setpriv") else [],
     }
     # Root becomes nobody where nobody can start this Python.
@@ -190,13 +186,14 @@ def _works(way: Isolation) -> bool:
     return said == b"0 outside\n" if way.is_safe else said.endswith(b"outside\n")
 
 
-class Sandbox:
+class Sandbox(ExitStack):
     """A program in a process of its own, until `seconds` from its start; a context manager."""
 
     def __init__(self, program: str, seconds: float) -> None:
+        super().__init__()
         self.program, self.seconds, self.deadline = program, seconds, 0.0
         self.process: subprocess.Popen[bytes] | None = None
-        self.is_script, self.started = False, ExitStack()
+        self.is_script = False
 
     def ask(self, question: Mapping[str, Any]) -> str | None:
         """What the process answers to a question, in JSON; None if it does not, or not in time.
@@ -213,7 +210,7 @@ class Sandbox:
             self._send([token, question])
             line = self._receive().decode()
         except (OSError, ValueError):
-            self.started.close()
+            self.close()
             return None
         # An answer names its question, so that none counts that was there before.
         start = f'["{token}", '
@@ -224,15 +221,15 @@ class Sandbox:
         folder = "/"
         if not way.is_safe:
             folder = tempfile.mkdtemp(prefix="torchrft-code-")
-            self.started.callback(_remove, folder)
+            self.callback(_remove, folder)
             if way.user:
                 os.chown(folder, _NOBODY, _NOBODY)
         self.socket, theirs = socket.socketpair()
-        self.started.enter_context(self.socket)
+        self.enter_context(self.socket)
         with theirs:
             arguments = ["-X", "utf8", "-c", _CHILD.read_text()]
             self.process = way.start(arguments, folder, stdin=theirs, stdout=theirs)
-        self.started.callback(_kill, self.process, way)
+        self.callback(_kill, self.process, way)
         seconds = int(self.seconds) + 1
         limits = {"RLIMIT_CPU": seconds, "RLIMIT_AS": _MEMORY, "RLIMIT_FSIZE": _FILE}
         limits |= {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": 64}
@@ -279,17 +276,6 @@ class Sandbox:
                 pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
         return tasks > _TASKS or pages * os.sysconf("SC_PAGE_SIZE") > _SUM
 
-    def close(self) -> None:
-        """Ends all of its processes and removes its files."""
-        self.started.close()
-        self.process = None
-
-    def __enter__(self) -> "Sandbox":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 def _kill(process: subprocess.Popen[bytes], way: Isolation) -> None:
     family = _family(process.pid)
@@ -318,9 +304,6 @@ def _family(pid: int) -> list[int]:
 
 def _remove(folder: str) -> None:
     """Removes a folder however deep it is, and whatever permissions are in it."""
-    try:
-        shutil.rmtree(folder)
-    except (OSError, RecursionError):
-        # The tools of the system go down by descriptors, for which no path is too long.
-        subprocess.run(["chmod", "-R", "u+rwx", folder], stderr=subprocess.DEVNULL)
-        subprocess.run(["rm", "-rf", folder])
+    # The tools of the system go down by descriptors, for which no path is too long.
+    subprocess.run(["chmod", "-R", "u+rwx", folder], stderr=subprocess.DEVNULL)
+    subprocess.run(["rm", "-rf", folder])

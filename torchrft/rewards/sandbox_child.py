@@ -42,8 +42,6 @@ def encode(value):
     for kind in (tuple, set, frozenset):
         if isinstance(value, kind):
             return {kind.__name__: [encode(each) for each in value]}
-    if hasattr(value, "as_integer_ratio"):  # Fraction and Decimal
-        return {"fraction": [encode(each) for each in value.as_integer_ratio()]}
     if hasattr(value, "tolist"):  # numbers and arrays of numpy
         return encode(value.tolist())
     return {"iter": [encode(each) for _, each in zip(range(_MOST), value, strict=False)]}
