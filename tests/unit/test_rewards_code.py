@@ -19,7 +19,6 @@ from torchrft.rewards import build_scorer, rules, sandbox
 from torchrft.rewards.code_tests import _is_output, passed_tests, read_tests
 from torchrft.rewards.registry import LabelError
 from torchrft.rewards.sandbox import Isolation, Sandbox
-from torchrft.rewards.source import RewardError
 from torchrft.types import Completion, Prompt
 
 FENCE = "```python\n{}\n```"
@@ -413,23 +412,25 @@ def test_workers_isolate_as_the_job_does(safe, monkeypatch):
     try:
         prompt = Prompt(row=0, text="Add.", token_ids=(1,), label=ASSERTS)
         completion = Completion(0, 0, (1, 1), (-0.1, -0.1), FENCE.format(ADD), "stop")
-        with pytest.raises(RewardError, match=r"the sandbox \(namespaces\) does not start"):
-            scorer.score([prompt], [completion])
+        (score,) = scorer.score([prompt], [completion])
+        assert (score.value, score.metrics["code/errors"]) == (0.0, 1.0)
     finally:
         scorer.close()
 
 
-def test_of_python_only_its_own_folders_are_seen(safe, monkeypatch, tmp_path):
-    """The project may lie in the folder of a virtual environment, with its data."""
+def test_of_python_only_its_own_folders_are_seen(monkeypatch, tmp_path):
+    """A project may lie in the folder of a virtual environment, with its data."""
     (tmp_path / "lib").mkdir()
-    (tmp_path / "train.jsonl").write_text("assert f(3) == 6")
+    (tmp_path / "data").mkdir()
     monkeypatch.setattr(sandbox.sys, "prefix", str(tmp_path))
     shown = [path for path in sandbox._view() if path.startswith(str(tmp_path))]
     assert shown == [str(tmp_path / "lib")]
-    way = next(filter(sandbox._works, sandbox._isolations()))
-    monkeypatch.setattr(sandbox, "isolation", lambda: way)
-    with Sandbox(f"import os\ndef f():\n    return os.listdir({str(tmp_path)!r})", 20.0) as box:
-        assert box.ask({"call": "f()"}) == '["lib"]'
+
+
+def test_a_sandbox_that_does_not_start_is_no_verdict(monkeypatch):
+    monkeypatch.setattr(sandbox, "isolation", lambda: Isolation("namespaces", ("/bin/false",)))
+    with pytest.raises(RuntimeError, match=r"the sandbox \(namespaces\) does not start"):
+        earned(ASSERTS, ADD)
 
 
 def test_devices_cannot_be_changed(safe):
@@ -442,7 +443,7 @@ def test_devices_cannot_be_changed(safe):
         before = os.stat(f"/dev/{name}")
         test = f"assert f({name!r}, {before.st_mode & 0o7777}) == 1"
         assert earned(test, program) == 0.0
-        assert earned(test, program.replace("os.chmod", "str")) == 1.0
+        assert earned(test, program.replace("os.chmod", "print")) == 1.0
         assert earned(test, program.replace("os.chmod(", "os.utime(").replace(", mode)", ")")) == 0
         assert os.stat(f"/dev/{name}").st_mtime == before.st_mtime
 

@@ -90,15 +90,9 @@ class AssertReader:
     def _read(self, *nodes: ast.stmt) -> None:
         for node in nodes:
             match node:
-                case (
-                    ast.Pass()
-                    | ast.Expr(ast.Constant())
-                    | ast.ImportFrom(
-                        "solution" | "main" | "typing"  # whose names the program has
-                    )
-                ):
-                    pass
-                case ast.Expr(ast.Call(ast.Name("print")) as call) if len(self.free(call)) == 1:
+                case ast.Pass() | ast.ImportFrom("solution" | "main" | "typing"):
+                    pass  # the program has what is imported
+                case ast.Expr(value) if {*self.free(value)} <= {"print"}:
                     pass
                 case ast.Import(names) | ast.ImportFrom(names=names) if names[0].name != "*":
                     module = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
@@ -197,7 +191,7 @@ class AssertReader:
         within = {each for each in ast.walk(node) if isinstance(each, ast.Lambda)}
         within = {each for function in within for each in ast.walk(function.body)}
         for each in ast.walk(node):
-            is_value = not self.free(each)
+            is_value, is_sent = not self.free(each), each in within
             match each:
                 case ast.Name(name):
                     is_sent = name not in self.functions and name not in self.modules
@@ -212,9 +206,7 @@ class AssertReader:
                 case ast.List() | ast.Tuple() | ast.Set() | ast.Dict():
                     is_sent = not (each in within and is_value)
                 case ast.Call() | ast.Subscript():
-                    is_sent = each in within or not is_value
-                case _:
-                    is_sent = each in within
+                    is_sent |= not is_value
             if isinstance(each, ast.expr) and not is_sent:
                 raise Unreadable(ast.unparse(each))
         return ast.unparse(node)
