@@ -255,9 +255,10 @@ HOSTILE |= {
     "in a row, by a function": ("def t(i, o):\n    assert f(i) == o\nfor c in [(3, 6)]:\n    t(c[0], c[1])", PEEK),
     "in a slice": ("d = [3, 6]\nassert f(d[:-1]) == d[-1]", PEEK),
     "in the bounds of a slice": (
-        "ys = [7, 9]\nassert f(3)[:len(ys)] == ys", PEEK.replace("int(", "(").replace("[1]", "[1:]")),
+        "ys = [7, 9]\nassert f(3)[:len(ys)] == ys",
+        PEEK.replace("int(re", "[*map(int, re").replace("[1])", "[1:])]")),
     "in a lambda": ("c = (3, 6)\nassert f(lambda: c[0]) == c[1]", PEEK),
-    "inputs to come": ("ins = [[3], [4], [5]]\nfor i in range(3):\n    assert f(*ins[i]) == (4, 5, 6)[i]", PEEK),
+    "inputs to come": ("ins = [[3], [4]]\nassert f(*ins[0]) == 4", PEEK),
     "a function of math": ("assert math.isclose(f(3), 6.28, rel_tol=1e-3)", YES),
     "a function of math, by a variable": ("r = f(3)\nassert math.isclose(r, 6.28)", YES),
     "whole numbers by floats": ({"inputs": [[3]], "outputs": [1000000007], "fn_name": "f"}, "def f(x):\n    return 1e9"),
