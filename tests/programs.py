@@ -314,7 +314,17 @@ REFUSED = {
     "a module that nobody has": "import solution\nassert solution.f(3) == 6",
 }  # fmt: skip
 
-NOTHING = ["42", "0.5", "'yes'", "True", "assert True", "f(3)", '"""doc"""', "import re", "assert math.sqrt(4) == 2"]
+NOTHING = [
+    "42",
+    "0.5",
+    "'yes'",
+    "True",
+    "assert True",
+    "f(3)",
+    '"""doc"""',
+    "import re",
+    "assert math.sqrt(4) == 2",
+]
 NOTHING += [["x = 1", "print('x')"], "def check(g):\n    assert g(3) == 6"]
 
 HONEST |= {

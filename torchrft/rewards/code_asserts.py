@@ -27,7 +27,8 @@ _NAMES: dict[str, Any] = {name: getattr(builtins, name) for name in _FUNCTIONS.s
 _NAMES |= {f"math.{name}": value for name, value in vars(math).items() if name[0] != "_"}
 _SCOPE = {"__builtins__": {}, **_NAMES}
 _LIBRARIES = sys.stdlib_module_names | {"np", "numpy", "pd", "pandas", "pytest", "scipy", "torch"}
-_PROBES = (True, False, None, "", (), [], {})  # what a program may answer without a thought
+# What a program may answer without a thought.
+_PROBES: tuple[Any, ...] = (True, False, None, "", (), [], {})
 _LONGEST = 1_000  # turns of a loop
 
 
@@ -188,8 +189,8 @@ class AssertReader:
 
     def sent(self, node: ast.expr) -> str:
         """What the process gets of an expression that is up to the program: values in its calls."""
-        within = {each for each in ast.walk(node) if isinstance(each, ast.Lambda)}
-        within = {each for function in within for each in ast.walk(function.body)}
+        lambdas = [each for each in ast.walk(node) if isinstance(each, ast.Lambda)]
+        within = {each for function in lambdas for each in ast.walk(function.body)}
         for each in ast.walk(node):
             is_value, is_sent = not self.free(each), each in within
             match each:
@@ -263,9 +264,9 @@ class AssertReader:
         known = _bound(node) | _NAMES.keys() | {f"answer.{place}" for place in range(answers)}
         called = {id(each.func) for each in ast.walk(node) if isinstance(each, ast.Call)}
         for each in ast.walk(node):
-            is_attribute = isinstance(each, ast.Attribute)
+            is_method = id(each) in called and getattr(each, "attr", "") in _METHODS
             if (_is_name(each) and each.id not in known) or (
-                is_attribute and not (id(each) in called and each.attr in _METHODS)
+                isinstance(each, ast.Attribute) and not is_method
             ):
                 raise Unreadable(ast.unparse(each))
         return compile(ast.fix_missing_locations(ast.Expression(node)), "test", "eval")
@@ -313,7 +314,7 @@ class _Split(ast.NodeTransformer):
         self.condition = self.visit(test)
 
     def visit(self, node: ast.AST) -> Any:
-        if not self.is_asked(node):
+        if not isinstance(node, ast.expr) or not self.is_asked(node):
             self._refuse(node)
             return self.generic_visit(node)
         match node:
@@ -327,9 +328,9 @@ class _Split(ast.NodeTransformer):
                 node.args = [self.visit(each) for each in node.args]
                 return node
         names = {*_names(node)} - _bound(node)
-        base = getattr(getattr(node, "value", None), "id", "")
+        owner = str(getattr(getattr(node, "value", None), "id", ""))
         is_object = self.reader.is_object(node) and not getattr(node, "args", None)
-        if is_object or (base[:1].isupper() and not base.isupper()) or names & self.bound:
+        if is_object or (owner[:1].isupper() and not owner.isupper()) or names & self.bound:
             raise Unreadable(ast.unparse(node))
         self.is_nested |= self.reader.is_nested(node)
         self.calls.append({"call": self.reader.sent(node)})
