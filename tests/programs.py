@@ -233,3 +233,124 @@ HOSTILE = {
     "functional, equal to everything": ({"fn_name": "add", "inputs": [[1, 2]], "outputs": [3]},
                                         ANY + "def add(a, b):\n    return Any()"),
 }  # fmt: skip
+
+# A program that reads the second number of all that the harness has sent.
+PEEK = FRAMES + (
+    "import re\ndef f(*a):\n    sent = [g.f_locals['question'] for g in frames() if 'question' in g.f_locals]\n"
+    "    return int(re.findall(r'\\d+', str(sent))[1])\n"
+)
+YES = (
+    "class Yes:\n    __eq__ = lambda s, o: True\n    __getattr__ = lambda s, n: lambda *a, **k: True\n"
+    "    __call__ = lambda s, *a, **k: True\n"
+    "math = np = numpy = json = pytest = torch = isclose = allclose = approx = compare = Yes()\n"
+    "def f(*a):\n    return True\n"
+)
+
+# What else a program must not get by what a label shows of itself.
+HOSTILE |= {
+    "an expectation in a row of a loop": ("for c in [(3, 6), (4, 8)]:\n    assert f(c[0]) == c[1]", PEEK),
+    "in a row with names": ("for t in [{'input': 3, 'output': 6}]:\n    assert f(t['input']) == t['output']", PEEK),
+    "in a row, by a variable": ("t = {'input': 3, 'output': 6}\nr = f(t['input'])\nassert r == t['output']", PEEK),
+    "in a row, starred": ("def check(g):\n    for c in [((3,), 6)]:\n        assert g(*c[0]) == c[1]\ncheck(f)", PEEK),
+    "in a row, by a function": ("def t(i, o):\n    assert f(i) == o\nfor c in [(3, 6)]:\n    t(c[0], c[1])", PEEK),
+    "in a slice": ("d = [3, 6]\nassert f(d[:-1]) == d[-1]", PEEK),
+    "in the bounds of a slice": (
+        "ys = [7, 9]\nassert f(3)[:len(ys)] == ys",
+        PEEK.replace("int(re", "[*map(int, re").replace("[1])", "[1:])]")),
+    "in a lambda": ("c = (3, 6)\nassert f(lambda: c[0]) == c[1]", PEEK),
+    "inputs to come": ("ins = [[3], [4]]\nassert f(*ins[0]) == 4", PEEK),
+    "a function of math": ("assert math.isclose(f(3), 6.28, rel_tol=1e-3)", YES),
+    "a function of math, by a variable": ("r = f(3)\nassert math.isclose(r, 6.28)", YES),
+    "whole numbers by floats": ({"inputs": [[3]], "outputs": [1000000007], "fn_name": "f"}, "def f(x):\n    return 1e9"),
+    "a function of Python's": ({"inputs": [[[3, 1]]], "outputs": [[1, 3]], "fn_name": "sorted"}, "pass"),
+    "a function of Python's, asserted": ("assert sorted([3, 1]) == [1, 3]", "pass"),
+    "what is missing in a dictionary": (
+        {"inputs": [[3]], "outputs": [{"a": {"b": 1}}], "fn_name": "f"}, "def f(x):\n    return {'b': 1}"),
+    "an output of None": ({"inputs": [[3]], "outputs": [[None]], "fn_name": "f"}, "def f(x):\n    pass"),
+    "stdin, too large for a float": ({"inputs": ["3"], "outputs": ["1" * 400 + ".5"]}, "print('inf')"),
+    "stdin, another number of that size": ({"inputs": ["3"], "outputs": ["1" * 400 + ".5"]}, f"print({'2' * 400})"),
+    "answers that take long to compare": (
+        "assert set(f(3)) == {1, 2}", "def f(x):\n    return [i * (2**61 - 1) for i in range(10**5)]"),
+    "answers that take long to read": ("assert f(3) == 1", "def f(x):\n    return [[] for i in range(4 * 10**6)]"),
+}  # fmt: skip
+
+# Labels that a program could forge, or that none can satisfy, by their kinds; each is refused.
+REFUSED = {
+    "a helper that judges": "def ok(x, y):\n    return f(x) == y\nassert ok(3, 6)",
+    "a helper that judges, compared": "def ok():\n    return f(3) == 6\nassert ok() == True",
+    "a name without import": "assert isclose(f(3), 6.28)",
+    "a module without import": "assert np.allclose(f(3), [1, 2])",
+    "a module for the expected value": "assert f(3) == json.loads('[6]')",
+    "an approximation": "import pytest\nassert f(3) == pytest.approx(6)",
+    "an approximation without import": "assert f(3) == approx(6)",
+    "a judge of the program's": "assert compare(f(3), 6)",
+    "a judge of the program's, compared": "assert compare(f(3), 6) == True",
+    "a judge of the program's, denied": "assert not differ(f(3), 6)",
+    "a judge of the program's, by a variable": "r = f(3)\nassert compare(r, 6)",
+    "a judge of the program's, in a variable": "ok = compare(f(3), 6)\nassert ok",
+    "a judge of the program's, an object": "c = Checker()\nc.compare(f(3), 6)\nassert c.is_well()",
+    "a statement that judges": ["assert g(0) == 0", "check(f(3), 6)"],
+    "a statement that judges a variable": "r = f(3)\nassert r > 0\nassertEqual(r, 6)",
+    "numpy's assertion": "import numpy as np\nassert f(0) == 0\nnp.testing.assert_allclose(f(3), [1, 2])",
+    "unittest": "import unittest\nclass T(unittest.TestCase):\n    def test_a(self):\n        self.assertEqual(f(3), 6)\nassert f(0) == 0",
+    "a fixture": "def test_a(x):\n    assert f(x) == x\nassert f(0) == 0",
+    "a parameter with a default": "def test_a(*, x=3):\n    assert f(x) == 6\nassert f(0) == 0",
+    "parameters of pytest": "import pytest\n@pytest.mark.parametrize('x', [3])\ndef test_a(x):\n    assert f(x) == 6\nassert f(0) == 0",
+    "a check that nobody calls": "def check(g):\n    assert g(3) == 6\nassert f(0) == 0",
+    "an else": "if __name__ != '__main__':\n    pass\nelse:\n    assert f(3) == 6\nassert f(0) == 0",
+    "a call that is printed": "s = Stack()\nprint(s.pop())\nassert s.size == 0",
+    "two objects": "p = Point(1, 2)\nq = Point(1, 2)\nassert p == q",
+    "a sum of objects": "assert Point(1, 2) + Point(3, 4) == Point(4, 6)",
+    "lists of objects": "ps = [Point(1, 2)]\nassert ps == [Point(1, 2)]",
+    "one object twice": "a = Singleton()\nb = Singleton()\nassert a is b",
+    "the length of an object": "s = Stack()\nassert len(s) == 0",
+    "the text of an object": "p = Point(1, 2)\nassert str(p) == '1, 2'",
+    "an object with `in`": "s = Stack()\nassert 2 in s",
+    "an argument that stays": "a = [3, 1, 2]\nassert f(a) == [1, 2, 3] and a == [3, 1, 2]",
+    "an argument that changes": "a = [3, 1, 2]\nassert f(a) is None and a == [1, 2, 3]",
+    "an argument beside the answer": "a = [3, 1, 2]\nassert (f(a), a) == (None, [1, 2, 3])",
+    "an iterator that goes on": "g = gen(3)\nassert next(g) == 0\nassert next(g) == 1",
+    "rows that are computed in the call": "cases = {3: 6}\nassert f(cases.keys()) == 6",
+    "a module that nobody has": "import solution\nassert solution.f(3) == 6",
+}  # fmt: skip
+
+NOTHING = [
+    "42",
+    "0.5",
+    "'yes'",
+    "True",
+    "assert True",
+    "f(3)",
+    '"""doc"""',
+    "import re",
+    "assert math.sqrt(4) == 2",
+]
+NOTHING += [["x = 1", "print('x')"], "def check(g):\n    assert g(3) == 6"]
+
+HONEST |= {
+    "from main": ("from main import add\nassert add(1, 2) == 3", ADD),
+    "the same call twice": (
+        "s = Stack()\ns.push(1)\ns.push(2)\nassert s.pop() == 2 and s.pop() == 1", HONEST["class"][1]),
+    "names of functions": (
+        "x = 3\ndef test_a():\n    x = 4\n    assert f(x) == 8\ndef test_b():\n    assert f(x) == 6",
+        "def f(x):\n    return 2 * x"),
+    "a counter of the program's": (
+        "inc()\nassert COUNT == 1", "COUNT = 0\ndef inc():\n    global COUNT\n    COUNT += 1"),
+    "rows": ("cases = [{'input': [1, 2], 'output': 3}]\nfor case in cases:\n    assert add(*case['input']) == case['output']", ADD),
+    "numbers of math": ("assert math.isclose(half(math.pi), 1.5707963, rel_tol=1e-6)\nassert abs(half(float('inf'))) == math.inf\n"
+                        "assert half(math.inf) > 1", "def half(x):\n    return x / 2"),
+    "a function of the tests'": ("def same(x, y, total):\n    assert add(x, y) == total\nsame(1, 2, 3)\nsame(2, 2, 4)", ADD),
+    "a number of the tests' in a function": ("limit = 2\nassert keep(lambda x: x > limit, [1, 2, 3]) == [3]",
+                                   "def keep(f, xs):\n    return [*filter(f, xs)]"),
+    "statements at the end": (["assert add(1, 2) == 3", "add(3, 4)"], ADD),
+    "its own module": (
+        "assert area() == 2",
+        "from __future__ import annotations\nimport pickle, sys\nfrom dataclasses import dataclass\n@dataclass\n"
+        "class Node:\n    x: int\n    nxt: 'Node' = None\ndef area():\n    node = pickle.loads(pickle.dumps(Node(2)))\n"
+        "    return sys.modules[__name__].Node(node.x).x"),
+    "names of typing": ({"inputs": [[[2, 7]]], "outputs": [9], "fn_name": "total"},
+                        "class Solution:\n    def total(self, xs: List[int]) -> Optional[int]:\n        return sum(xs)"),
+    "functional, iterators and tuples": (
+        [{"input": "3", "output": "(0, 1.0, 2)", "fn_name": "f"}], "def f(n):\n    return (i for i in range(n))"),
+    "stdin, by its name": (SUMS, "print(sum(map(int, open('/dev/stdin').read().split())), file=open('/dev/stdout', 'w'))"),
+}  # fmt: skip

@@ -2,6 +2,7 @@
 
 import math
 import sys
+import time
 import tomllib
 from decimal import Decimal
 from pathlib import Path
@@ -451,6 +452,15 @@ def test_the_last_python_block_is_the_program(response):
     scope = {}
     exec(program_of(response), scope)
     assert scope["add"](1, 2) == 3
+
+
+def test_a_program_is_found_in_bounded_time():
+    """Blanks took the square of their number, and each fence another look at the whole block."""
+    start = time.monotonic()
+    program_of("x\n" + " " * 60_000 + "y")
+    block = "x = (\n" + "a = 1 + 2 * 3\n" * 5_000
+    assert program_of(f"{F}python\n{block}" + f"{F}\nb = 1\n" * 60).startswith("x = (")
+    assert time.monotonic() - start < 5
 
 
 def test_code_labels_that_test_nothing_are_refused():

@@ -1,7 +1,9 @@
 """Rewards for programs: how tests are read, what earns nothing, and what the sandbox keeps in."""
 
+import json
 import logging
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -10,13 +12,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from programs import ADD, ASSERTS, HONEST, HOSTILE
+from programs import ADD, ASSERTS, HONEST, HOSTILE, NOTHING, REFUSED
 
 from torchrft.config.reward_config import Reward, RewardFunction
 from torchrft.rewards import build_scorer, rules, sandbox
 from torchrft.rewards.code_tests import _is_output, passed_tests, read_tests
 from torchrft.rewards.registry import LabelError
-from torchrft.rewards.sandbox import Isolation, NoAnswer, Sandbox
+from torchrft.rewards.sandbox import Isolation, Sandbox
+from torchrft.types import Completion, Prompt
 
 FENCE = "```python\n{}\n```"
 WAYS = [way.name for way in sandbox._isolations() if sandbox._works(way)]
@@ -27,7 +30,7 @@ def earned(label, program, seconds=20.0, **options):
 
 
 def passed(program, sources, seconds=20.0):
-    return passed_tests(program, read_tests(sources), seconds, partial=True)
+    return passed_tests(program, read_tests(sources), seconds)
 
 
 @pytest.fixture
@@ -163,7 +166,7 @@ NEEDS_OBJECTS = [
 ]
 
 
-@pytest.mark.parametrize("label", NEEDS_OBJECTS)
+@pytest.mark.parametrize("label", [*NEEDS_OBJECTS, *REFUSED.values()])
 def test_tests_that_a_program_could_forge_are_refused(label):
     text = r"needs the program's own objects, for .*allow_forgeable_tests = true, with which"
     with pytest.raises(LabelError, match=text):
@@ -200,11 +203,42 @@ def test_forgeable_tests_run_where_they_are_allowed():
         ("assert (", "is no Python"),
         ("(" * 10_000, "is no Python"),
         ("def test_f(x):\n    assert f(x) == 1", "tests nothing"),
+        ({"inputs": ["1"], "outputs": [None]}, "a case whose input or output is None"),
+        *((label, "tests nothing: it asks the program for no answer") for label in NOTHING),
     ],
 )
 def test_labels_that_are_no_tests_are_refused(label, text):
     with pytest.raises(LabelError, match=text):
         read_tests(label)
+
+
+def test_tests_without_an_assertion_count_with_the_next():
+    label = ["s = Stack()", "s.push(3)", "s.push(4)", "assert s.pop() == 4", "assert s.pop() == 3"]
+    stack = HONEST["class"][1]
+    assert len(read_tests(label)) == 2
+    assert passed(stack, label) == 2
+    assert passed("pass", label) == 0
+    assert passed(stack.replace("append(x)", "append(3)"), label) == 1
+    assert len(read_tests(["def g():\n    pass", "try:\n    g()\nfinally:\n    f()"], True)) == 1
+
+
+def test_all_is_asked_whatever_the_answers_are():
+    """A program that hears no further question would know that it was wrong."""
+    label = [f"assert f({i}) == {i} and g({i}) == 0" for i in range(4)]
+    tests = read_tests(label)
+    asked = []
+
+    class Asked(Sandbox):
+        def ask(self, question):
+            asked.append(question["call"])
+            return super().ask(question)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torchrft.rewards.code_tests.Sandbox", Asked)
+        for program in ("def f(x):\n    return 9\ng = f", "f = g = lambda x: x", "pass"):
+            assert passed_tests(program, tests, 20.0) in (0, 1)
+            assert asked == [f"{name}({i})" for i in range(4) for name in "fg"]
+            asked.clear()
 
 
 def test_a_question_holds_inputs_alone():
@@ -216,7 +250,6 @@ def test_a_question_holds_inputs_alone():
         question for (test,) in [read_tests(label)] for each in test for question in each.questions
     ]
     assert [question["call"] for question in asked] == ["f(1)", "f(x=[2])", "g(3)[0]"]
-    assert not any(question["setup"] for question in asked)
 
 
 # ----------------------------------------------------------------------------- the sandbox
@@ -247,10 +280,10 @@ def test_the_best_isolation_that_works_is_chosen(monkeypatch):
     words = " ".join(bwrap.command)
     for option in ("--unshare-net", "--unshare-pid", "--die-with-parent", "--cap-drop ALL"):
         assert option in words
-    assert f"--ro-bind {sys.prefix} {sys.prefix}" in words
+    assert f"--ro-bind {sys.prefix}/lib {sys.prefix}/lib" in words
     assert "--bind /" not in words.replace("--ro-bind", "")
     assert "/tools/setpriv --pdeathsig KILL /tools/nsjail -Mo" in " ".join(nsjail.command)
-    assert f"-R {sys.prefix}" in " ".join(nsjail.command)
+    assert f"-R {sys.prefix}/lib" in " ".join(nsjail.command)
 
 
 def test_an_isolation_is_tried_before_it_is_believed(tmp_path, monkeypatch):
@@ -287,7 +320,8 @@ def test_every_isolation_of_this_machine(name, monkeypatch, tmp_path):
         with Sandbox(program, 60.0) as box:
 
             def ask(call):
-                return box.ask({"call": call, "setup": [], "name": None})
+                answer = box.ask({"call": call})
+                return answer and json.loads(answer)
 
             assert ask(f"reach({server.getsockname()[1]})") is not way.is_safe
             assert "SECRET" not in str(ask("environment()"))
@@ -300,8 +334,7 @@ def test_every_isolation_of_this_machine(name, monkeypatch, tmp_path):
                 assert ask("ctypes.CDLL(None).unshare(0x10000000)") == -1
                 assert ask("[open('/tmp/x', 'w').write('y')]") == [1]
                 for path in ("/x", "/usr/x", sys.prefix + "/x", "/proc/sys/kernel/core_pattern"):
-                    with pytest.raises(NoAnswer):
-                        ask(f"[open({path!r}, 'a')] and 1")
+                    assert ask(f"[open({path!r}, 'a')] and 1") is None
             assert ask("deep()") is True
     assert list(tmp_path.iterdir()) == []
 
@@ -320,7 +353,7 @@ def test_every_isolation_of_this_machine(name, monkeypatch, tmp_path):
 def test_what_a_program_starts_ends_with_it(program, safe):
     """Processes of the sandbox are known by their namespace, which is this machine's no more."""
     before, start = _namespaces(), time.monotonic()
-    assert passed(program, ["assert 1"], 1.5) == 0
+    assert passed(program, ["assert f() == 1"], 1.5) == 0
     assert time.monotonic() - start < 20
     while _namespaces() - before:  # the kernel is at it
         assert time.monotonic() - start < 60
@@ -351,7 +384,7 @@ def test_memory_and_processes_are_bounded_in_sum(safe, monkeypatch):
     )
     for program in (hungry, crowd + "time.sleep(60)"):
         start = time.monotonic()
-        assert passed(program, ["assert 1"], 50.0) == 0
+        assert passed(program, ["assert f() == 1"], 50.0) == 0
         assert time.monotonic() - start < 40  # long before its deadline
 
 
@@ -370,6 +403,66 @@ def test_a_sandbox_ends_with_its_worker(safe):
             break
         time.sleep(0.01)
     assert not Path(f"/proc/{pid}").exists()
+
+
+def test_workers_isolate_as_the_job_does(safe, monkeypatch):
+    """A worker with a try of its own might go without, and a reward of 0 would hide a failure."""
+    monkeypatch.setattr(sandbox, "isolation", lambda: Isolation("namespaces", ("/bin/false",)))
+    scorer = build_scorer(Reward(functions=[RewardFunction(name="code")], reward_workers=1))
+    try:
+        prompt = Prompt(row=0, text="Add.", token_ids=(1,), label=ASSERTS)
+        completion = Completion(0, 0, (1, 1), (-0.1, -0.1), FENCE.format(ADD), "stop")
+        (score,) = scorer.score([prompt], [completion])
+        assert (score.value, score.metrics["code/errors"]) == (0.0, 1.0)
+    finally:
+        scorer.close()
+
+
+def test_of_python_only_its_own_folders_are_seen(monkeypatch, tmp_path):
+    """A project may lie in the folder of a virtual environment, with its data."""
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "data").mkdir()
+    monkeypatch.setattr(sandbox.sys, "prefix", str(tmp_path))
+    shown = [path for path in sandbox._view() if path.startswith(str(tmp_path))]
+    assert shown == [str(tmp_path / "lib")]
+
+
+def test_a_sandbox_that_does_not_start_is_no_verdict(monkeypatch):
+    monkeypatch.setattr(sandbox, "isolation", lambda: Isolation("namespaces", ("/bin/false",)))
+    with pytest.raises(RuntimeError, match=r"the sandbox \(namespaces\) does not start"):
+        earned(ASSERTS, ADD)
+
+
+def test_devices_cannot_be_changed(safe):
+    program = (
+        "import os\ndef f(name, mode):\n    open('/dev/null', 'w').write('x')\n"
+        "    assert open('/dev/' + name, 'rb').read(1) is not None\n"
+        "    os.chmod('/dev/' + name, mode)\n    return 1\n"
+    )
+    for name in ("null", "zero", "random", "urandom"):
+        before = os.stat(f"/dev/{name}")
+        test = f"assert f({name!r}, {before.st_mode & 0o7777}) == 1"
+        assert earned(test, program) == 0.0
+        assert earned(test, program.replace("os.chmod", "print")) == 1.0
+        assert earned(test, program.replace("os.chmod(", "os.utime(").replace(", mode)", ")")) == 0
+        assert os.stat(f"/dev/{name}").st_mtime == before.st_mtime
+
+
+def test_a_script_is_bounded_also_where_it_was_started():
+    """What starts scripts has limits as well, for they may reach it."""
+    program = "import os, resource\nprint(open(f'/proc/{os.getppid()}/limits').read())"
+    with Sandbox(program, 20.0) as box:
+        limits = box.ask({"stdin": ""})
+    assert re.search(r"Max address space +1073741824 ", limits)
+    assert re.search(r"Max file size +16777216 ", limits)
+
+
+def test_judging_has_a_deadline(safe):
+    start = time.monotonic()
+    label = ["assert f(0) == 1", "assert set(f(1)) == {1, 2}"]
+    program = "def f(n):\n    return [i * (2**61 - 1) for i in range(10**5)] if n else 1"
+    assert passed(program, label, 2.0) == 1
+    assert time.monotonic() - start < 20
 
 
 def test_folders_of_any_depth_are_removed(tmp_path):

@@ -3,7 +3,9 @@
 import ast
 import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+import signal
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from decimal import Decimal
 from functools import partial
@@ -11,15 +13,14 @@ from typing import Any
 
 from torchrft.rewards.code_asserts import AssertReader, Check, Unreadable
 from torchrft.rewards.registry import LabelError
-from torchrft.rewards.sandbox import NoAnswer, Sandbox
+from torchrft.rewards.sandbox import Sandbox
 
 _TOLERANCE = 1e-6  # relative or absolute, of numbers that are not whole
 _CALLS = ("functional", "function_call", "function", "call")
 _SCRIPTS = ("stdin", "stdin_stdout", "standard_input")
+_MISSING = object()
 _WRAPPINGS = ("ground_truth", "input_output", "test_cases", "tests", "test_list", "test")
-_LOADED: Mapping[str, Any] = {"call": "None", "setup": [], "name": None}
-_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-_IDLE = (*_FUNCTIONS, ast.ClassDef, ast.Assign, ast.Import, ast.ImportFrom)  # tests nothing
+_IDLE = (ast.FunctionDef, ast.ClassDef, ast.Assign, ast.Import, ast.ImportFrom)  # tests nothing
 
 
 def read_tests(label: Any, forgeable: bool = False) -> list[list[Check]]:
@@ -90,6 +91,8 @@ def _pair(case: Mapping[str, Any]) -> Check:
     if kind is not None and kind not in (*_CALLS, *_SCRIPTS):
         raise LabelError(f"has a case of type {kind!r}: use 'stdin' or 'functional'")
     if kind in _SCRIPTS or not (name or kind):
+        if given is None or wanted is None:
+            raise LabelError("has a case whose input or output is None")
         return Check([{"stdin": _lines(given)}], partial(_is_output, _lines(wanted)))
     if not isinstance(name, str) or not all(map(str.isidentifier, name.split("."))):
         raise LabelError(f"has a case of a function that fn_name does not name: {name!r}")
@@ -99,11 +102,11 @@ def _pair(case: Mapping[str, Any]) -> Check:
         wanted_values = [_parsed(wanted) if isinstance(wanted, str) else wanted]
     else:
         arguments = given if isinstance(given, list | Mapping) else [given]
-        if isinstance(wanted, list) and len(wanted) == 1:  # in APPS and TACO, outputs are lists
-            wanted_values.append(wanted[0])
+        if isinstance(wanted, list) and len(wanted) == 1 and wanted[0] is not None:
+            wanted_values.append(wanted[0])  # in APPS and TACO, outputs are lists
     stars = "**" if isinstance(arguments, Mapping) else "*"
     name = name.removeprefix("Solution.")
-    question = {"call": f"{name}({stars}{arguments!r})", "setup": [], "name": name.split(".")[0]}
+    question = {"call": f"{name}({stars}{arguments!r})", "name": name.split(".")[0]}
     return Check([question], partial(_is_value, wanted_values))
 
 
@@ -143,24 +146,26 @@ def _is_number(written: str, wanted: str) -> bool:
         answer, number = Decimal(written), Decimal(wanted)
         if number == number.to_integral_value() and not {*wanted.lower()} & {*".e"}:
             return answer == number
-        return math.isclose(answer, number, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
+        largest = max(abs(answer), abs(number), Decimal(1))
+        return largest.is_finite() and abs(answer - number) <= largest * Decimal(_TOLERANCE)
     except (ArithmeticError, ValueError):
         return False
 
 
 def _is_value(wanted: Sequence[Any], answers: Sequence[Any]) -> bool:
-    return any(_is_same(answers[0], value) for value in wanted)
+    answer = [*answers[0]] if isinstance(answers[0], Iterator) else answers[0]
+    return any(_is_same(answer, value) for value in wanted)
 
 
 def _is_same(answer: Any, wanted: Any) -> bool:
     """Whether an answer is a value as JSON holds it, without tuples and with texts for keys."""
-    if isinstance(answer, list | tuple) and isinstance(wanted, list):
+    if isinstance(answer, list | tuple) and isinstance(wanted, list | tuple):
         return len(answer) == len(wanted) and all(map(_is_same, answer, wanted))
     if isinstance(answer, dict) and isinstance(wanted, dict):
         texts = {str(key): value for key, value in answer.items()}
-        pairs = [(texts.get(str(key), texts), value) for key, value in wanted.items()]
+        pairs = [(texts.get(str(key), _MISSING), value) for key, value in wanted.items()]
         return len(answer) == len(wanted) and all(_is_same(*pair) for pair in pairs)
-    if {type(answer), type(wanted)} <= {int, float} and float in (type(answer), type(wanted)):
+    if isinstance(wanted, float) and type(answer) in (int, float):
         return math.isclose(answer, wanted, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
     return bool(answer == wanted)
 
@@ -168,53 +173,66 @@ def _is_same(answer: Any, wanted: Any) -> bool:
 def _of_source(sources: Sequence[str], forgeable: bool) -> list[list[Check]]:
     reader, tests = AssertReader(), list[list[Check]]()
     try:
-        works = [
-            any(not isinstance(node, _IDLE) for node in ast.parse(source).body)
-            for source in sources
-        ]
-        for source, is_test in zip(sources, works, strict=True):
+        for source in sources:
             checks = reader.read(source)
-            if is_test and not checks:  # it only asks for a program that does not fail
-                checks = [Check([_LOADED], lambda answers: True)]
             tests += [checks] if checks else []
+        if tests:
+            tests[-1] += reader.end()
     except Unreadable as error:
         if not forgeable:
             raise LabelError(
                 f"needs the program's own objects, for {str(error)[:80]!r}: compare what functions "
-                "return with plain data, as assert f(1) == 2 does, or set the function's option "
-                "allow_forgeable_tests = true, with which programs can pass that do not solve it"
+                "return with plain data, as assert f(1) == 2 does, or use pairs of inputs and "
+                "outputs, or set the function's option allow_forgeable_tests = true, with which "
+                "programs can pass that do not solve it"
             ) from error
-        if any(works):
-            return [[Check([{"run": source}], lambda answers: answers[0])] for source in sources]
+        tests = _forgeable(sources)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise LabelError(f"is no Python: {error}") from error
     if not tests:
-        raise LabelError("tests nothing: it only defines")
+        raise LabelError("tests nothing: it asks the program for no answer")
     return tests
 
 
-def passed_tests(
-    program: str, tests: Sequence[Sequence[Check]], seconds: float, partial: bool
-) -> int:
-    """How many tests a program passes within `seconds`; not all are tried unless `partial`."""
-    passed = 0
+def _forgeable(sources: Sequence[str]) -> list[list[Check]]:
+    """Tests to run as they are; what only defines belongs to the test behind it."""
+    tests, checks = list[list[Check]](), list[Check]()
+    for source in sources:
+        checks = [*checks, Check([{"run": source}], lambda answers: bool(answers[0]))]
+        if any(not isinstance(node, _IDLE) for node in ast.parse(source).body):
+            tests, checks = [*tests, checks], []
+    return tests
+
+
+def passed_tests(program: str, tests: Sequence[Sequence[Check]], seconds: float) -> int:
+    """How many tests a program passes that answers within `seconds`.
+
+    All are asked before one is judged, so that no question tells how an answer was.
+    """
     with Sandbox(program, seconds) as sandbox:
-        for test in tests:
-            # Each is asked, for its setup counts for the tests behind it.
-            passes = min([_passes(check, sandbox) for check in test])
-            passed += passes
-            if not passes and not partial:
-                break
+        answers = [[[*map(sandbox.ask, check.questions)] for check in test] for test in tests]
+    reading, writing = os.pipe()
+    child = os.fork()  # for there are data that take hours to compare
+    if child == 0:
+        try:
+            signal.setitimer(signal.ITIMER_PROF, seconds)
+            for test, given in zip(tests, answers, strict=True):
+                os.write(writing, b"1" if all(map(_passes, test, given)) else b"0")
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with open(reading, "rb") as verdicts:
+        passed = verdicts.read().count(b"1")
+    os.waitpid(child, 0)
     return passed
 
 
-def _passes(check: Check, sandbox: Sandbox) -> bool:
-    try:
-        return bool(check.judge([_plain(sandbox.ask(question)) for question in check.questions]))
-    except NoAnswer:
-        return False
-    except Exception:  # the answer is of another kind than the test can look at
-        return False
+def _passes(check: Check, answers: Sequence[str | None]) -> bool:
+    with suppress(Exception):  # the answer is of another kind than the test can look at
+        return None not in answers and check.judge(
+            [_plain(json.loads(each or "")) for each in answers]
+        )
+    return False
 
 
 _KINDS: Mapping[str, Any] = {

@@ -5,7 +5,7 @@ import re
 import textwrap
 import warnings
 from collections.abc import Iterator
-from itertools import islice
+from itertools import accumulate, islice
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -14,10 +14,11 @@ _LANGUAGE = r"(?i:i?python|py)(?:3(?:\.\d+)?)?(?![\w-])"
 _PYTHON = re.compile(rf"\{{?\s*\.?{_LANGUAGE}")
 _CLOSING = re.compile(r"[ \t>]*(?:`{3,}|~{3,})[ \t]*")
 # A block that opens behind other words of its line; list and quote marks are no words.
-_BEHIND = re.compile(rf"(?m)^([ \t]*(?![-*+>\d.) \t]*`)[^\s`].*?)(?=```[ \t]*{_LANGUAGE}[ \t]*$)")
+_BEHIND = re.compile(rf"(?m)^([ \t]*+(?![-*+>\d.) \t]*`)[^\s`].*?)(?=```[ \t]*{_LANGUAGE}[ \t]*$)")
 _INNER = re.compile(rf"(?m)^[ \t>]*(?:`{{3,}}|~{{3,}})[ \t]*{_LANGUAGE}.*\n")
 _DEFINED = re.compile(r"(?m)^[ \t]*(?:async +)?(?:def|class) +(\w+)")
 _MOST = 50  # fences behind a block's start at which it may end
+_PARSED = 2**18  # characters of all readings that are tried together
 
 
 def program_of(text: str) -> str:
@@ -39,7 +40,9 @@ def program_of(text: str) -> str:
         blocks = blocks or [token for token in fences if not token.info.strip()]
         if blocks:
             readings = list(_readings(_of_code(blocks), text))
-            return next(filter(_compiles, readings), readings[0])
+            sizes = accumulate(map(len, readings))
+            tried = [text for text, size in zip(readings, sizes, strict=True) if size < _PARSED]
+            return next(filter(_compiles, tried), readings[0])
     return text
 
 

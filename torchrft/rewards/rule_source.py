@@ -15,6 +15,7 @@ from torchrft.rewards.workers import GRACE, Task, WorkerPool
 from torchrft.tools.logging import logger
 
 if TYPE_CHECKING:
+    from torchrft.rewards.sandbox import Isolation
     from torchrft.types import Prompt
 
 _GETTERS: dict[str, Callable[[RewardRequest], Any]] = {
@@ -87,8 +88,8 @@ def rule_sources(reward: Reward) -> list[RuleSource]:
     """
     rules = [checked_rule(entry) for entry in reward.functions]
     isolation = check_isolation(reward)
-    if isolation and isolation != "none":
-        logger.info(f"[reward] programs run in a sandbox: {isolation}")
+    if isolation and isolation.is_safe:
+        logger.info(f"[reward] programs run in a sandbox: {isolation.name}")
     elif isolation:
         logger.warning(
             "[reward] allow_unsafe_code = true: programs run without isolation, with the files, "
@@ -97,7 +98,7 @@ def rule_sources(reward: Reward) -> list[RuleSource]:
     isolated = [entry for entry in reward.functions if _is_isolated(entry)]
     timeout, pool = reward.reward_timeout, None
     if isolated:
-        tasks = [Task(e.name, e.options, tolerant=e.name in BUILT_IN) for e in isolated]
+        tasks = [Task(e.name, e.options, e.name in BUILT_IN, isolation) for e in isolated]
         count = reward.reward_workers or _share_of_cores()
         memory, most = int(reward.reward_memory * 2**30), reward.max_reward_failures
         pool = WorkerPool(tasks, count, timeout, memory, most)
@@ -111,20 +112,20 @@ def rule_sources(reward: Reward) -> list[RuleSource]:
     return sources
 
 
-def check_isolation(reward: Reward) -> str:
-    """Return the isolation of programs, "" if there are none to run; ValueError for none at all."""
+def check_isolation(reward: Reward) -> Isolation | None:
+    """Return the isolation of programs, None if there are none to run; ValueError if none works."""
     if not any(entry.name == "code" for entry in reward.functions):
-        return ""
+        return None
     from torchrft.rewards import sandbox  # which jobs without programs do without
 
-    name = sandbox.isolation().name
-    if name == "none" and not reward.allow_unsafe_code:
+    isolation = sandbox.isolation()
+    if not isolation.is_safe and not reward.allow_unsafe_code:
         raise ValueError(
             "reward function 'code': this machine lets nobody isolate a program: neither bwrap nor "
             "nsjail nor unshare works; install bubblewrap and allow user namespaces, or set "
             "allow_unsafe_code = true, with which programs may do all that this user may"
         )
-    return name
+    return isolation
 
 
 def checked_rule(entry: RewardFunction) -> Rule:

@@ -299,5 +299,5 @@ def code(
     from torchrft.rewards.code_tests import passed_tests
 
     tests = _tests(label, allow_forgeable_tests)
-    passed = passed_tests(program_of(answer_part(response)), tests, seconds, partial)
+    passed = passed_tests(program_of(answer_part(response)), tests, seconds)
     return passed / len(tests) if partial else float(passed == len(tests))

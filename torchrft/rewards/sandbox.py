@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -18,7 +19,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +27,25 @@ _SUM = 2**31  # bytes in memory of all processes together
 _FILE = 2**24  # bytes of any file written
 _SCRATCH = 2**26  # bytes of all files in /tmp
 _TASKS = 128  # processes and threads
-_ANSWER = 2**25  # bytes of an answer
+_ANSWER = 2**24  # bytes of an answer
 _LOOK = 0.05  # seconds between looks at memory and processes
+_LONGEST_START = 30.0  # seconds in which a process must be ready for the program
 _LONGEST_END = 10.0  # seconds that the kernel may take to end what is killed
 _NOBODY = 65534
 _PATH = os.defpath + ":/usr/sbin:/sbin"
 
 _CHILD = Path(__file__).with_name("sandbox_child.py")
 _SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/etc/alternatives", "/etc/ld.so.cache", "/nix/store")
+_PYTHON = ("bin", "lib", "lib64", "include", "share", "pyvenv.cfg")
 # Builds a root of its own from read-only folders. The shell stays process 1, with capabilities, so
 # that the program, which has none, cannot keep the namespace alive when its starter is killed.
 _ROOT = f"""set -e
 mount -n -t tmpfs -o size={_SCRATCH},mode=755 none /sys
 cd /sys
-mkdir dev etc proc
-for file in etc/ld.so.cache dev/null dev/zero dev/random dev/urandom; do : > $file; done
+mkdir etc proc
+for file in FILES; do mkdir -p "./${{file%/*}}"; : > "./$file"; done
+ln -s /proc/self/fd/0 dev/stdin
+ln -s /proc/self/fd/1 dev/stdout
 printf %s "$0" > etc/fstab
 mount -n --all --fstab etc/fstab --target-prefix /sys
 echo 0 > /proc/sys/user/max_user_namespaces || true
@@ -54,9 +58,7 @@ setpriv --no-new-privs --bounding-set=-all --inh-caps=-all "$@"
 exit $?
 """
 _SCRATCHES = [f"none {path} tmpfs size={_SCRATCH},X-mount.mkdir" for path in ("/tmp", "/dev/shm")]
-_DEVICES = [
-    f"{path} {path} none bind" for path in ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
-]
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 _ENDING = "setpriv --pdeathsig KILL"  # what it becomes ends with the process that starts it
 _NAMESPACES = (
     f"{_ENDING} unshare --user --map-root-user --net --ipc --uts --pid --mount --fork --kill-child"
@@ -64,7 +66,7 @@ _NAMESPACES = (
 _BWRAP = """bwrap --unshare-user --unshare-pid --unshare-net --unshare-ipc --unshare-uts
 --disable-userns --die-with-parent --cap-drop ALL --proc /proc --dev /dev --chdir /tmp"""
 _NSJAIL = f"""{_ENDING} nsjail -Mo -Q --keep_env --time_limit 0 --cwd /tmp
--m none:/tmp:tmpfs:size={_SCRATCH} -B /dev/null -B /dev/zero -B /dev/urandom
+-m none:/tmp:tmpfs:size={_SCRATCH} -s /proc/self/fd/0:/dev/stdin -s /proc/self/fd/1:/dev/stdout
 --rlimit_as hard --rlimit_cpu hard --rlimit_fsize hard --rlimit_nofile hard --rlimit_nproc hard
 --rlimit_stack hard"""
 _TOOLS: dict[str, tuple[str, ...]] = {
@@ -91,6 +93,10 @@ class Isolation:
     def is_safe(self) -> bool:
         return self.name != "none"
 
+    def choose(self) -> None:
+        """Makes it that of this process, which a worker must not find out by a try of its own."""
+        _CHOSEN[:] = [self]
+
     def start(self, arguments: list[str], folder: str, **streams: Any) -> subprocess.Popen[bytes]:
         """Starts Python in a session of its own, with no more environment than it needs.
 
@@ -108,24 +114,28 @@ class Isolation:
         )
 
 
+_CHOSEN: list[Isolation] = []
+
+
 def _view() -> list[str]:
     """The folders and files of this machine that a program sees: those that Python needs."""
     python = os.path.dirname(os.path.realpath(sys.executable))
-    paths = [*_SYSTEM, sys.prefix, sys.base_prefix, python]
+    prefixes = (sys.prefix, sys.base_prefix)  # perhaps a project's folder, with all that is in it
+    paths = [*_SYSTEM, python, *(f"{prefix}/{name}" for prefix in prefixes for name in _PYTHON)]
     paths = [path for path in dict.fromkeys(paths) if os.path.exists(path)]
     return [path for path in paths if not any(path.startswith(f"{each}/") for each in paths)]
-
-
-def _fstab(view: list[str]) -> str:
-    """The mounts of a root of its own, in the form of /etc/fstab."""
-    paths = [path.replace("\\", "\\134").replace(" ", "\\040") for path in view]
-    shown = [f"{path} {path} none rbind,ro,nosuid,nodev,X-mount.mkdir" for path in paths]
-    return "\n".join([*_SCRATCHES, *shown, *_DEVICES, ""])
 
 
 def _isolations() -> Iterator[Isolation]:
     """All that may do on this machine, the best first."""
     view = _view()
+    paths = [path.replace("\\", "\\134").replace(" ", "\\040") for path in view]
+    shown = [f"{path} {path} none rbind,ro,nosuid,nodev,X-mount.mkdir" for path in paths]
+    # Root could change a device that is not read-only; writing to it is another matter.
+    devices = [f"{path} {path} none bind,ro,nosuid,noexec" for path in _DEVICES]
+    fstab = "\n".join([*_SCRATCHES, *shown, *devices, ""])
+    files = [shlex.quote(path) for path in (*view, *_DEVICES) if not os.path.isdir(path)]
+    root = _ROOT.replace("FILES", " ".join(files))
     commands = {
         "bubblewrap": [
             *(*_BWRAP.split(), "--size", str(_SCRATCH), "--tmpfs", "/tmp"),
@@ -134,8 +144,12 @@ def _isolations() -> Iterator[Isolation]:
             *(word for path in view for word in ("--ro-bind", path, path)),
             *("--remount-ro", "/"),
         ],
-        "nsjail": [*_NSJAIL.split(), *(word for path in view for word in ("-R", path)), "--"],
-        "namespaces": [*_NAMESPACES.split(), "sh", "-c", _ROOT, _fstab(view)],
+        "nsjail": [
+            *_NSJAIL.split(),
+            *(word for path in (*view, *_DEVICES) for word in ("-R", path)),
+            "--",
+        ],
+        "namespaces": [*_NAMESPACES.split(), "sh", "-c", root, fstab],
         "none": _ENDING.split() if shutil.which("setpriv") else [],
     }
     # Root becomes nobody where nobody can start this Python.
@@ -147,13 +161,15 @@ def _isolations() -> Iterator[Isolation]:
             words = tuple(tools.get(word) or word for word in command)
             if os.geteuid() == 0:
                 yield Isolation(name, words, nobody)
-            yield Isolation(name, words)
+            if os.geteuid() != 0 or name in ("namespaces", "none"):  # root owns bwrap's devices
+                yield Isolation(name, words)
 
 
-@cache
 def isolation() -> Isolation:
     """The best isolation that works on this machine, for this user; it takes a try to know."""
-    return next(filter(_works, _isolations()), Isolation("none"))
+    if not _CHOSEN:
+        _CHOSEN.append(next(filter(_works, _isolations()), Isolation("none")))
+    return _CHOSEN[0]
 
 
 def _works(way: Isolation) -> bool:
@@ -170,24 +186,20 @@ def _works(way: Isolation) -> bool:
     return said == b"0 outside\n" if way.is_safe else said.endswith(b"outside\n")
 
 
-class NoAnswer(Exception):
-    """The program gave none: it failed, ended, took too long or too much."""
-
-
-class Sandbox:
-    """A program in a process of its own, until `seconds` from now; a context manager."""
+class Sandbox(ExitStack):
+    """A program in a process of its own, until `seconds` from its start; a context manager."""
 
     def __init__(self, program: str, seconds: float) -> None:
-        self.program, self.seconds = program, seconds
-        self.deadline = time.monotonic() + seconds
+        super().__init__()
+        self.program, self.seconds, self.deadline = program, seconds, 0.0
         self.process: subprocess.Popen[bytes] | None = None
-        self.is_script, self.started = False, ExitStack()
+        self.is_script = False
 
-    def ask(self, question: Mapping[str, Any]) -> Any:
-        """What the process answers to a question, as JSON holds it; NoAnswer if it does not.
+    def ask(self, question: Mapping[str, Any]) -> str | None:
+        """What the process answers to a question, in JSON; None if it does not, or not in time.
 
-        A question is {"stdin": text}, {"call": expression, "setup": statements, "name": function}
-        or {"run": statements}. Scripts and calls have processes of their own.
+        A question is one of code_asserts.Check. Scripts and calls have processes of their own.
+        Raises RuntimeError if no process can be started.
         """
         is_script, token = "stdin" in question, secrets.token_hex(8)
         if self.process is None or is_script != self.is_script:
@@ -196,39 +208,42 @@ class Sandbox:
             self._start()
         try:
             self._send([token, question])
-            reply = json.loads(self._receive())
-            # An answer names its question, so that none counts that was there before.
-            if not isinstance(reply, list) or reply[:1] != [token]:
-                raise ValueError("an answer to nothing")
-        except (OSError, ValueError, RecursionError, MemoryError) as error:
-            self.started.close()
-            raise NoAnswer from error
-        if len(reply) != 2:
-            raise NoAnswer
-        return reply[1]
+            line = self._receive().decode()
+        except (OSError, ValueError):
+            self.close()
+            return None
+        # An answer names its question, so that none counts that was there before.
+        start = f'["{token}", '
+        return line[len(start) : -1] if line.startswith(start) else None
 
     def _start(self) -> None:
         way, self.received = isolation(), bytearray()
         folder = "/"
         if not way.is_safe:
             folder = tempfile.mkdtemp(prefix="torchrft-code-")
-            self.started.callback(_remove, folder)
+            self.callback(_remove, folder)
             if way.user:
                 os.chown(folder, _NOBODY, _NOBODY)
         self.socket, theirs = socket.socketpair()
-        self.started.enter_context(self.socket)
+        self.enter_context(self.socket)
         with theirs:
             arguments = ["-X", "utf8", "-c", _CHILD.read_text()]
             self.process = way.start(arguments, folder, stdin=theirs, stdout=theirs)
-        self.started.callback(_kill, self.process, way)
+        self.callback(_kill, self.process, way)
         seconds = int(self.seconds) + 1
         limits = {"RLIMIT_CPU": seconds, "RLIMIT_AS": _MEMORY, "RLIMIT_FSIZE": _FILE}
         limits |= {"RLIMIT_CORE": 0, "RLIMIT_NOFILE": 64}
         release = [int(number) for number in re.findall(r"\d+", os.uname().release)[:2]]
         if way.is_safe and release >= [5, 14]:  # before, all processes of the user counted
             limits["RLIMIT_NPROC"] = _TASKS
-        with suppress(OSError):  # it has ended, which the first question will find
+        self.deadline = time.monotonic() + _LONGEST_START
+        try:
             self._send([self.program, limits])
+            self._receive()  # it is ready
+        except OSError as error:
+            self.close()
+            raise RuntimeError(f"the sandbox ({way.name}) does not start: {error!r}") from error
+        self.deadline = time.monotonic() + self.seconds
 
     def _send(self, message: Any) -> None:
         self.socket.settimeout(max(self.deadline - time.monotonic(), 1e-3))
@@ -261,17 +276,6 @@ class Sandbox:
                 pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
         return tasks > _TASKS or pages * os.sysconf("SC_PAGE_SIZE") > _SUM
 
-    def close(self) -> None:
-        """Ends all of its processes and removes its files."""
-        self.started.close()
-        self.process = None
-
-    def __enter__(self) -> "Sandbox":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 def _kill(process: subprocess.Popen[bytes], way: Isolation) -> None:
     family = _family(process.pid)
@@ -300,9 +304,6 @@ def _family(pid: int) -> list[int]:
 
 def _remove(folder: str) -> None:
     """Removes a folder however deep it is, and whatever permissions are in it."""
-    try:
-        shutil.rmtree(folder)
-    except (OSError, RecursionError):
-        # The tools of the system go down by descriptors, for which no path is too long.
-        subprocess.run(["chmod", "-R", "u+rwx", folder], stderr=subprocess.DEVNULL)
-        subprocess.run(["rm", "-rf", folder])
+    # The tools of the system go down by descriptors, for which no path is too long.
+    subprocess.run(["chmod", "-R", "u+rwx", folder], stderr=subprocess.DEVNULL)
+    subprocess.run(["rm", "-rf", folder])

@@ -10,7 +10,9 @@ import math
 import os
 import resource
 import sys
+import typing
 
+_TYPING = ("Any", "Callable", "Dict", "Iterable", "List", "Optional", "Set", "Tuple", "Union")
 _MOST = 10_000  # elements of an iterator, which may have no end
 
 
@@ -56,11 +58,11 @@ def limit(limits):
 
 def module(name):
     """A new module that is `__main__` for the program, so that its classes can be pickled."""
-    sys.modules["__main__"] = made = type(sys)(name)
-    return made.__dict__
+    sys.modules["__main__"] = sys.modules[name] = made = type(sys)(name)
+    return made
 
 
-def run_script(program, text, limits):
+def run_script(program, text):
     """What the program writes as a script with `text` as its standard input; it may exit."""
     given, written = os.memfd_create("stdin"), os.memfd_create("stdout")
     with open(given, "wb", closefd=False) as file:
@@ -70,9 +72,8 @@ def run_script(program, text, limits):
     if child == 0:
         os.dup2(given, 0)
         os.dup2(written, 1)
-        limit(limits)
         with contextlib.suppress(SystemExit):
-            exec(compile(program, "response", "exec"), module("__main__"))
+            exec(compile(program, "response", "exec"), module("__main__").__dict__)
         raise SystemExit  # the interpreter's own end: it waits for threads and flushes
     if os.waitpid(child, 0)[1] != 0:
         raise RuntimeError("the program failed")
@@ -80,8 +81,10 @@ def run_script(program, text, limits):
 
 
 def load(program):
-    """The names that the program defines as a module, where standard input is empty."""
-    scope = module("response")
+    """The program as a module, where standard input is empty."""
+    loaded = module("response")
+    scope = loaded.__dict__
+    scope |= {name: getattr(typing, name) for name in _TYPING}  # as public judges import
     try:
         exec(compile(program, "response", "exec"), scope)
     except (SystemExit, EOFError):
@@ -89,17 +92,17 @@ def load(program):
     except Exception:
         if "stdin" not in program:  # where it reads, it fails on what is not there
             raise
-    return scope
+    return loaded
 
 
 def call(scope, names, question):
-    """The value of an expression of the test; `names` are the program's and the test's own."""
-    for statement in question["setup"]:
-        exec(compile(statement, "test", "exec"), names)
-    name = question["name"]
-    if name and name not in names and "Solution" in names:
-        names[name] = getattr(names["Solution"](), name)
-    return eval(compile(question["call"], "test", "eval"), names)
+    """The value of an expression of the test; `names` are the test's own."""
+    name = question.get("name")
+    if name and "Solution" in scope and name not in scope:
+        names[name] = getattr(scope["Solution"](), name)
+    elif name:
+        scope[name]  # what Python has built in is no program
+    return eval(compile(question["call"], "test", "eval"), scope, names)
 
 
 def main():
@@ -110,24 +113,27 @@ def main():
         os.dup2(nowhere, fd)
     asked = os.fdopen(channel, "rb")
     program, limits = json.loads(asked.readline())
-    scope: dict[str, object] = {}
-    names: dict[str, object] = {}
-    answer: object
+    limit(limits)
+    os.write(channel, b"ready\n")
+    names: dict[str, object] = {"math": math, "inf": math.inf, "nan": math.nan}
+    answer: object = None
+    loaded = None
     for line in asked:
         token, question = json.loads(line)
         try:
             if "stdin" in question:
-                answer = run_script(program, question["stdin"], limits)
+                answer = run_script(program, question["stdin"])
             else:
-                if not names:
-                    limit(limits)
-                    scope = load(program)
-                    names = {"math": math, "inf": math.inf, "nan": math.nan} | scope
-                if "run" in question:
+                if loaded is None:
+                    loaded = names["__program__"] = load(program)
+                scope = loaded.__dict__
+                if "call" in question:
+                    answer = encode(call(scope, names, question))
+                elif "setup" in question:
+                    exec(compile(question["setup"], "test", "exec"), scope, names)
+                else:
                     exec(compile(question["run"], "test", "exec"), scope)
                     answer = True
-                else:
-                    answer = encode(call(scope, names, question))
             text = json.dumps([token, answer])
         except BaseException:
             if os.getpid() != parent:

@@ -38,11 +38,12 @@ _BLOCKED = struct.pack("ll", 30, 0)  # seconds and microseconds in which a socke
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A rule as a worker makes it; `tolerant` as in Rule."""
+    """A rule as a worker makes it; `tolerant` as in Rule, `isolation` a sandbox's for programs."""
 
     name: str
     options: Mapping[str, Any]
     tolerant: bool
+    isolation: Any = None
 
 
 @dataclass(slots=True)
@@ -276,6 +277,8 @@ def serve(fd: int, lifeline: int, current: int) -> None:
         tasks, memory = connection.recv()
         rules = [replace(make_rule(t.name, t.options), tolerant=t.tolerant) for t in tasks]
         for task in tasks:  # also imports what a rule needs, before its deadlines count
+            if task.isolation is not None:
+                task.isolation.choose()
             BUILT_IN.get(task.name, BuiltIn()).check(**task.options)
     except Exception as error:
         send("broken", f"{type(error).__name__}: {error}")
