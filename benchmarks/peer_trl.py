@@ -92,7 +92,7 @@ def build(
     """The TRL trainer that does what `mine` does, from the same weights, `rows` a micro-batch."""
     folder = tempfile.mkdtemp()
     # Saved, because TRL makes its reference model from the folder that the policy came from.
-    mine.learner.policy.model.model.save_pretrained(folder)
+    mine.learner.model.save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(
         folder, attn_implementation="sdpa", trust_remote_code=False
     )
@@ -151,7 +151,7 @@ def _dataset(mine: Trainer, config: JobConfig, steps: int) -> Dataset:
     """The prompts of the first `steps` steps of `mine`, in its order."""
     assert config.data.prompt_data is not None
     loader = PromptLoader(
-        load_prompts(config.data.prompt_data, config.data, mine.tokenizer),
+        load_prompts(config.data.prompt_data, config.data, mine.export.args[1]),
         config.rollout.rollout_batch_size,
         config.training.seed,
     )

@@ -97,10 +97,7 @@ def rollout(save_path: str | Path, step: int) -> list[dict[str, Any]]:
 
 
 def weights(job: Any) -> dict[str, torch.Tensor]:
-    return {
-        name: value.detach().clone()
-        for name, value in job.learner.policy.model.model.named_parameters()
-    }
+    return {name: value.detach().clone() for name, value in job.learner.model.named_parameters()}
 
 
 def prompt_file(path: Path, count: int) -> Path:

@@ -49,7 +49,7 @@ def test_a_job_that_trusts_the_code_trains_the_models_class(tmp_path):
     folder = remote_code.folder(tmp_path / "model", *EVERY_PART)
     job = tiny_job.run(tmp_path / "run", pretrain=folder, trust_remote_code="true")
     assert remote_code.mark(folder).read_text() == "ran"
-    assert type(job.learner.policy.model.model).__name__ == "OwnForCausalLM"
+    assert type(job.learner.model).__name__ == "OwnForCausalLM"
     assert type(job.export.args[1]).__name__ == "OwnTokenizer"
     plain = tiny_job.run(tmp_path / "plain")
     norms = [[row["grad_norm"] for row in tiny_job.records(tmp_path / n)] for n in NAMES]

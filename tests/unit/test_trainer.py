@@ -247,9 +247,7 @@ def test_no_reference_model_without_a_kl_term(tmp_path):
         reference = dict(job.learner.reference.model.named_parameters())
         assert same_weights(weights(job), reference)
         assert not any(p.requires_grad for p in reference.values())
-        assert all(
-            p is not reference[n] for n, p in job.learner.policy.model.model.named_parameters()
-        )
+        assert all(p is not reference[n] for n, p in job.learner.model.named_parameters())
 
 
 # ------------------------------------------------------------- batches

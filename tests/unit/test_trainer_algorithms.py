@@ -346,7 +346,7 @@ def test_critic_options(tmp_path):
         assert job.learner.algorithm.value_clip == 0.125
         loaded = load_model(str(tmp_path / "critic")).get_input_embeddings().weight
         assert torch.equal(job.learner.critic.model.model.get_input_embeddings().weight, loaded)
-        assert not torch.equal(job.learner.policy.model.model.get_input_embeddings().weight, loaded)
+        assert not torch.equal(job.learner.model.get_input_embeddings().weight, loaded)
 
 
 def test_a_run_with_critic_and_running_norm_resumes_bit_identically(tmp_path):
@@ -362,7 +362,7 @@ def test_a_run_with_critic_and_running_norm_resumes_bit_identically(tmp_path):
     assert same(weights(whole), weights(resumed))
     critics = [job.learner.critic.model.state_dict() for job in (whole, resumed)]
     assert same(*critics)
-    assert whole.shaper.state_dict() == resumed.shaper.state_dict()
+    assert whole.learner.shaper.state_dict() == resumed.learner.shaper.state_dict()
 
 
 # ---------------------------------------------------------------- a user's own

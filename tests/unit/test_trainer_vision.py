@@ -91,7 +91,7 @@ def test_export_holds_the_processor(tmp_path):
         prompt = job.prompts.stream.peek()[0]
         (tmp_path / "hf").mkdir()
         job.export(tmp_path / "hf")
-        wanted = job.learner.policy.model.model.state_dict()
+        wanted = job.learner.model.state_dict()
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "hf")
     assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
     processor = AutoProcessor.from_pretrained(tmp_path / "hf")
@@ -112,7 +112,7 @@ def test_qwen_with_its_own_processor(tmp_path, mixed, family):
     options = mixed | {"packing_samples": "true", "max_len": "60", "prompt_max_len": "56"}
     job = run(tmp_path / "a", **(options | source), max_pixels="400")
     assert all(line["mismatch/logprob_abs_max"] < 1e-4 for line in records(tmp_path / "a"))
-    assert job.vision.by_size
+    assert job.learner.policy.vision.by_size
     source = {"pretrain": str(tmp_path / "a" / "hf" / "step-2"), "init": "pretrained"}
     run(tmp_path / "b", **(options | source), max_steps="1")
     assert records(tmp_path / "b")[0]["grad_norm"] > 0
