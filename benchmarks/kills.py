@@ -247,9 +247,10 @@ def main() -> None:
         mine, theirs = job.end(), ends[variant]
         wrong = [name for name in theirs if mine[name] != theirs[name]]
         different[pair] += bool(wrong)
-        if wrong:
-            print(f"{variant}, {victim}, {job.folder}: differs in {', '.join(wrong)}", flush=True)
-        else:
+        found = f"{job.folder} differs in {', '.join(wrong)}" if wrong else "equal"
+        done = sum(total.values())
+        print(f"{done} kills: {variant}, {victim}, {kills} kills: {found}", flush=True)
+        if not wrong:
             shutil.rmtree(job.folder)
     if server:
         server.kill()
