@@ -2,7 +2,7 @@ import doctest
 
 import pytest
 
-from torchrft.config import registry
+from torchrft.tools import registry
 from torchrft.tools.registry import Registry
 
 
