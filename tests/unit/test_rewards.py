@@ -539,8 +539,8 @@ def test_rewards_beyond_float32_name_source_and_row(value):
         ("math", {}, "1", None, "the row has no label"),
         ("math", {}, "$x$", "$ $", r"the label '\$ \$' holds no answer"),
         ("gsm8k", {}, "#### 1", "sum: ####", "the label 'sum: ####' holds no answer"),
-        ("code", {"seconds": 1.0}, ["assert 1"], [], r"the label \[\] is no test"),
-        ("code", {}, "assert 1", " ", "the label ' ' is no test"),
+        ("code", {"seconds": 1.0}, ["assert f() == 1"], [], r"the label \[\] is no test"),
+        ("code", {}, "assert f() == 1", " ", "the label ' ' is no test"),
     ],
 )
 def test_labels_are_looked_at_before_the_run(rule, options, good, bad, text):
