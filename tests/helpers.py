@@ -59,7 +59,7 @@ def _rank_main(
 
 
 def run_ranks(
-    function: Callable[..., Any], nproc: int, *args: Any, timeout: float = 120.0
+    function: Callable[..., Any], nproc: int, *args: Any, timeout: float = 400.0
 ) -> list[Any]:
     """Run `function(rank, *args)` in `nproc` new processes joined in a gloo group.
 
