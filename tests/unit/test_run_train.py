@@ -183,7 +183,7 @@ def test_log_rank_hides_output_but_no_fault(tmp_path):
 def test_ngpu_may_be_slurms(monkeypatch, ngpu, count):
     started = []
     monkeypatch.setattr(launch, "_one_host", lambda argv, ranks: started.append(ranks) or 0)
-    monkeypatch.setattr("torchrft.config.manager.check_only", lambda argv, verify: 0)
+    monkeypatch.setattr("torchrft.config.manager.check_only", lambda *_: 0)
     monkeypatch.setattr(launch, "exit_on_signal", lambda: None)
     for name, value in {"NGPU": ngpu, "NNODES": "1", "WORLD_SIZE": "7"}.items():
         monkeypatch.setenv(name, value)

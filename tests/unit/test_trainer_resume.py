@@ -358,7 +358,7 @@ def test_a_run_goes_on_from_another_runs_checkpoint(never_stopped, tmp_path):
 
 
 def test_waiting_samples_are_refused_by_other_batch_sizes(tmp_path):
-    assert len(tiny_job.run(tmp_path, max_steps=1, train_batch_size=32).pending) == 16
+    assert len(tiny_job.run(tmp_path, max_steps=1, train_batch_size=32).progress.pending) == 16
     with (
         pytest.raises(
             ValueError,
