@@ -13,17 +13,17 @@ from torchrft.trainer import Trainer
 
 def test_deterministic_on_a_gpu_only_by_option(tmp_path, monkeypatch):
     """As far as a rank on a GPU that is not there comes."""
-    for part in ("data", "rollout", "models", "output"):
-        monkeypatch.setattr(Trainer, f"_build_{part}", lambda self: None)
-    for part in ("update", "critic", "prompts", "collector", "scorer", "shaper"):
-        monkeypatch.setattr(Trainer, part, MagicMock(), raising=False)
-    monkeypatch.setattr("torchrft.trainer.RunState", MagicMock())
-    for value in (True, False):
+    monkeypatch.setattr("torchrft.trainer.check_models", MagicMock(side_effect=StopIteration))
+
+    def begin(device, value):
         config = tiny_config(save_path=tmp_path, deterministic=value)
-        Trainer(config, World(0, 1, 0, torch.device("cuda", 0)))
-        assert torch.are_deterministic_algorithms_enabled() is value
-    Trainer(config, World(0, 1, 0, torch.device("cpu")))
-    assert torch.are_deterministic_algorithms_enabled()
+        with pytest.raises(StopIteration):
+            Trainer(config, World(0, 1, 0, device))
+        return torch.are_deterministic_algorithms_enabled()
+
+    cuda = torch.device("cuda", 0)
+    assert [begin(cuda, value) for value in (True, False)] == [True, False]
+    assert begin(torch.device("cpu"), False)
     torch.use_deterministic_algorithms(False)
 
 
