@@ -58,7 +58,7 @@ def test_a_job_that_trusts_the_code_trains_the_models_class(tmp_path):
     export = json.loads((tmp_path / "run" / "hf" / "step-2" / "config.json").read_text())
     assert export["auto_map"]["AutoModelForCausalLM"].endswith("modeling_own.OwnForCausalLM")
     assert (tmp_path / "run" / "hf" / "step-2" / "modeling_own.py").is_file()
-    assert type(plain.policy.model).__name__ == "Qwen2ForCausalLM"
+    assert type(plain.learner.model).__name__ == "Qwen2ForCausalLM"
 
 
 def test_trust_is_of_the_models_that_a_table_names(tmp_path):
