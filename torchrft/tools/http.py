@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -257,6 +258,9 @@ def run(requests: Coroutine[Any, Any, Result]) -> Result:
     """The result of a coroutine that makes requests. What interrupts this thread cancels it."""
     future = asyncio.run_coroutine_threadsafe(requests, _event_loop())
     try:
+        # Not one endless wait: a signal that comes just before it begins would not be heard in it.
+        while not future.done():
+            wait_for([future], 1.0)
         return future.result()
     except BaseException:
         future.cancel()
