@@ -1,6 +1,7 @@
 """A checkpoint from outside runs no code where it is read; those of earlier versions load."""
 
 import builtins
+import io
 import json
 import os
 import pickle
@@ -19,7 +20,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from torchrft import deepspeed
-from torchrft.checkpoint import CheckpointManager, manifest, objects
+from torchrft.checkpoint import CheckpointManager, dcp_files, manifest, objects
 from torchrft.models.loader import load_model
 from torchrft.tools.seeds import rng_state, set_rng_state
 from torchrft.types import Completion, Kept, Prompt, Sample, Score
@@ -316,3 +317,13 @@ def test_forged_weights_of_a_model_are_refused(tmp_path, name):
     with pytest.raises(ValueError, match=r"forged: pytorch_model\.bin holds more than"):
         load_model(str(folder), "pretrained", torch.float32, 0, "policy")
     assert not marker.exists()
+
+
+def test_a_pickle_that_sets_attributes_of_an_admitted_class_is_refused():
+    """BUILD on a class would change it for the whole process."""
+    path = b"cpathlib\nPosixPath\n"
+    place = path + b"(X\x0a\x00\x00\x00/elsewheretR"
+    forged = b"\x80\x02" + path + b"N}(X\x06\x00\x00\x00parent" + place + b"u\x86b."
+    with pytest.raises(pickle.UnpicklingError, match="sets attributes of what is no part"):
+        dcp_files._Unpickler(io.BytesIO(forged)).load()
+    assert Path("/a/b").parent == Path("/a")

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -129,7 +129,18 @@ class Reader(dcp.FileSystemReader):
         return done
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # the C one does not show what BUILD changes
+    stack: list[Any]
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+
+    def load_build(self) -> None:
+        """Sets attributes of admitted objects alone; those of a class would be everybody's."""
+        if type(self.stack[-2]) not in _CLASSES:
+            raise pickle.UnpicklingError("it sets attributes of what is no part of a checkpoint")
+        super().load_build()  # type: ignore[misc]
+
+    dispatch[pickle.BUILD[0]] = load_build
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ADMITTED:
             return super().find_class(module, name)
