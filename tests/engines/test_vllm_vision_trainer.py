@@ -14,6 +14,7 @@ RECIPE = ROOT / "train_configs" / "debug_vlm.toml"
 GREEDY = {"top_k": 1, "n_samples_per_prompt": 2, "advantage_estimator": "reinforce"}
 
 
+@pytest.mark.slow
 def test_the_recipe_takes_the_native_engines_steps(tmp_path):
     """Rollouts, losses, gradients and evaluation of the first steps of debug_vlm.toml, from weights
     by which pictures have different answers."""

@@ -26,6 +26,7 @@ def rewards(folder: Path, *words: str) -> list[float]:
     return [line["reward/mean"] for line in records(folder)]
 
 
+@pytest.mark.slow
 def test_it_learns_what_a_scalar_model_likes(tmp_path):
     """With random weights it likes some responses more than others, and cannot be guessed."""
     model = tiny_classifiers.save(tmp_path / "scalar")
@@ -35,6 +36,7 @@ def test_it_learns_what_a_scalar_model_likes(tmp_path):
     assert [row["reward"] for row in rows] == [row["reward_parts"]["scalar"] for row in rows]
 
 
+@pytest.mark.slow
 def test_it_learns_what_a_judge_in_the_native_engine_likes(tmp_path):
     tiny.model("qwen2", seed=7).save_pretrained(tmp_path / "judge")
     tiny_classifiers.tokenizer(tmp_path / "judge")
@@ -53,6 +55,7 @@ def test_it_learns_what_a_judge_in_the_native_engine_likes(tmp_path):
     assert "reward/judge/unparsable" in records(tmp_path / "run")[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_server_that_dies_in_mid_run_changes_nothing(tmp_path):
     """The weights are those of the run with the rule in the trainer itself."""

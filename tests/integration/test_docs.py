@@ -61,6 +61,7 @@ def paste(folder: Path, language: str, code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_first_run(folder):
     page = "docs/first_run.md"
     assert text_of(page).count(MARKED) == 1
@@ -86,6 +87,7 @@ def test_first_run(folder):
     assert (folder / "outputs/my_run/previous-1/config.toml").exists()
 
 
+@pytest.mark.slow
 def test_readme_commands_and_parts(folder):
     first, second = [code for _, code in snippets("README.md", "bash")]
     assert first.startswith("pip install -e . && ./run_train.sh ")
@@ -117,6 +119,7 @@ def test_readme_rows_are_jobs(words, folder, monkeypatch):
     assert load([*job, *flags], world).warnings == ()
 
 
+@pytest.mark.slow
 def test_readme_prompts_of_ones_own_train(folder):
     (row,) = [words for words in ROWS if "--prompt_data" in words]
     rows = [f'{{"question": "What is {n} + {n}?", "answer": {2 * n}}}\n' for n in range(10, 50)]
@@ -127,6 +130,7 @@ def test_readme_prompts_of_ones_own_train(folder):
     assert "eval/reward/mean" not in record
 
 
+@pytest.mark.slow
 def test_data_example_prints_what_it_says(folder):
     ((_, code),) = snippets("docs/data.md", "python")
     said = [line[2:] for line in code.splitlines() if line.startswith("# ")]

@@ -61,6 +61,7 @@ def parts(folder: Path) -> list[str]:
     return [name.partition("/")[2] for name in last if name.startswith("reward_parts/")]
 
 
+@pytest.mark.slow
 def test_rules_and_functions(folder):
     write_named(folder, "rewards")
     rule, own = blocks("rewards", "bash")[:2]
@@ -90,6 +91,7 @@ def test_tables_are_configurations(page, folder):
         assert load(["--config_file", str(file), *argv(functions=None)]).config.reward.names("m")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("place", "part"), [(0, "tiny_reward_model"), (1, "judge")])
 def test_models_and_judges(place, part, folder):
     write_named(folder, "rewards_models")
@@ -98,6 +100,7 @@ def test_models_and_judges(place, part, folder):
     assert parts(folder) == [part]
 
 
+@pytest.mark.slow
 def test_the_server_and_its_client(folder, monkeypatch):
     write_named(folder, "rewards_remote")
     (example,) = blocks("rewards_remote", "bash", "curl")

@@ -255,6 +255,7 @@ def runs(request, tmp_path_factory) -> Runs:
     return carried_out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
 def test_run(run, runs):
     folder, result = runs.result(run.name)
@@ -372,6 +373,7 @@ def looking(response):
 """
 
 
+@pytest.mark.slow
 def test_nothing_listens_beyond_loopback(tmp_path):
     """A reward looks at the sockets of its launcher and of all that this started."""
     (tmp_path / "own.py").write_text(LISTENING)
@@ -386,6 +388,7 @@ def test_nothing_listens_beyond_loopback(tmp_path):
     assert {place.partition(":")[0] for place in heard} == {"0100007F"}
 
 
+@pytest.mark.slow
 def test_two_hosts_are_two_agents(tmp_path):
     """run_train.sh once per host, joined by RDZV_ENDPOINT, trains as two processes of one do."""
     with socket.socket() as free:
@@ -418,6 +421,7 @@ def test_several_hosts_need_an_endpoint():
     assert "NNODES=2 needs RDZV_ENDPOINT=host:port" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_job(tmp_path):
     """In the backward pass of FSDP2, where no helper of ours waits: rank and phase are named."""
     own = tmp_path / "own.py"
@@ -435,6 +439,7 @@ def test_a_rank_that_dies_ends_the_job(tmp_path):
     assert "trainer.py" not in result.stderr
 
 
+@pytest.mark.slow
 def test_a_reward_that_fails_on_one_rank_ends_all_with_a_sentence(tmp_path):
     """NaN for one prompt in the second step: what was logged before stays."""
     rewards = tmp_path / "rewards.py"
@@ -472,6 +477,7 @@ def test_config_file_and_a_relative_path_from_another_folder(tmp_path):
     assert MODEL.endswith(re.search(r'pretrain = "(.*)"', result.stdout)[1])
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_script_saves_on_all_ranks_and_resumes(tmp_path):
     """The signal comes after some step, to torchrun with two ranks; the run goes on from there."""
     small = Run("", has_three_steps, {"max_steps": "400", "save_interval": "1000"}, ngpu=2)

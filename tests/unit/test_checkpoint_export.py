@@ -244,6 +244,7 @@ def train(rank, folder, save_path, world_size, init, options):
     return stops
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "init"), [(1, "pretrained"), (1, "random"), (2, "pretrained"), (2, "random")]
 )

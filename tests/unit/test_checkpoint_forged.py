@@ -228,6 +228,7 @@ def test_objects_that_an_earlier_version_pickled_load(tmp_path):
     assert first == (torch.rand(1), random.random(), np.random.rand())
 
 
+@pytest.mark.slow
 def test_waiting_samples_of_an_earlier_version_are_gone_on_with(tmp_path, monkeypatch):
     """Their prompts were pickled with them, by way of DCP's own planner."""
     options = {"train_batch_size": 32, "top_p": 0.9, "truncation_replay": "true"}

@@ -135,6 +135,7 @@ def test_damaged_checkpoints_are_named_and_passed_over(manager, tmp_path, caplog
         manager.resolve(str(path))
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_of_a_manifest_is_noticed_or_harmless(manager):
     path = manager.save(1, state(1))
     original = (path / "manifest.json").read_bytes()
@@ -283,6 +284,7 @@ BEFORE_IT_IS_COMPLETE = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", [*BEFORE_IT_IS_COMPLETE, "before rotation", "during rotation"])
 def test_kill_while_saving_a_new_step(tmp_path, caplog, phase):
     manager = CheckpointManager(tmp_path, max_num=2, max_bytes=BIG)
@@ -307,6 +309,7 @@ def test_kill_while_saving_a_new_step(tmp_path, caplog, phase):
     assert loaded_step(manager, manager.find_latest()) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["after DCP", "before publishing", "between renames"])
 def test_kill_while_saving_a_step_again(tmp_path, phase):
     manager = CheckpointManager(tmp_path, max_num=1, max_bytes=BIG)

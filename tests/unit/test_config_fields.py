@@ -333,6 +333,7 @@ def test_docs_table_is_in_step():
     assert schema.refreshed_docs(text) == text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((ROOT / "train_configs").glob("*.toml")), ids=str)
 def test_schema_accepts_the_train_configs(path):
     jsonschema.validate(tomllib.loads(path.read_text()), json.loads(schema.schema_text()))
@@ -372,6 +373,7 @@ def test_the_choices_are_the_registered_components():
     assert choices.ESTIMATORS[:5] == ("group_norm", "reinforce", "cpgd", "gspo", "gmpo")
 
 
+@pytest.mark.slow
 def test_a_component_added_to_the_package_is_a_choice(tmp_path, monkeypatch):
     (tmp_path / "new.py").write_text(
         '@ESTIMATORS.register("centered")\ndef centered(): ...\nLOSSES.register("flat")(print)\n'

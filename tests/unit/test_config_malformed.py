@@ -111,6 +111,7 @@ FLAGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("words", "message"), FLAGS, ids=lambda value: str(value)[:50])
 def test_flags(words, message, capsys):
     assert message in refusal([*REQUIRED, *words], capsys)
@@ -195,6 +196,7 @@ TOMLS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("text", "message"), TOMLS, ids=lambda value: str(value)[:50])
 def test_tomls(text, message, tmp_path, capsys):
     path = tmp_path / "bad.toml"
@@ -241,6 +243,7 @@ def wrong_words(name: str) -> list[str]:
     return words if is_positive else [word for word in words if word != "-1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_field_refuses_wrong_flags(name):
     rest = [*REQUIRED, "--dry_run"]
@@ -253,6 +256,7 @@ def test_every_field_refuses_wrong_flags(name):
         assert all(f"--{name} {word}".strip() in fault for fault in error.value.faults)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_field_refuses_wrong_types_in_toml(name, tmp_path):
     kind, path = kind_of(name), tmp_path / "a.toml"
@@ -286,6 +290,7 @@ words = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.lists(words, max_size=8))
 def test_random_words_never_crash(argv):
@@ -297,6 +302,7 @@ values = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(st.dictionaries(st.sampled_from(list(FIELDS)), values, max_size=5))
 def test_random_toml_values_never_crash(tmp_path_factory, chosen):

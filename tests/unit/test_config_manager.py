@@ -238,6 +238,7 @@ CLIPS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", CLIPS)
 def test_the_resolved_config_shows_the_clip_ranges_in_use(flags, tmp_path):
     command = [*BASE, "--advantage_estimator", *flags.split()]
@@ -314,6 +315,7 @@ CHANGES = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(CHANGES)
 def test_round_trip_of_any_valid_config(tmp_path_factory, changes):
@@ -494,6 +496,7 @@ def test_what_a_flag_switches_off_takes_its_options_along(flags, toml, tmp_path)
     assert loaded.config == load([*BASE, *flags.split(), *EXTRA.get(flags, ())]).config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONAL)
 def test_every_optional_field_takes_none(name):
     loaded = load([*BASE, f"--{name}", "none"])
@@ -542,6 +545,7 @@ def run(*words: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
@@ -564,6 +568,7 @@ def test_process_ends_with_2_and_no_traceback(words, parts):
     assert all(part in done.stderr for part in parts)
 
 
+@pytest.mark.slow
 def test_process_prints_loadable_toml_in_a_dry_run():
     done = run(*MATH, "--dry_run")
     assert (done.returncode, done.stderr) == (0, "")

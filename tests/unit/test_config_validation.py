@@ -219,6 +219,7 @@ ERRORS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fields", "world_size", "message"), ERRORS, ids=lambda v: str(v)[:40])
 def test_errors(fields, world_size, message):
     errors = found(world_size, **fields).errors
@@ -286,6 +287,7 @@ WARNINGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fields", "message"), WARNINGS, ids=lambda v: str(v)[:40])
 def test_warnings(fields, message):
     findings = found(**fields)
@@ -294,6 +296,7 @@ def test_warnings(fields, message):
     assert message in findings.warnings[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "world_size"),
     [
@@ -425,6 +428,7 @@ def test_every_need_has_a_case():
     assert {need.field for need in NEEDS} == set(NEED_CASES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("need", NEEDS, ids=lambda need: need.field)
 def test_options_without_effect(need):
     value, met, unmet = NEED_CASES[need.field]

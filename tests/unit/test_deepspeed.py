@@ -272,6 +272,7 @@ def shim(rank, folder):
     return found
 
 
+@pytest.mark.slow
 def test_every_stage_trains_as_plain_torch_does(tmp_path):
     losses, weights = plain_training()
     ranks = run_ranks(shim, 2, str(tmp_path))

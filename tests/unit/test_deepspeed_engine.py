@@ -398,6 +398,7 @@ one_step(engine, 0)
 """
 
 
+@pytest.mark.slow
 def test_a_plain_script_sees_the_lines(tmp_path):
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(ADAM | {"steps_per_print": 1, "wall_clock_breakdown": True}))

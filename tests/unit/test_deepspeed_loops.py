@@ -27,6 +27,7 @@ ALLOWED |= {("two_engines_gan", 2), ("two_engines_gan", 3), ("two_losses_of_one_
 ALLOWED |= {("loaded_into_the_module", 3), ("norms_and_gradients", 0)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "names", "least"), [(1, SIMPLE, 75), (2, SIMPLE, 75), (2, PROGRAMS, 160)]
 )
@@ -68,6 +69,7 @@ def test_the_record_is_of_the_real_deepspeed(ranks, names, monkeypatch):
             assert max(loops.largest_difference(*pair) for pair in pairs) <= 1e-5, (name, stage)
 
 
+@pytest.mark.slow
 def test_a_branch_on_one_rank_counts_as_zero_on_the_other():
     """DeepSpeed's stage 0 does so; its other stages abort."""
     [(losses, weights)] = loops.run("torchrft", 2, [("unused_on_one_rank", 1)]).values()

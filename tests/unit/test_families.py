@@ -22,6 +22,7 @@ SPREAD = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", families.names())
 def test_each_family_is_right_or_refused(name, tmp_path):
     sentence = families.refusal(name)
@@ -38,6 +39,7 @@ def test_each_family_is_right_or_refused(name, tmp_path):
     assert max(differences.values()) < TOLERANCE, differences
 
 
+@pytest.mark.slow
 def test_two_ranks_and_the_export(tmp_path):
     for name, differences in families.check(SPREAD, tmp_path).items():
         assert differences.keys() == {*families.WAYS}

@@ -114,6 +114,7 @@ def test_jobs_without_programs_do_without_their_room():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_default_job_imports_no_optional_source_or_engine():
     code = (
         "import sys, torchrft.launch, torchrft.train, torchrft.trainer\n"

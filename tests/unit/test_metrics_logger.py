@@ -156,6 +156,7 @@ def test_tensorboard_hides_what_a_resumed_run_repeats(tmp_path):
     assert points == [(1, 1.0), (2, 20.0), (3, 30.0), (4, 40.0)]
 
 
+@pytest.mark.slow
 def test_wandb_offline_keeps_its_run_over_a_resume(tmp_path):
     code = """
         import sys

@@ -80,6 +80,7 @@ def assert_equal(found, expected):
         assert torch.equal(found[name], value), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [name for name in tiny_buffers.FAMILIES if name[:4] != "deep"])
 def test_engine_and_policy_compute_what_transformers_does(tmp_path, family):
     whole = tiny_buffers.save(family, tmp_path / "model")
@@ -139,6 +140,7 @@ def run_two(folder, families, options, dtype=torch.float32):
     return wholes, run_ranks(two_ranks, 2, str(folder), families, options, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("families", "options"),
     [

@@ -48,6 +48,7 @@ def whole_weights(rank, folder):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_layout_gets_the_weights_of_the_files(tmp_path, tied):
     model = tiny.model("qwen3", tie_word_embeddings=tied, vocab_size=57)

@@ -59,6 +59,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_is_that_of_transformers(family):
     """Token for token over ragged prompts; the greedy paths differ and some end by themselves."""
@@ -99,6 +100,7 @@ def check_log_probs(model, token_ids, completions, temperature):
         torch.testing.assert_close(torch.tensor(completion.logprobs), wanted, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -138,6 +140,7 @@ def by_key(completions):
     return {(c.prompt_index, c.sample_index): c.token_ids for c in completions}
 
 
+@pytest.mark.slow
 def test_samples_do_not_depend_on_what_else_is_in_the_batch(flat):
     engine, _ = flat
     sampling = SamplingParams(n=4, temperature=0.9, max_new_tokens=60, top_p=0.9)
@@ -156,6 +159,7 @@ def test_samples_do_not_depend_on_what_else_is_in_the_batch(flat):
     assert by_key(engine.generate(prompts(RAGGED), sampling)) != whole  # without seeds: at random
 
 
+@pytest.mark.slow
 def test_max_num_seqs():
     """However many are decoded at once, the tokens are the same; never more than that many."""
     results = []
@@ -222,12 +226,14 @@ def peaked():
     return engine, model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
 def test_temperature(peaked, temperature):
     engine, model = peaked
     check_frequencies(one_step(engine, temperature=temperature), next_probs(model, temperature))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top_p", [0.3, 0.8])
 def test_top_p(peaked, top_p):
     engine, model = peaked
@@ -286,6 +292,7 @@ def test_length_limits(flat):
         assert {c.finish_reason for c in got} == {"length"}
 
 
+@pytest.mark.slow
 def test_longer_than_one_step_of_the_cache(monkeypatch):
     """200 tokens: the cache grows several times, and nothing in it is lost."""
     monkeypatch.setattr(kv_cache, "_GROWTH", 64)
@@ -532,6 +539,7 @@ def schedule(lengths, slots):
     return sizes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [1, 2, 5, 8, 100])
 def test_continuous_batching(slots):
     """Every decoded token is a useful one, and a free slot is filled at once."""
@@ -722,6 +730,7 @@ def test_the_last_sequences_fill_the_holes(flat, finished, order):
     assert generation.cache.keys[0].flatten()[: len(order)].tolist() == order
 
 
+@pytest.mark.slow
 def test_short_beside_long_sequences(monkeypatch):
     """Few slots and many samples of ragged lengths give the same tokens as one slot."""
     monkeypatch.setattr(kv_cache, "_GROWTH", 16)
@@ -742,6 +751,7 @@ def test_short_beside_long_sequences(monkeypatch):
     check_log_probs(model, RAGGED, [c for c in got if c.sample_index == 0], 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -43,6 +43,7 @@ def seeded(**options):
     return dataclasses.replace(BASE, seeds=seeds, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [1, 5, 8, 64])
 @pytest.mark.parametrize(
     "options",

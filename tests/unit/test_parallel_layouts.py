@@ -78,6 +78,7 @@ def assert_equal(found, expected, what):
         torch.testing.assert_close(weight, wanted, rtol=1e-5, atol=1e-5, msg=f"{what}: {name}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_layout_takes_the_same_steps(name):
     family = FAMILIES[name]
@@ -97,6 +98,7 @@ def compiled_layouts(rank, family):
     return all_layouts(rank, family, COMPILED)
 
 
+@pytest.mark.slow
 def test_compiled_layers_take_the_same_steps():
     alone = three_steps(0, 1, FAMILIES["qwen2"], {})
     for layout, found in run_ranks(compiled_layouts, 4, FAMILIES["qwen2"], timeout=300)[0].items():
@@ -108,6 +110,7 @@ def more_families(rank):
     return {name: all_layouts(rank, family, layouts) for name, family in MORE.items()}
 
 
+@pytest.mark.slow
 def test_more_families():
     found = run_ranks(more_families, 4, timeout=200)[0]
     for name, layouts in found.items():

@@ -90,6 +90,7 @@ def all_results(rank, layouts):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layouts", [TWO, FOUR], ids=["two ranks", "four ranks"])
 def test_plain_models_compute_what_one_process_does(layouts):
     alone = {(n, k): results(make(n), k) for n, k in cases("one")}

@@ -78,6 +78,7 @@ def all_layouts(rank, names):
 
 
 # Between them: positions in three dimensions, windows, DeepStack and none of that.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "names",
     [
@@ -149,6 +150,7 @@ def compiled_steps(rank):
     return two_steps(rank, 1, "qwen2_vl", {"compile": True})
 
 
+@pytest.mark.slow
 def test_compiled_layers_take_the_same_steps():
     """Those of the language model: a tower loops over its images."""
     (found,) = run_ranks(compiled_steps, 1)

@@ -57,6 +57,7 @@ PROMPTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PROMPTS)
 @pytest.mark.parametrize("option", ["prompt_data", "eval_data"])
 def test_prompt_files(option, name):
@@ -111,6 +112,7 @@ MODELS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "part"), MODELS)
 @pytest.mark.parametrize(
     "option", ["pretrain", "ref_pretrain", "critic_pretrain", "models", "judge"]

@@ -274,6 +274,7 @@ def test_math_looks_at_the_answer_part(label, response, expected):
     assert rules.math(response, label) == expected
 
 
+@pytest.mark.slow
 def test_math_pairs():
     """Some 1,480 pairs of a label and an answer, in both verdicts."""
     answers = [

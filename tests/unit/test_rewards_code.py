@@ -48,11 +48,13 @@ def safe():
 # --------------------------------------------------------------------------- what is earned
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HONEST)
 def test_programs_that_solve_the_task_earn_1(name):
     assert earned(*HONEST[name]) == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_programs_that_do_not_solve_it_earn_0(name, safe):
     assert earned(*HOSTILE[name], seconds=2.0) == 0.0
@@ -71,6 +73,7 @@ def test_no_isolation_gives_no_reward_away(name, unsafe):
     assert earned(ASSERTS, ADD) == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "expected"),
     [
@@ -433,6 +436,7 @@ def test_a_sandbox_that_does_not_start_is_no_verdict(monkeypatch):
         earned(ASSERTS, ADD)
 
 
+@pytest.mark.slow
 def test_devices_cannot_be_changed(safe):
     program = (
         "import os\ndef f(name, mode):\n    open('/dev/null', 'w').write('x')\n"
@@ -457,6 +461,7 @@ def test_a_script_is_bounded_also_where_it_was_started():
     assert re.search(r"Max file size +16777216 ", limits)
 
 
+@pytest.mark.slow
 def test_judging_has_a_deadline(safe):
     start = time.monotonic()
     label = ["assert f(0) == 1", "assert set(f(1)) == {1, 2}"]

@@ -477,6 +477,7 @@ def train(rank, folder, world_size, options):
     assert job.train() is None
 
 
+@pytest.mark.slow
 def test_the_job_trains_with_a_judge(tmp_path):
     """In the native engine, on one rank, on two and resumed: the same rewards to the last digit."""
     folder = judge_folder(tmp_path / "judge")

@@ -368,6 +368,7 @@ def score_with(folder, rank):
     return found, mine / whole, after / whole, failure
 
 
+@pytest.mark.slow
 def test_ranks_share_one_model_and_score_their_own(tmp_path):
     folders = [tiny_classifiers.save(tmp_path / name, name) for name in ("qwen2", "bert")]
     results = zip(*run_ranks(score_on_a_rank, 2, folders), strict=True)
@@ -437,6 +438,7 @@ def train(rank, folder, world_size, options):
     assert job.train() is None
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_rewards_of_one(tmp_path):
     """Also where they share their samples."""
     options = {

@@ -579,6 +579,7 @@ def parity_server(tmp_path_factory):
         program.kill()
 
 
+@pytest.mark.slow
 def test_rewards_survive_a_kill_of_the_server(parity_server, tmp_path, monkeypatch):
     """The server is killed while it scores and started again: the run does not notice."""
     monkeypatch.setattr(remote_module, "_LONGEST_REST", 0.2)

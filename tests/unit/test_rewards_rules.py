@@ -38,6 +38,7 @@ def test_the_table_is_as_large_as_it_should_be():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["numeric", "gsm8k", "math"])
 def test_the_table_of_answers(rule):
     rows = [answer for answer in ANSWERS if answer[0] == rule and answer[3] is not None]
@@ -50,6 +51,7 @@ def test_the_table_of_answers(rule):
     assert not wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["gsm8k", "math"])
 def test_hostile_answers_end(rule):
     """Each within its deadline, if need be by the end of its worker; the answers behind count."""
@@ -59,6 +61,7 @@ def test_hostile_answers_end(rule):
     assert any(score.metrics == {f"{rule}/errors": 1.0} for score in scores)  # 10^10^10 is one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "label", "text"),
     [

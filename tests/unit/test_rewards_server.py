@@ -371,6 +371,7 @@ def test_metrics_count_requests_and_samples():
 # ------------------------------------------------------------ fuzzing
 
 
+@pytest.mark.slow
 def test_the_openapi_document_holds():
     """schemathesis: requests within and beyond the document; what comes back is documented."""
     app = create_app(StubScorer(), max_bytes=MIB)
@@ -483,6 +484,7 @@ def test_a_missing_package_is_named(monkeypatch, capsys):
     assert capsys.readouterr().err == said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("partial", [True, False])
 def test_a_training_config_may_be_served(tmp_path, partial, monkeypatch):
     """As it is, or only its [reward] section; flags change it; the address is the loopback."""
@@ -508,6 +510,7 @@ def test_a_training_config_may_be_served(tmp_path, partial, monkeypatch):
     assert len(answer["extra_logs"]["gsm8k"]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_policy", [True, False])
 def test_a_reward_model_and_a_judge_are_served(tmp_path, has_policy, monkeypatch):
     """With the scores that they have in the trainer; by token ids, or without them by text."""
@@ -567,6 +570,7 @@ def teardown():
         distributed.teardown()
 
 
+@pytest.mark.slow
 def test_the_program_ends_its_sources_and_asks_for_its_token(tmp_path):
     """A rule in a worker process; SIGTERM ends the server and the worker."""
     (tmp_path / "rule.py").write_text(

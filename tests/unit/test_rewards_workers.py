@@ -127,6 +127,7 @@ def scored(path, function, *responses, workers=1, timeout=60.0, scorer=None, **e
         scorer.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", ["hang", "power", "exit", "crash", "leak", "huge"])
 def test_what_fails_costs_its_sample_only(bad, own, caplog):
     said = {
@@ -177,6 +178,7 @@ def test_a_rule_that_never_judges_ends_the_run(own, monkeypatch, caplog):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", ["behave", "many", "later"])
 @pytest.mark.parametrize(
     ("bad", "text"),
@@ -209,6 +211,7 @@ def test_results_are_in_order_whatever_the_number_of_workers(own):
         assert [score.value for score in scores] == [float(i % 7) for i in range(60)]
 
 
+@pytest.mark.slow
 def test_several_workers_work(own):
     assert len({score.value for score in scored(own, "pid", *"abcdefgh", workers=2)}) <= 2
     assert len({score.value for score in scored(own, "pid", *"abcdefgh", workers=1)}) == 1
@@ -230,6 +233,7 @@ def test_workers_start_without_torch(own):
     assert scored(own, "modules", "a")[0].value == 0.0
 
 
+@pytest.mark.slow
 def test_async_functions_run_together(own):
     assert [score.value for score in scored(own, "meet", "a", "b", "c")] == [1.0] * 3
     slow = scored(own, "later", "a", "slow", "abc", timeout=1.0)
@@ -247,6 +251,7 @@ def test_typed_results_of_an_async_batch(own, isolate):
     assert one.metrics == two.metrics == {"own/one": 1.0}
 
 
+@pytest.mark.slow
 def test_only_the_culprit_of_a_chunk_is_lost(own, tmp_path):
     """Quick samples travel together; those before and behind the one that dies have results."""
     texts = ["a" * (i % 5) for i in range(300)]
@@ -324,6 +329,7 @@ def is_gone(pid):
         return True
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_trainer_that_is_killed(own, tmp_path):
     """Also one that hangs at that moment, with what it has forked."""
     note = tmp_path / "pids"
@@ -352,6 +358,7 @@ def test_a_killed_worker_takes_along_what_it_has_forked(own, tmp_path):
 HALF = "b'\\0\\0\\1\\0 a part of 256 bytes'"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("junk", ["b'\\0\\0\\0\\4junk'", "b'\\0\\0\\0\\5\\x80\\4K\\1.'", HALF])
 def test_what_a_function_writes_to_its_workers_socket_costs_its_sample(tmp_path, monkeypatch, junk):
     monkeypatch.setattr("torchrft.rewards.workers._BLOCKED", struct.pack("ll", 1, 0))

@@ -170,6 +170,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "wrong"),
     [(f, name) for f in ("llama", "phi3") for name, _ in trained(0, f).named_parameters()],

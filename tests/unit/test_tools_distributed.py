@@ -152,6 +152,7 @@ def test_a_wait_has_a_deadline_and_names_phase_and_ranks(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_setup_under_torchrun(tmp_path):
     script = tmp_path / "job.py"
     script.write_text(

@@ -88,6 +88,7 @@ def test_long_text_keeps_its_end():
     assert shorten("short", 5) == "short"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

@@ -311,6 +311,7 @@ def test_a_batch_smaller_than_a_rollout_makes_several_steps(tmp_path):
 # ------------------------------------------------------------- evaluation
 
 
+@pytest.mark.slow
 def test_evaluation(tmp_path):
     options = {"eval_data": EVAL, "functions": "exact_match", "max_steps": 7}
     run(tmp_path / "a", **options, eval_steps=2, train_batch_size=16)
@@ -446,6 +447,7 @@ def test_optimizer_and_sharding_options_reach_the_update(tmp_path):
         assert job.learner.policy.max_response_length == 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "saved"),
     [

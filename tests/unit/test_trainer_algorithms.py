@@ -28,6 +28,7 @@ def same(one, other):
     return all(torch.equal(value, other[name]) for name, value in one.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_trains(tmp_path, name):
     start = weights(run(tmp_path / "start", max_steps=1, actor_learning_rate=1e-30))
@@ -97,6 +98,7 @@ def _first_steps(rank, folder, world_size):
     return found
 
 
+@pytest.mark.slow
 def test_every_algorithm_takes_the_same_step_on_1_and_4_ranks(tmp_path):
     load_model(MODEL, "random", seed=7).save_pretrained(tmp_path / "ref")
     alone = run_ranks(_first_steps, 1, str(tmp_path), 1)[0]
@@ -111,6 +113,7 @@ def test_every_algorithm_takes_the_same_step_on_1_and_4_ranks(tmp_path):
                 assert value == expected, (name, key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "changes"),
     [
@@ -139,6 +142,7 @@ def test_option_reaches_the_step(tmp_path, options, changes):
     assert same(plain, other) is not changes
 
 
+@pytest.mark.slow
 def test_rollout_correction_weighs_the_loss(tmp_path):
     """With engine log-probs one nat too low, w = e: capped at 2 the gradient doubles."""
     norms = {}
@@ -167,6 +171,7 @@ def test_rollout_correction_weighs_the_loss(tmp_path):
         assert job.learner.algorithm.rollout_correction_cap == 3.0
 
 
+@pytest.mark.slow
 def test_kl_in_the_reward_or_in_the_loss(tmp_path):
     """A reference of other weights, so that the KL is not 0 in the first step."""
     other = load_model(MODEL, "random", seed=7)
@@ -191,6 +196,7 @@ def test_kl_in_the_reward_or_in_the_loss(tmp_path):
     assert unset["grad_norm"] == k1["grad_norm"] != outside["grad_norm"]
 
 
+@pytest.mark.slow
 def test_the_adaptive_coefficient_follows_its_target_and_is_saved(tmp_path):
     load_model(MODEL, "random", seed=7).save_pretrained(tmp_path / "ref")
     options = {
@@ -235,6 +241,7 @@ def test_dual_clip(tmp_path):
     assert not same(weights(plain), weights(bounded))
 
 
+@pytest.mark.slow
 def test_gamma_and_lambd_reach_the_estimator(tmp_path):
     def norm(name, **options):
         return step_of(
@@ -316,6 +323,7 @@ def test_freezing_trains_the_critic_only(tmp_path):
         assert not same(weights(job), start)
 
 
+@pytest.mark.slow
 def test_the_critic_learns_the_returns(tmp_path):
     constant = tmp_path / "constant.py"
     constant.write_text("def half(response):\n    return 0.5\n")
@@ -349,6 +357,7 @@ def test_critic_options(tmp_path):
         assert not torch.equal(job.learner.model.get_input_embeddings().weight, loaded)
 
 
+@pytest.mark.slow
 def test_a_run_with_critic_and_running_norm_resumes_bit_identically(tmp_path):
     options = {
         "advantage_estimator": "gae",
@@ -400,6 +409,7 @@ def plain(logprobs, old_logprobs, advantages, mask, power: int = 1):
 """
 
 
+@pytest.mark.slow
 def test_custom_algorithms(tmp_path):
     own = tmp_path / "own.py"
     own.write_text(OWN)
@@ -424,6 +434,7 @@ def test_custom_algorithms(tmp_path):
     assert square["grad_norm"] != pytest.approx(base["grad_norm"], rel=1e-2)
 
 
+@pytest.mark.slow
 def test_a_users_estimator_takes_fields_of_the_job(tmp_path):
     """gamma, and the critic with its options, by the function's parameters."""
     own = tmp_path / "own.py"
@@ -454,6 +465,7 @@ def test_a_users_estimator_starts_again_from_its_own_config(tmp_path):
     assert records(tmp_path / "b")[0]["grad_norm"] == records(tmp_path / "a")[0]["grad_norm"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [

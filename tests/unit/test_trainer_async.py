@@ -53,6 +53,7 @@ def test_versions_and_prompts(tmp_path):
         assert [record["rollout/staleness"] for record in records(tmp_path / name)] == late
 
 
+@pytest.mark.slow
 def test_a_late_rollout_is_that_of_the_earlier_policy(tmp_path):
     """Step 2 of level 1 is made by the weights that made step 1's samples."""
     fast = {"actor_learning_rate": "0.05"}
@@ -187,6 +188,7 @@ def _on_two_ranks(rank, folder, options):
     return landed
 
 
+@pytest.mark.slow
 def test_ranks_share_what_was_generated_ahead(tmp_path):
     """Each rank takes up what it had generated; on one rank, that takes up everything."""
     options = ASYNC | {"max_steps": 4}

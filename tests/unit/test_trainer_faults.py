@@ -80,6 +80,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_loses_no_finished_step(whole, tmp_path, name):
     owner, count, step = FAULTS[name]
@@ -124,6 +125,7 @@ def test_a_save_that_fails_is_not_tried_twice(tmp_path):
     assert calls == [1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_while_a_reward_hangs(whole, tmp_path, monkeypatch, signum):
     monkeypatch.setattr("torchrft.tools.signals.SECONDS_TO_FINISH", 0.1)
@@ -239,6 +241,7 @@ def test_a_full_disk_is_one_sentence_and_loses_no_checkpoint(
     assert not (tmp_path / "crashes").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
 @pytest.mark.parametrize("name", ["metrics.jsonl", "rollouts/step-2.jsonl"])
 def test_a_log_that_cannot_be_written_is_one_sentence(tmp_path, capsys, monkeypatch, number, name):

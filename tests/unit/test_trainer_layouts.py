@@ -35,6 +35,7 @@ def assert_same_lines(found, expected):
             assert mine[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-6), name
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_one_layout_resumes_under_another(tmp_path):
     """dp4 -> tp2 x dp2 -> tp2 x sp2 -> one process: the same losses as one that never changed."""
     chain, alone = str(tmp_path / "chain"), str(tmp_path / "alone")
@@ -54,6 +55,7 @@ def test_a_checkpoint_of_one_layout_resumes_under_another(tmp_path):
         assert responses[0] == responses[1]
 
 
+@pytest.mark.slow
 def test_truncated_sampling_under_tensor_and_sequence_parallelism(tmp_path):
     """What was kept is cut by rows over sp ranks, by vocabulary over tp ranks."""
     options = {"top_k": 7, "truncation_replay": True, "max_steps": 2, "fused_linear_logprob": True}
@@ -64,6 +66,7 @@ def test_truncated_sampling_under_tensor_and_sequence_parallelism(tmp_path):
         assert line["mismatch/logprob_abs_max"] < 1e-5
 
 
+@pytest.mark.slow
 def test_a_critic_under_tensor_and_sequence_parallelism(tmp_path):
     options = {"advantage_estimator": "gae", "critic_learning_rate": 1e-3, "max_steps": 3}
     layout = {"tp_size": 2, "sp_size": 2, "packing_samples": True}
@@ -77,6 +80,7 @@ def test_a_critic_under_tensor_and_sequence_parallelism(tmp_path):
     assert expected[1]["critic/grad_norm"] > 0
 
 
+@pytest.mark.slow
 def test_pretrained_weights_go_straight_into_shards(tmp_path):
     """Policy, reference and critic from files, as one process that loads them whole."""
     load_tokenizer(MODEL).save_pretrained(tmp_path / "model")
@@ -88,6 +92,7 @@ def test_pretrained_weights_go_straight_into_shards(tmp_path):
     assert_same_lines(records(tmp_path / "a"), records(tmp_path / "b"))
 
 
+@pytest.mark.slow
 def test_waiting_samples_of_an_odd_number_of_groups_move_to_more_ranks(tmp_path):
     """Dynamic sampling keeps 3 of 4 groups, which wait on one rank and go on on two and on one."""
     options = {"dynamic_sampling": True, "dynamic_sampling_max_rounds": 1, "train_batch_size": 48}

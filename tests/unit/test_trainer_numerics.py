@@ -27,6 +27,7 @@ def test_deterministic_on_a_gpu_only_by_option(tmp_path, monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 def test_equal_runs_have_equal_bits_for_any_number_of_threads(tmp_path, threads):
     """256 packed samples in one pass, which index operations' backward splits over the threads.
@@ -47,6 +48,7 @@ def test_equal_runs_have_equal_bits_for_any_number_of_threads(tmp_path, threads)
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lacks", "options", "dtype", "said"),
     [
@@ -98,6 +100,7 @@ def test_lr_total_steps(tmp_path, caplog):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

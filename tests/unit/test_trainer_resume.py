@@ -145,6 +145,7 @@ def assert_same_end(job: Job, reference: Job) -> None:
     assert job.saved == reference.saved
 
 
+@pytest.mark.slow
 def test_the_reference_run_is_worth_comparing_with(never_stopped):
     for kind in KINDS:
         lines = records(never_stopped(kind).run)
@@ -165,6 +166,7 @@ def test_the_reference_run_is_worth_comparing_with(never_stopped):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "step", "signum"),
     [
@@ -232,6 +234,7 @@ def test_a_run_stopped_again_and_again(never_stopped, tmp_path):
     assert_same_end(job, never_stopped("pending"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("where", "count", "when"),
     [
@@ -258,6 +261,7 @@ def test_kill_during_a_save(never_stopped, tmp_path, where, count, when):
     assert sorted(p.name for p in (job.run / "hf").iterdir()) == ["step-6", "step-8"]
 
 
+@pytest.mark.slow
 def test_kill_during_the_first_save(never_stopped, tmp_path):
     for index, where in enumerate(
         (
@@ -281,6 +285,7 @@ def test_kill_during_the_last_rotation(never_stopped, tmp_path):
     assert_same_end_but_for_rotation(job, never_stopped("plain"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["manifest", "flipped"])
 def test_a_damaged_checkpoint_is_passed_over(never_stopped, tmp_path, damage):
     job = Job("plain", tmp_path)
@@ -327,6 +332,7 @@ def test_resume_of_a_finished_run_changes_nothing(never_stopped, tmp_path):
             assert changed_at == before[path][1], path
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_another_runs_checkpoint(never_stopped, tmp_path):
     job = Job("pending", tmp_path)
     source = never_stopped("pending").run / "checkpoints" / "step-6"
@@ -415,6 +421,7 @@ def test_a_checkpoint_of_another_data_order_is_refused(never_stopped, tmp_path):
     assert sorted(p for p in job.run.rglob("*")) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
 def test_the_real_command_stopped_from_outside(never_stopped, tmp_path, signum):
     """Wherever the signal lands, the result is the same; nothing here depends on when that is."""

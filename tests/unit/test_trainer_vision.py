@@ -67,6 +67,7 @@ def train(rank, folder, world_size, options):
     assert job.train() is None
 
 
+@pytest.mark.slow
 def test_ranks_with_and_without_images(tmp_path, mixed):
     """A critic, a reference and packing; a run of two ranks resumed by one."""
     options = mixed | {"advantage_estimator": "gae", "critic_learning_rate": "1e-3"}
@@ -102,6 +103,7 @@ def test_export_holds_the_processor(tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("torchvision") is None, reason="Qwen's processors need torchvision"
 )
@@ -259,6 +261,7 @@ def recipe(tmp_path, *words):
     return load(["--config_file", str(path), "--save_path", str(tmp_path), *words], 1).config
 
 
+@pytest.mark.slow
 def test_without_the_right_pictures_the_answer_stays_unknown(tmp_path):
     """The recipe, with the pictures dealt out anew: what it learns elsewhere is in the picture."""
     rewards = {}
