@@ -9,9 +9,9 @@ import tiny
 import tiny_vlm
 import torch
 from tiny_job import MODEL, tiny_config
-from torchrft.build.learner import build_objective
 
 from torchrft.algorithms import advantages
+from torchrft.build.learner import build_objective
 from torchrft.learn.batch import make_batch
 from torchrft.learn.learner import Learner
 from torchrft.learn.optimizer_step import OptimizerStep
