@@ -75,14 +75,9 @@ def test_hostile_answers_end(rule):
     ],
 )
 def test_a_label_that_nothing_can_be_judged_by_stops_the_run(rule, label, text):
+    usable = {"code": "assert f() == 1", "multiple_choice": "A"}.get(rule, "1")
     with pytest.raises(RewardError, match=f"'{rule}', prompt row 1: {text}"):
-        judge(
-            rule,
-            [
-                ({"code": "assert True"}.get(rule, "1" if rule != "multiple_choice" else "A"), "1"),
-                (label, "1"),
-            ],
-        )
+        judge(rule, [(usable, "1"), (label, "1")])
 
 
 def test_numeric_tolerance_is_relative():
