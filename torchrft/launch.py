@@ -37,9 +37,9 @@ Listener = socket.socket | None  # None on all hosts but the first
 RANK = [sys.executable, "-m", "torchrft.train"]
 # Its exit codes; a rank that ends with one of them has said why. Those above 128: that it saved.
 SPOKEN = (1, 2, 0, *(128 + signum for signum in STOPS))
+GRACE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # the variable with the seconds to save in after a signal
 # Seconds until the ranks that are left get a signal, which one, and seconds until they are killed:
-# after a signal they save, after a rank failed they may say so, after a second Ctrl-C they end.
-SIGNALLED = (0.0, signal.SIGTERM, float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 600)))
+# after a rank failed others may say so, after a second Ctrl-C they end.
 FAILED = (5.0, signal.SIGTERM, 30.0)
 INSISTED = (0.0, signal.SIGINT, 5.0)
 MEETING = 600.0  # seconds in which the first host of several must answer
@@ -53,6 +53,9 @@ def main(argv: list[str]) -> int:
     if sizes is None:
         like = "must be numbers from 1, like NGPU=8 (or h100:8)"
         return _refuse(f"NGPU={ngpu} and NNODES={nnodes} {like}")
+    grace, shown = os.environ.get(GRACE, "600"), os.environ.get("LOG_RANK", "")
+    if not re.fullmatch(r"\d+(\.\d+)? [\d,]*", f"{grace} {shown}"):
+        return _refuse(f"{GRACE}={grace} must be seconds and LOG_RANK={shown} ranks, like 0,1")
     count, hosts = map(int, sizes.groups())
     os.environ["WORLD_SIZE"] = str(count * hosts)
     for name in ("RANK", "LOCAL_RANK"):  # of a job that has started this one
@@ -93,11 +96,8 @@ def _job(argv: list[str], count: int, first: int, store: Address, listener: List
         signal.signal(signum, lambda number, _: heard.append((number, time.monotonic())))
     shown = os.environ.get("LOG_RANK") or ",".join(map(str, range(count)))
     env = _interface(store) | os.environ | {"LOCAL_WORLD_SIZE": str(count)}
-    env |= {"MASTER_ADDR": store[0], "MASTER_PORT": str(store[1])}
-    env |= {
-        "TORCHRFT_STORE": str(listener.fileno()) if listener else "",
-        LAUNCHER: str(os.getpid()),
-    }
+    env |= {"MASTER_ADDR": store[0], "MASTER_PORT": str(store[1]), LAUNCHER: str(os.getpid())}
+    env["TORCHRFT_STORE"] = str(listener.fileno()) if listener else ""
     ranks = []
     for local in range(count):
         process = subprocess.Popen(
@@ -149,7 +149,8 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], heard: list[tuple[int, float
         reached = 3 if insists else 2 if failed else 1 if heard else 0
         if reached > stage:
             stage = reached
-            wait, asks, grace = (SIGNALLED, FAILED, INSISTED)[stage - 1]
+            signalled = (0.0, signal.SIGTERM, float(os.environ.get(GRACE, 600)))
+            wait, asks, grace = (signalled, FAILED, INSISTED)[stage - 1]
             due = [(now + wait, asks), (now + wait + grace, signal.SIGKILL)]
         while due and due[0][0] <= now:
             number = due.pop(0)[1]

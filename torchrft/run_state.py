@@ -34,6 +34,8 @@ class RunState:
         self.agreement = Agreement()
         self.small: dict[str, Any] = {"coefficients": learner, "data": collector.prompts}
         self.captured: dict[str, Any] | None = None
+        for stepper in learner.steppers.values():
+            stepper.before_change = self.invalidate
         self.capture(0, [], 0)
 
     def capture(

@@ -140,7 +140,7 @@ class Trainer:
         Whatever ends it, the state after the last finished step is saved, if all ranks get there.
         """
         progress = self.progress
-        with StopSignal() as stop, self.reporter:
+        with StopSignal(partial(self._save_after, Abandoned())) as stop, self.reporter:
             self.collector.abandonable = stop.abandonable
             try:
                 self._sync_weights()
@@ -194,7 +194,6 @@ class Trainer:
             batch, shaped = learner.compute_advantages(batch, self.collector.splits_groups)
             metrics |= shaped
             with self.timer.phase("update"):
-                self.state.invalidate()
                 frozen = progress.step < self.config.training.freezing_actor_steps
                 metrics |= learner.update(batch, frozen)
                 learner.offload_states()
@@ -291,7 +290,8 @@ class Trainer:
             if self.state.agreement.on(step, SECONDS_TO_AGREE):
                 try:
                     for stepper in self.learner.steppers.values():
-                        reshard(stepper.model)  # it may have been left in the middle of a forward
+                        reshard(stepper.model)  # it may have been left in the middle of a pass
+                        stepper.optimizer.zero_grad(set_to_none=True)
                     return self.save()
                 except Exception as error:
                     self.progress.saved_step, why = saved, str(error)

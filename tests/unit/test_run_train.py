@@ -203,6 +203,17 @@ def test_what_is_no_number_is_refused(variables):
     )
 
 
+@pytest.mark.parametrize(("grace", "shown"), [("abc", ""), ("-1", "0"), ("1e3", ""), ("60", "all")])
+def test_other_settings_of_the_launcher_are_refused(grace, shown):
+    env = INHERITED | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": grace, "LOG_RANK": shown}
+    result = subprocess.run([SCRIPT], env=env, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == (
+        f"error: TORCH_ELASTIC_SHUTDOWN_TIMEOUT={grace} must be seconds and LOG_RANK={shown} "
+        "ranks, like 0,1\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("endpoint", "said"),
     [

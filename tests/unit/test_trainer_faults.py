@@ -22,7 +22,7 @@ from torchrft.checkpoint import CheckpointManager, hf_export
 from torchrft.metrics import logger as logger_module
 from torchrft.tools import distributed
 from torchrft.tools.distributed import Agreement, RankError, World
-from torchrft.tools.signals import SecondKeyboardInterrupt
+from torchrft.tools.signals import Abandoned, SecondKeyboardInterrupt
 from torchrft.trainer import Trainer
 
 STEPS = 5
@@ -75,6 +75,9 @@ FAULTS = {
     "the last evaluation": (lambda job: (job.collector, "evaluate"), 3, 5),
     "a rollout": (lambda job: (job.engine, "generate"), 6, 3),
     "log-probs": (lambda job: (job.learner, "compute_logprobs"), 2, 3),
+    # Of 8 micro-batches a step: gradients of some are there, weights and schedule as they were.
+    "a loss": (lambda job: (job.learner, "_policy_loss"), 11, 3),
+    "a backward pass": (lambda job: (job.learner.policy, "backward"), 11, 3),
     "the log": (lambda job: (job.reporter.logger, "log"), 4, 4),
     "the weights' way to the engine": (lambda job: (job.engine, "update_weights"), 4, 3),
 }
@@ -92,11 +95,11 @@ def test_a_fault_loses_no_finished_step(whole, tmp_path, name):
     assert_goes_on_as(tmp_path, whole)
 
 
-def test_a_fault_in_an_update_saves_nothing_and_says_so(tmp_path, caplog, monkeypatch):
+def test_a_fault_in_an_optimizer_saves_nothing_and_says_so(tmp_path, caplog, monkeypatch):
     """The weights are half changed then."""
     monkeypatch.setattr("torchrft.trainer.logger.propagate", True)
     with tiny_job.trainer(tmp_path, **OPTIONS) as job:
-        raises(job.learner, "update", 2, RuntimeError("it broke"))
+        raises(job.learner.policy.optimizer, "step", 1, RuntimeError("it broke"))
         with pytest.raises(RuntimeError, match="it broke"):
             job.train()
     assert saved(tmp_path) == []
@@ -139,6 +142,63 @@ def test_a_signal_while_a_reward_hangs(whole, tmp_path, monkeypatch, signum):
         assert job.train() == signum
     assert saved(tmp_path) == ["step-3"]
     assert_goes_on_as(tmp_path, whole)
+
+
+@pytest.mark.slow
+def test_a_function_that_goes_on_after_a_signal_is_asked_again(whole, tmp_path, monkeypatch):
+    """A function may catch everything, once for each sample."""
+    monkeypatch.setattr("torchrft.tools.signals.SECONDS_TO_FINISH", 0.1)
+    swallowed = []
+
+    def hang_twice():
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(2):
+            try:
+                time.sleep(600)
+            except BaseException as error:
+                swallowed.append(type(error))
+        time.sleep(600)
+
+    with tiny_job.trainer(tmp_path, **OPTIONS) as job:
+        raises(job.collector.scorer, "score", 6, hang_twice)
+        assert job.train() == signal.SIGTERM
+    assert swallowed == [Abandoned, Abandoned]
+    assert saved(tmp_path) == ["step-3"]
+
+
+GOES_ON_FOR_EVER = """
+import os, signal, sys, time
+import tiny_job
+from torchrft.tools import signals
+
+def hang(*_):
+    os.kill(os.getpid(), signal.SIGTERM)
+    while True:
+        try:
+            time.sleep(600)
+        except BaseException:
+            pass
+
+signals.SECONDS_TO_FINISH, signals.TIMES_TO_ASK = 0.1, 2
+with tiny_job.trainer(sys.argv[1], max_steps=5) as job:
+    score, calls = job.collector.scorer.score, []
+
+    def scored(*arguments):
+        calls.append(1)
+        return hang() if len(calls) == 4 else score(*arguments)
+
+    job.collector.scorer.score = scored
+    job.train()
+"""
+
+
+@pytest.mark.slow
+def test_a_function_that_never_lets_go_ends_with_all_steps_saved(tmp_path):
+    code = [sys.executable, "-c", GOES_ON_FOR_EVER, str(tmp_path)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run(code, env=env, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 128 + signal.SIGTERM, ended.stderr
+    assert saved(tmp_path) == ["step-3"]
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT])

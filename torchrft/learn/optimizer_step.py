@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,6 +38,7 @@ class OptimizerStep:
     until the last micro-batch of an optimizer step. `ranks` have samples of their own (by default
     all), `tp` ranks share each parameter. With `adam_offload` the optimizer's state is on the host
     between `offload_state` and `fetch_state`. `vision` is given where samples may have images.
+    `before_change` is called when weights and schedule are about to change.
     """
 
     model: nn.Module
@@ -53,6 +54,7 @@ class OptimizerStep:
     tp: int = 1
     adam_offload: bool = False
     vision: Vision | None = None
+    before_change: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         self.offload = StateOffload(self.optimizer) if self.adam_offload else None
@@ -150,6 +152,7 @@ class OptimizerStep:
         reshard(self.model)  # a pass without gradient may have left old weights gathered
         norm = float(clip_gradients(self.model, self.max_norm))
         applies = has_tokens and math.isfinite(norm) and math.isfinite(metrics.loss)
+        self.before_change()
         if applies:
             if self.offload is not None:
                 self.offload.wait()

@@ -47,10 +47,6 @@ def set_rng_state(state: dict[str, Any]) -> None:
     """
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
-    torch.set_rng_state(_as_tensor(state["torch"]))
+    torch.set_rng_state(torch.frombuffer(bytearray(state["torch"]), dtype=torch.uint8))
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_as_tensor(state["cuda"]))
-
-
-def _as_tensor(raw: bytes) -> torch.Tensor:
-    return torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+        torch.cuda.set_rng_state(torch.frombuffer(bytearray(state["cuda"]), dtype=torch.uint8))

@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Self
@@ -16,6 +16,7 @@ from typing import Any, Self
 SECONDS_BETWEEN_KEY_PRESSES = 1.0
 # Slurm and Kubernetes kill 30 seconds after SIGTERM: a rollout that hangs leaves time to save.
 SECONDS_TO_FINISH = 10.0
+TIMES_TO_ASK = 20  # what goes on all the same, twice a second
 # SIGHUP is a terminal's end, SIGUSR1 the warning that Slurm is asked for by --signal.
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
@@ -78,20 +79,24 @@ class StopSignal:
     """While entered, a signal of STOPS asks the run to save and end instead of killing it.
 
     `received` is the first signal's number. A second Ctrl-C raises SecondKeyboardInterrupt. What
-    runs within `abandonable` is left by Abandoned if it does not end within SECONDS_TO_FINISH.
-    Enter it in the main thread only (Python allows signal handlers nowhere else).
+    runs within `abandonable` is left by Abandoned if it does not end within SECONDS_TO_FINISH. What
+    swallows it gets it again, TIMES_TO_ASK in all; then `last_resort` runs in another thread, and
+    the process ends with 128 + signal. Enter it in the main thread only (Python allows signal
+    handlers nowhere else).
 
     >>> with StopSignal() as stop:
     ...     stop.received is None
     True
     """
 
-    def __init__(self) -> None:
+    def __init__(self, last_resort: Callable[[], None] = lambda: None) -> None:
         self.received: int | None = None
+        self.last_resort = last_resort
         self._received_at = 0.0
         self._previous: dict[int, Any] = {}
         self._may_leave = False
         self._ended = threading.Event()
+        self._looking = threading.Lock()  # held by who decides on the last resort, to its end
 
     def __enter__(self) -> Self:
         for signum in heard_signals(STOPS):
@@ -113,12 +118,20 @@ class StopSignal:
             yield
         finally:
             self._may_leave = False
+            with self._looking:  # what comes next must not change what a last resort saves
+                pass
 
     def _remind(self) -> None:
         """Signals the main thread again, which may hang where it looks at no variable."""
+        asked = 0
         while not self._ended.wait(0.5):
-            if self.received is not None and self._may_leave and self._is_late():
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+            with self._looking:
+                if self.received is None or not self._may_leave or not self._is_late():
+                    continue
+                if (asked := asked + 1) > TIMES_TO_ASK:
+                    self.last_resort()
+                    os._exit(128 + self.received)
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
 
     def _is_late(self) -> bool:
         return time.monotonic() - self._received_at > SECONDS_TO_FINISH
@@ -132,5 +145,4 @@ class StopSignal:
         elif signum == signal.SIGINT and now - self._received_at > SECONDS_BETWEEN_KEY_PRESSES:
             raise SecondKeyboardInterrupt
         elif self._may_leave and self._is_late():
-            self._may_leave = False
             raise Abandoned
