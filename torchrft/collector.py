@@ -12,13 +12,12 @@ from torchrft.data.loader import PromptLoader
 from torchrft.metrics.timing import PhaseTimer
 from torchrft.rewards.scorer import Scorer
 from torchrft.rewards.shaping import RewardShaper
-from torchrft.rollout import RolloutEngine
 from torchrft.rollout.flight import Flight, without_seeds
 from torchrft.tools import distributed
 from torchrft.tools.distributed import DataRanks
 from torchrft.tools.logging import logger
 from torchrft.tools.seeds import derive_seed
-from torchrft.types import Completion, Prompt, Sample, SamplingParams
+from torchrft.types import Completion, Prompt, Sample, Sampler, SamplingParams
 
 T = TypeVar("T")
 
@@ -78,7 +77,7 @@ class Collector:
     def __init__(
         self,
         plan: RolloutPlan,
-        engine: RolloutEngine,
+        engine: Sampler,
         prompts: PromptLoader,
         scorer: Scorer,
         shaper: RewardShaper,

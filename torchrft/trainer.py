@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from torchrft.build.data import build_prompts
+from torchrft.build.environments import build_sampler
 from torchrft.build.learner import build_learner
 from torchrft.build.models import check_models, load_vision
 from torchrft.build.rewards import build_rewards
@@ -94,8 +95,9 @@ class Trainer:
         shaper = RewardShaper(config.reward)
         sampling = sampling_params(config)
         plan = RolloutPlan.of(config.rollout, config.training, sampling, ranks, dims.model_ranks)
+        self.sampler = build_sampler(config, self.engine, tokenizer)
         self.collector = Collector(
-            plan, self.engine, self.prompts.stream, scorer, shaper, self.timer
+            plan, self.sampler, self.prompts.stream, scorer, shaper, self.timer
         )
         rollouts = self.prompts.rollouts
         self.last_step = min(rollouts, config.training.max_steps or rollouts)
@@ -162,7 +164,7 @@ class Trainer:
                         "stopped in a step that did not end, without saving"
                     ) from None
                 self.stop_requested = stop.received
-        self.engine.close()
+        self.sampler.close()
         self.collector.scorer.close()
         exported = self.checkpoints.exports / f"step-{progress.step}"
         paths = {"config": self.save_path / "config.toml"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -125,13 +125,38 @@ class Kept:
 
 
 @dataclass(frozen=True, slots=True)
+class Branch:
+    """A training row of an episode: a prompt and T tokens after it, sampled or observed.
+
+    `turn_ends[k]` is the place in `token_ids` behind the last sampled token of turn k;
+    `turn_rewards[k]` and `versions[k]` are that turn's reward and the policy that sampled it.
+    """
+
+    prompt: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    sampled: tuple[bool, ...]  # [T]: the loss mask
+    logprobs: tuple[float, ...]  # [T], 0.0 where observed
+    turn_ends: tuple[int, ...] = ()
+    turn_rewards: tuple[float, ...] = ()
+    versions: tuple[int, ...] = ()
+
+    def places(self) -> Tensor:
+        """int64, where the sampled tokens are in prompt + token_ids."""
+        return torch.tensor(self.sampled).nonzero()[:, 0] + len(self.prompt)
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
-    """One sampled response.
+    """One sampled response, or all that was sampled in an episode.
 
     `token_ids` includes the stop token if one ended it; `logprobs` are the engine's, one per token,
     at the sampling temperature and before top-p / top-k, unless `kept` holds the tokens that these
     left: then the log-probs are over those alone. `policy_version` counts the weight updates
     the engine had received. `prompt_index` is the position in the list given to `generate`.
+
+    An episode of several turns has `branches`, which are trained on: `token_ids` and `logprobs` are
+    those of their sampled tokens, one branch after the other, and `text` is the last reply. Its
+    `reward` and `metrics` are the environment's; with a `fault` of it there is no reward.
 
     >>> Completion(0, 0, (7, 1), (-0.1, -0.2), "7", "stop", policy_version=3).policy_version
     3
@@ -145,6 +170,23 @@ class Completion:
     finish_reason: FinishReason
     policy_version: int = 0
     kept: Kept | None = field(default=None, compare=False)
+    branches: tuple[Branch, ...] = ()
+    messages: tuple[Mapping[str, Any], ...] = ()
+    reward: float = 0.0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    fault: str | None = None
+
+
+class Sampler(Protocol):
+    """What samples completions: an engine, or a player of episodes on one."""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
+        """`sampling.n` completions of each prompt."""
+        ...
+
+    def close(self) -> None:
+        """Gives back what it holds."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +221,9 @@ class RolloutBatch:
     """What the loss needs of B samples, in response-aligned tensors of shape [B, T].
 
     T is the longest response of the batch; column t belongs to response token t. `sequences[i]`
-    holds prompt + response of sample i as int64 [prompt_lens[i] + response_lens[i]].
+    holds prompt + response of sample i as int64 [prompt_lens[i] + response_lens[i]]. Of an episode,
+    column t belongs to its sampled token t, whatever branch that is in, and `sequences[i]` is its
+    first branch: so an episode counts as one sequence.
     """
 
     sequences: tuple[Tensor, ...]
@@ -198,6 +242,7 @@ class RolloutBatch:
     filler: Tensor | None = None  # bool [B]: of samples that do not count; None means of none
     prompts: tuple[Prompt, ...] | None = None  # of the samples; None if none of them has images
     kept: tuple[Kept, ...] | None = None  # of the samples, where log-probs are over those tokens
+    branches: tuple[tuple[Branch, ...], ...] | None = None  # of the samples; None without episodes
 
     def __len__(self) -> int:
         return len(self.sequences)

@@ -21,7 +21,7 @@ ROWS = [
     {"config"},
     {"parallel", "algorithms"},
     {"models"},
-    {"data", "rewards", "rollout", "optim", "checkpoint", "metrics"},
+    {"data", "rewards", "rollout", "optim", "checkpoint", "metrics", "environments"},
     {"learn"},
     {"build"},
     {"collector"},
@@ -147,13 +147,15 @@ LINES = {"rollout": 2495, "rewards": 2380, "models": 1540, "config": 1400, "tool
 LINES |= {"the loop": 950, "checkpoint": 775, "data": 625, "parallel": 605, "algorithms": 595}
 LINES |= {"learn": 570, "build": 560, "metrics": 470, "optim": 130}
 # Rooms that no other job imports.
-APART = {"deepspeed": 1750, "code rewards": 840, "reward server": 445}
+APART = {"deepspeed": 1750, "code rewards": 840, "reward server": 445, "environments": 1100}
 
 
 def room_of(path: Path) -> str:
     names = path.relative_to(ROOT).parts
     if len(names) == 1:
         return "the loop"
+    if names[-1].startswith("environment"):
+        return "environments"
     if names[0] == "rewards" and names[1].startswith(("code_", "sandbox")):
         return "code rewards"
     if names[0] == "rewards" and names[1].startswith("server"):

@@ -38,6 +38,10 @@ def build_rewards(
 
         remote = RemoteRewards(reward)
         others.append(Weighted(remote, reward.remote_rm_weight, reward.remote_rm_normalize))
+    if config.environment.name is not None:
+        from torchrft.rewards.environment import EnvironmentRewards
+
+        others.append(Weighted(EnvironmentRewards(), config.environment.environment_weight))
     return build_scorer(reward, others)
 
 

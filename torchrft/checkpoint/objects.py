@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from torchrft.tools.images import Image
-from torchrft.types import Completion, Kept, Prompt, Sample, Score
+from torchrft.types import Branch, Completion, Kept, Prompt, Sample, Score
 
 TAG = "torchrft"
 SEQUENCES = {"tuple": tuple, "set": set, "frozenset": frozenset}
-RECORDS = {kind.__name__: kind for kind in (Completion, Kept, Score)}
+RECORDS = {kind.__name__: kind for kind in (Branch, Completion, Kept, Score)}
 ARRAYS = "biufc"  # kinds of numpy's dtypes that hold numbers
 _MAKERS: list[Any] = [value.__reduce__()[0] for value in (np.empty(0), np.float64(0))]
 # What objects of earlier versions, which were pickled, are made of beside what torch admits.

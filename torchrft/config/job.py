@@ -23,7 +23,7 @@ def job_of(config: JobConfig, world_size: int = 1, **switches: Any) -> SimpleNam
     job.corrects = job.rollout_correction != "none"
     job.scalar_models = config.reward.scalar_models(job.pretrain)  # with those of reward_pretrain
     job.models_here = job.scalar_models and not job.rm_use_engine
-    job.judged = bool(job.functions or job.judges or job.remote_rm_url)
+    job.judged = bool(job.functions or job.judges or job.remote_rm_url or job.name)
     job.runs_programs = any(entry.name == "code" for entry in job.functions)
     # Data-parallel ranks work on different samples; 0 where the layout does not come out even.
     split = job.tp_size * job.sp_size

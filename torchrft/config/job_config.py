@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from torchrft.config.environment_config import Environment
 from torchrft.config.field_types import (
     AdvantageEstimator,
     Count,
@@ -379,6 +380,7 @@ class JobConfig(Section):
     rollout: Rollout
     algorithm: Algorithm = Algorithm()
     reward: Reward = Reward()
+    environment: Environment = Environment()
     parallel: Parallel = Parallel()
     evaluation: Evaluation = Evaluation()
     logging: Logging = Logging()

@@ -226,6 +226,12 @@ ERRORS: tuple[Rule, ...] = (
     Rule("n_samples_per_prompt",
          lambda job: job.n_samples_per_prompt == 1 and job.advantage_estimator == "rloo",
          _ALONE + "; use 2 or more"),
+    Rule("name", lambda job: job.name and job.engine_tp_size > 1,
+         "is an environment, whose episodes need engine_tp_size = 1, not {engine_tp_size}: all "
+         "ranks of an engine ask it at once"),
+    Rule("name", lambda job: job.name and job.sees_images,
+         "is an environment, whose episodes have no images yet; leave images_key and mixed_mm_data "
+         "out"),
     # Rewards, servers and tables.
     Rule("reward", lambda job: [fault.removeprefix("[reward] ")
                                 for fault in job.config.reward.faults(job.pretrain)]),
@@ -284,7 +290,7 @@ ABSENT: tuple[Rule, ...] = (
          "functions: '{it}' needs math-verify: pip install 'torchrft[math]'"),
     Rule("prompt_data", lambda job: job.prompt_data is None,
          "is missing; a run needs training prompts: --prompt_data FILE.jsonl"),
-    Rule("functions", lambda job: not job.config.reward.names(job.pretrain),
+    Rule("functions", lambda job: not (job.config.reward.names(job.pretrain) or job.name),
          "is missing; a run needs a reward: --functions exact_match, reward_pretrain or "
          "remote_rm_url"),
 )  # fmt: skip

@@ -1,10 +1,8 @@
 """Episodes of several turns: the environment's side, and what is trained on."""
 
 from torchrft.environments.protocol import (
-    Branch,
     Environment,
     EnvironmentFault,
-    Episode,
     Limits,
     Message,
     Opening,
@@ -16,10 +14,8 @@ from torchrft.environments.protocol import (
 )
 
 __all__ = [
-    "Branch",
     "Environment",
     "EnvironmentFault",
-    "Episode",
     "Limits",
     "Message",
     "Opening",

@@ -123,35 +123,6 @@ class Renderer(Protocol):
 
 
 @dataclass(frozen=True)
-class Branch:
-    """One training row: a prompt and T tokens after it, sampled or observed.
-
-    `turn_ends[k]` is the place, behind the last sampled token of turn k, in `token_ids`;
-    `turn_rewards[k]` and `versions[k]` are its reward and the policy's version that sampled it.
-    """
-
-    prompt: tuple[int, ...]
-    token_ids: tuple[int, ...]  # [T]
-    sampled: tuple[bool, ...]  # [T]: the loss mask
-    logprobs: tuple[float, ...]  # [T], 0.0 where observed
-    turn_ends: tuple[int, ...]
-    turn_rewards: tuple[float, ...]
-    versions: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Episode:
-    """What came of one episode; `reward` is the sum of its turns' rewards."""
-
-    branches: tuple[Branch, ...]
-    reward: float
-    status: Status
-    messages: tuple[Message, ...]
-    fault: str | None = None
-    metrics: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Limits:
     """What ends an episode: replies, and tokens of a branch with its prompt."""
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from torchrft.tools.distributed import DataRanks
-from torchrft.types import RolloutBatch, Sample
+from torchrft.types import Branch, RolloutBatch, Sample
 
 
 def make_batch(
@@ -18,7 +18,8 @@ def make_batch(
     """The samples as a RolloutBatch, in their order.
 
     With `overlong_filtering` the mask leaves out responses that the length limit cut off: they
-    take part in their group's statistics, but not in the loss.
+    take part in their group's statistics, but not in the loss. So do episodes whose environment
+    failed.
 
     Sequences and prompt lengths stay on the host, where micro-batches are built; [B, T] tensors go
     to `device`. Raises ValueError for a sample without tokens or whose log-probs do not match them,
@@ -36,15 +37,18 @@ def make_batch(
     lengths = torch.tensor([len(completion.token_ids) for completion in completions])
     logprobs = pad_sequence([torch.tensor(c.logprobs) for c in completions], batch_first=True)
     filler = torch.tensor([sample.filler for sample in samples])
-    uncounted = filler
+    uncounted = filler | torch.tensor([c.fault is not None for c in completions])
     if overlong_filtering:
-        uncounted = filler | torch.tensor([c.finish_reason == "length" for c in completions])
+        uncounted |= torch.tensor([c.finish_reason == "length" for c in completions])
     mask = (torch.arange(logprobs.shape[1]) < lengths[:, None]) & ~uncounted[:, None]
-    ids = [p.token_ids + c.token_ids for p, c in zip(prompts, completions, strict=True)]
+    rows = [
+        c.branches or (Branch(p.token_ids, c.token_ids, (True,) * len(c.token_ids), c.logprobs),)
+        for p, c in zip(prompts, completions, strict=True)
+    ]
     kept = tuple(c.kept for c in completions if c.kept is not None)
     return RolloutBatch(
-        sequences=tuple(torch.tensor(row) for row in ids),
-        prompt_lens=torch.tensor([len(prompt.token_ids) for prompt in prompts]),
+        sequences=tuple(torch.tensor(first.prompt + first.token_ids) for first, *_ in rows),
+        prompt_lens=torch.tensor([len(first.prompt) for first, *_ in rows]),
         mask=mask.to(device),
         rewards=torch.tensor([sample.score.value for sample in samples]).to(device),
         group=torch.tensor([sample.group for sample in samples]).to(device),
@@ -52,6 +56,7 @@ def make_batch(
         filler=filler.to(device),
         prompts=prompts if any(prompt.images for prompt in prompts) else None,
         kept=kept or None,
+        branches=tuple(rows) if any(c.branches for c in completions) else None,
     )
 
 

@@ -1,11 +1,12 @@
 """Metrics and dump rows of a rollout's samples."""
 
+import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torchrft.tools.logging import logger
-from torchrft.types import Sample
+from torchrft.types import Completion, Sample
 
 
 def rollout_metrics(samples: Sequence[Sample], version: int | None = None) -> dict[str, float]:
@@ -62,8 +63,17 @@ def dump_rows(samples: Sequence[Sample]) -> list[dict[str, Any]]:
             "finish_reason": sample.completion.finish_reason,
             "policy_version": sample.completion.policy_version,
         }
+        | _episode(sample.completion)
         for sample in samples
     ]
+
+
+def _episode(completion: Completion) -> dict[str, Any]:
+    """The turns of an episode, and its training rows token by token."""
+    if not completion.branches:
+        return {}
+    rows = [dataclasses.asdict(branch) for branch in completion.branches]
+    return {"messages": completion.messages, "fault": completion.fault, "branches": rows}
 
 
 def warn_of_mismatch(step: int, metrics: Mapping[str, float], alarm: float) -> None:

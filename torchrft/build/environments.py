@@ -1,0 +1,38 @@
+"""Where samples come from: the policy's engine, or episodes that environments play with it."""
+
+import os
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from torchrft.config.job_config import JobConfig
+from torchrft.rollout import RolloutEngine
+from torchrft.types import Prompt, Sampler
+
+
+def build_sampler(
+    config: JobConfig, engine: RolloutEngine, tokenizer: PreTrainedTokenizerBase
+) -> Sampler:
+    """The `engine`, or a Player on it.
+
+    Raises ValueError for an environment that cannot be made, and for a tokenizer without a chat
+    template.
+    """
+    section = config.environment
+    if section.name is None:
+        return engine
+    from torchrft.environments.hosting import EnvironmentPool
+    from torchrft.environments.player import Player
+    from torchrft.environments.protocol import Limits
+    from torchrft.environments.renderer import ChatRenderer
+
+    workers = section.environment_workers or min(len(os.sched_getaffinity(0)), 16)
+    pool = EnvironmentPool(section.name, section.options, workers, section.environment_timeout)
+    limits = Limits(section.max_turns, config.data.max_len)
+    return Player(engine, pool, ChatRenderer(tokenizer), limits, row_of, config.training.seed)
+
+
+def row_of(prompt: Prompt) -> dict[str, Any]:
+    """What an environment gets of a row: the prompt as text or messages, label and metadata."""
+    content = [dict(message) for message in prompt.messages] or prompt.text
+    return {"prompt": content, "label": prompt.label, **prompt.metadata}

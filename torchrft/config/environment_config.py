@@ -1,0 +1,22 @@
+"""The `[environment]` section."""
+
+from typing import Any
+
+from torchrft.config.field_types import Count, Number, PositiveInt, Seconds, Section, Text
+
+
+class Environment(Section):
+    """Episodes of several turns in place of single responses."""
+
+    name: Text | None = None
+    """path/to/file.py:Class, package.module:Class or library:name; none for single responses."""
+    options: dict[str, Any] = {}
+    """Keyword arguments of the environment."""
+    max_turns: PositiveInt = 8
+    """Replies of the policy after which an episode ends."""
+    environment_timeout: Seconds = 30.0
+    """Seconds that a call of the environment may take; then its episode has no reward."""
+    environment_workers: Count | None = None
+    """Processes of each rank that run environments; by default one per core, at most 16."""
+    environment_weight: Number = 1.0
+    """Weight of the environment's rewards beside those of `[reward]`."""
