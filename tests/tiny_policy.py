@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import tiny
@@ -22,7 +23,7 @@ from torchrft.optim.lr_scheduler import build_scheduler
 from torchrft.parallel import ParallelDims, parallelize
 from torchrft.parallel.zero import sharding
 from torchrft.rewards.shaping import RewardShaper
-from torchrft.types import Completion, Prompt, RolloutBatch, Sample, Score
+from torchrft.types import Branch, Completion, Prompt, RolloutBatch, Sample, Score
 
 NUM_GROUPS, GROUP_SIZE = 4, 4
 
@@ -44,6 +45,40 @@ def make_samples(seed: int = 0, longest: int = 9) -> list[Sample]:
                 text="",
                 finish_reason="stop",
             )
+            samples.append(Sample(prompt, completion, Score(rng.random()), group))
+    return samples
+
+
+def _branch(rng: random.Random, prompt: Sequence[int], *pieces: tuple[int, bool]) -> Branch:
+    """A branch whose pieces are (length, sampled)."""
+    ids = [rng.randrange(3, 56) for length, _ in pieces for _ in range(length)]
+    own = [sampled for length, sampled in pieces for _ in range(length)]
+    logprobs = [-4.0 + 0.3 * rng.random() if sampled else 0.0 for sampled in own]
+    return Branch(tuple(prompt), tuple(ids), tuple(own), tuple(logprobs))
+
+
+def make_episodes(seed: int = 0) -> list[Sample]:
+    """4 groups of 4 episodes of 1 to 3 branches, each with observed tokens in between."""
+    rng = random.Random(seed)
+    samples = []
+    for group in range(4):
+        opening = [rng.randrange(3, 56) for _ in range(rng.randint(2, 6))]
+        for index in range(4):
+            branches = [_branch(rng, opening, (rng.randint(1, 4), True), (3, False), (2, True))]
+            for _ in range(rng.randint(0, 2)):
+                longer = [*branches[-1].prompt, *branches[-1].token_ids[1:], 7]
+                branches.append(_branch(rng, longer, (rng.randint(1, 5), True)))
+            own = [
+                (token, logprob)
+                for b in branches
+                for token, logprob, sampled in zip(b.token_ids, b.logprobs, b.sampled, strict=True)
+                if sampled
+            ]
+            completion = Completion(
+                *(group, index, tuple(t for t, _ in own), tuple(p for _, p in own), "", "stop"),
+                branches=tuple(branches),
+            )
+            prompt = Prompt(group, "", ())
             samples.append(Sample(prompt, completion, Score(rng.random()), group))
     return samples
 

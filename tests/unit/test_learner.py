@@ -1,5 +1,4 @@
 import math
-import random
 from dataclasses import replace
 
 import pytest
@@ -12,7 +11,6 @@ from torchrft.algorithms.kl import kl_divergence
 from torchrft.algorithms.losses import policy_loss
 from torchrft.algorithms.selection import high_entropy_mask
 from torchrft.learn.packing import build
-from torchrft.types import Branch, Completion, Prompt, Sample, Score
 
 SAMPLES = 16
 
@@ -396,89 +394,3 @@ def test_a_skipped_step_still_advances_the_schedule(batch):
     assert [learner.update(each)["lr"] for each in (batch, nothing, batch)] == pytest.approx(
         [0.01, 0.02, 0.03]
     )
-
-
-# ------------------------------------------------------------------ episodes
-
-
-def branch(rng, prompt, *pieces):
-    """A branch whose pieces are (length, sampled)."""
-    ids = [rng.randrange(3, 56) for length, _ in pieces for _ in range(length)]
-    own = [sampled for length, sampled in pieces for _ in range(length)]
-    logprobs = [-4.0 + 0.3 * rng.random() if sampled else 0.0 for sampled in own]
-    return Branch(tuple(prompt), tuple(ids), tuple(own), tuple(logprobs))
-
-
-def episodes(seed=0):
-    """4 groups of 4 episodes of 1 to 3 branches, each with observed tokens in between."""
-    rng = random.Random(seed)
-    samples = []
-    for group in range(4):
-        opening = [rng.randrange(3, 56) for _ in range(rng.randint(2, 6))]
-        for index in range(4):
-            branches = [branch(rng, opening, (rng.randint(1, 4), True), (3, False), (2, True))]
-            for _ in range(rng.randint(0, 2)):
-                longer = [*branches[-1].prompt, *branches[-1].token_ids[1:], 7]
-                branches.append(branch(rng, longer, (rng.randint(1, 5), True)))
-            own = [
-                (token, logprob)
-                for b in branches
-                for token, logprob, sampled in zip(b.token_ids, b.logprobs, b.sampled, strict=True)
-                if sampled
-            ]
-            completion = Completion(
-                *(group, index, tuple(t for t, _ in own), tuple(p for _, p in own), "", "stop"),
-                branches=tuple(branches),
-            )
-            prompt = Prompt(group, "", ())
-            samples.append(Sample(prompt, completion, Score(rng.random()), group))
-    return samples
-
-
-@pytest.fixture(scope="module")
-def whole_episodes():
-    options = {"train_batch_size": 16, "micro_train_batch_size": 16, "packing_samples": False}
-    options["loss_aggregation"] = "seq_mean_token_mean"
-    return step(with_advantages(episodes()), **options)
-
-
-def test_episodes_against_autograd_on_each_branch(whole_episodes):
-    """An episode is one sequence of its sampled tokens, each predicted in its own branch."""
-    learner, samples = make_learner(), episodes()
-    batch = with_advantages(samples)
-    model = learner.policy.model.model
-    total = torch.zeros(())
-    for row, sample in enumerate(samples):
-        logprobs = []
-        for one in sample.completion.branches:
-            ids = torch.tensor([one.prompt + one.token_ids])
-            logits = model(input_ids=ids).logits.log_softmax(-1)[0]
-            for t, own in enumerate(one.sampled):
-                if own:
-                    logprobs.append(logits[len(one.prompt) + t - 1, one.token_ids[t]])
-        logprobs = torch.stack(logprobs)
-        assert len(logprobs) == int(batch.mask[row].sum())
-        advantages = batch.advantages[row, : len(logprobs)]
-        total = total - ((logprobs - logprobs.detach()).exp() * advantages).mean() / len(samples)
-    total.backward()
-    norm = math.sqrt(sum(float(p.grad.square().sum()) for p in model.parameters()))
-    assert whole_episodes[0]["grad_norm"] == pytest.approx(norm, rel=1e-5)
-    scale = min(1.0, 1.0 / norm)
-    for name, parameter in learner.policy.model.named_parameters():
-        expected = parameter.detach() - scale * parameter.grad
-        assert torch.allclose(whole_episodes[1][name], expected, atol=1e-6, rtol=0), name
-
-
-@pytest.mark.parametrize("budget", [64, 1000])
-@pytest.mark.parametrize("packed", [True, False])
-def test_episodes_take_the_same_step_however_they_are_cut(whole_episodes, packed, budget):
-    result = step(
-        with_advantages(episodes()),
-        loss_aggregation="seq_mean_token_mean",
-        train_batch_size=16,
-        micro_train_batch_size=2,
-        packing_samples=packed,
-        max_tokens_per_microbatch=budget,
-    )
-    assert sum(result[2]) == SAMPLES
-    assert_same_step(result, whole_episodes)
