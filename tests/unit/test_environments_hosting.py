@@ -81,11 +81,10 @@ def behave(text, reward=1.0):
     if text == "torch":
         return Turn(say(str("torch" in sys.modules)))
     if text == "garbage":
-        for fd in range(3, 64):
-            try:
-                os.write(fd, b"no json\\n") if os.readlink(f"/proc/self/fd/{fd}")[:6] == "socket" else 0
-            except OSError:
-                pass
+        for fd in os.listdir("/proc/self/fd"):
+            if os.path.exists(f"/proc/self/fd/{fd}"):
+                if os.readlink(f"/proc/self/fd/{fd}").startswith("socket"):
+                    os.write(int(fd), b"no json\\n")
         while True:
             pass
     return Turn(say(text), reward, done=text == "end", metrics={"length": len(text)})
@@ -272,7 +271,7 @@ def test_an_episode_that_cannot_be_made_again_ends(own):
         drifting, _ = await pool.open({"n": 1}, 0, row_number=1)
         await drifting.step(reply("drift"))
         await episode(pool, "hang")
-        with pytest.raises(EnvironmentFault, match="row 1: made again .* answers in another way"):
+        with pytest.raises(EnvironmentFault, match=r"row 1: made again .* answers in another way"):
             await drifting.step(reply("a"))
         await drifting.close()
         return await episode(pool, "a")

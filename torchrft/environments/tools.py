@@ -12,7 +12,9 @@ from torchrft.environments.protocol import Message, Opening, ToolSpec, Turn
 from torchrft.tools import payload
 
 Tool = Callable[..., Any]
-_SECTION = re.compile(r"^\s*(Args|Arguments|Parameters|Returns|Raises|Yields|Examples?):\s*$", re.M)
+_SECTION = re.compile(
+    r"^\s*(?:Args|Arguments|Parameters|Returns|Raises|Yields|Examples?):\s*$", re.M
+)
 _LONGEST_FAULT = 400  # characters that the policy sees of an exception
 
 
@@ -38,31 +40,17 @@ def tool_spec(function: Tool) -> ToolSpec:
         if parameter.annotation is parameter.empty:
             raise ValueError(f"tool {name!r}: its parameter {parameter.name!r} has no type")
     try:
-        schema = _without_titles(TypeAdapter(function).json_schema())
+        schema = TypeAdapter(function).json_schema()
     except (PydanticUserError, NameError) as error:
-        raise ValueError(
-            f"tool {name!r}: a parameter has a type that JSON has not: {error}"
-        ) from None
-    sections = _SECTION.split(text)
-    described = dict(zip(sections[1::2], sections[2::2], strict=True))
-    for section in ("Args", "Arguments", "Parameters"):
-        for key, words in re.findall(
-            r"^\s*(\w+)[^:\n]*:\s*(.+)$", described.get(section, ""), re.M
-        ):
-            if key in schema["properties"]:
-                schema["properties"][key]["description"] = words.strip()
-    function_spec = {"name": name, "description": sections[0].strip(), "parameters": schema}
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"tool {name!r}: JSON has no such type: {why}") from None
+    description, *sections = _SECTION.split(text)
+    words = dict(re.findall(r"^\s*(\w+)[^:\n]*:\s*(.+)$", "\n".join(sections[::-1]), re.M))
+    for key, entry in schema["properties"].items():
+        entry.pop("title", None)  # pydantic's, which repeats the name
+        entry |= {"description": words[key].strip()} if key in words else {}
+    function_spec = {"name": name, "description": description.strip(), "parameters": schema}
     return {"type": "function", "function": function_spec}
-
-
-def _without_titles(schema: Any) -> Any:
-    """A schema without the titles that pydantic adds, which only repeat names."""
-    if isinstance(schema, list):
-        return [_without_titles(entry) for entry in schema]
-    if not isinstance(schema, dict):
-        return schema
-    kept = {k: v for k, v in schema.items() if k != "title" or not isinstance(v, str)}
-    return {key: _without_titles(value) for key, value in kept.items()}
 
 
 class ToolEnvironment:
