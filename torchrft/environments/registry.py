@@ -1,0 +1,71 @@
+"""Environments by name."""
+
+import importlib
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from typing import Any, TypeVar
+
+from torchrft.environments.protocol import Environment
+from torchrft.environments.tools import ToolEnvironment
+from torchrft.tools.registry import Registry
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+ENVIRONMENTS: Registry[Callable[..., Any]] = Registry("environment")
+ADAPTERS = {
+    "reasoning_gym": "reasoning-gym",
+    "textarena": "textarena",
+    "skyrl_gym": "skyrl-gym",
+    "openenv": "openenv",
+}
+"""Libraries of environments, and the packages to install for them."""
+
+
+def register(name: str) -> Callable[[F], F]:
+    """Makes a class, or a function that returns an environment, selectable by `name`."""
+    return ENVIRONMENTS.register(name)
+
+
+def make(name: str, options: Mapping[str, Any]) -> Environment:
+    """An environment for one episode.
+
+    `name` is a registered one, "path/to/file.py:Class", "package.module:Class" or "library:which"
+    for the libraries of ADAPTERS; a function that returns an environment does as well as a class.
+    Raises ValueError for a name that means nothing.
+    """
+    component, library = _component(name), name.partition(":")[0]
+    try:
+        made = component(**options)
+    except ModuleNotFoundError as error:
+        if library not in ADAPTERS:
+            raise
+        raise ValueError(f"{error}: pip install {ADAPTERS[library]}") from error
+    if callable(getattr(made, "reset", None)):
+        if callable(getattr(made, "step", None)):
+            return made
+        if callable(getattr(made, "get_reward", None)):
+            return ToolEnvironment.of(made)
+    raise ValueError(
+        f"{type(made).__name__} is no environment; write a class with reset(row, seed) and "
+        "step(reply), or one with reset(**row), get_reward() and tools as its public methods"
+    )
+
+
+@cache  # a file that is edited meanwhile stays what it was
+def _component(name: str) -> Callable[..., Any]:
+    module, colon, rest = name.partition(":")
+    if name in ENVIRONMENTS.names() or not colon or ".py" in name:
+        return ENVIRONMENTS.get(name)
+    if module in ADAPTERS:
+        adapter = importlib.import_module(f"torchrft.environments.adapters.{module}")
+        return partial(adapter.make, rest)
+    try:
+        component = getattr(importlib.import_module(module), rest, None)
+    except ImportError as error:
+        raise ValueError(
+            f"{error}; a name is path/to/file.py:Class or package.module:Class, or begins with "
+            + ", ".join(f"{library}:" for library in ADAPTERS)
+        ) from error
+    if not callable(component):
+        raise ValueError(f"{module} has no class or function {rest!r}")
+    return component
