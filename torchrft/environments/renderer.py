@@ -7,16 +7,17 @@ sampled tokens, and behind them only what the template writes after the reply.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torchrft.environments.protocol import Message, ParsedResponse, ToolSpec
+from torchrft.environments.protocol import Messages, ParsedResponse, Tools
 from torchrft.environments.tool_calls import (
-    checked,
-    parameters_of,
+    Schemas,
+    check_reply,
     parse,
     parse_by_tokenizer,
     parser_for,
 )
 from torchrft.models.tokenizer import decode, encode, render_chat
 
+_ASKED = {"role": "user", "content": "."}
 _MARK = "reply0ends0here"
 
 
@@ -42,33 +43,22 @@ class ChatRenderer:
         stop_token_ids: Sequence[int] = (),
         template_options: Mapping[str, Any] | None = None,
     ) -> None:
-        if not tokenizer.chat_template:
+        if not tokenizer.chat_template or tokenizer.eos_token_id is None:
             raise ValueError(
-                "environments speak in messages, but the tokenizer has no chat template: lay a "
-                "chat_template.jinja beside its tokenizer.json, or take the instruct model's"
+                "environments speak in messages: the tokenizer needs a chat template and an end of "
+                "sequence; lay chat_template.jinja beside it, or take an instruct model's tokenizer"
             )
         self.tokenizer, self.options = tokenizer, dict(template_options or {})
-        self._template = str(tokenizer.chat_template)
-        self._parser = parser_for(self._template)
+        self._parser = parser_for(str(tokenizer.chat_template))
         added = tokenizer.added_tokens_decoder.items()
         self._special = {str(token): id for id, token in added if token.special}
-        self._opening = self._text([{"role": "user", "content": "."}], prompt=True)
-        closing = self._closing_tokens()
-        ends = [*stop_token_ids, tokenizer.eos_token_id, *closing]
-        self._stops = {id: tokenizer.decode([id]) for id in ends if id is not None}
-        self._closings = [self._stops[id] for id in closing]
-        if not self._stops:
-            raise ValueError(
-                "the tokenizer has no end-of-sequence token, so that no reply would end: name one "
-                "as eos_token in its tokenizer_config.json"
-            )
+        self._opening = self._text([_ASKED], prompt=True)
+        self._closings = self._closing_tokens()
+        ends = [*self._closings.values(), tokenizer.eos_token_id, *stop_token_ids]
+        self._stops = {id: tokenizer.decode([id]) for id in ends}
 
     def render_ids(
-        self,
-        messages: Sequence[Message],
-        *,
-        tools: Sequence[ToolSpec] | None = None,
-        add_generation_prompt: bool = False,
+        self, messages: Messages, *, tools: Tools = None, add_generation_prompt: bool = False
     ) -> list[int]:
         """The ids of a conversation.
 
@@ -80,18 +70,14 @@ class ChatRenderer:
                 "the chat template takes no tools: describe them in a message, or give the "
                 "tokenizer a template that takes them"
             )
-        return encode(self.tokenizer, [text], special=False)[0]
+        return self._encode(text)
 
     def get_stop_token_ids(self) -> list[int]:
         """The tokens that end a reply."""
         return list(self._stops)
 
     def parse_response(
-        self,
-        ids: Sequence[int],
-        *,
-        tools: Sequence[ToolSpec] | None = None,
-        prompt_ids: Sequence[int] | None = None,
+        self, ids: Sequence[int], *, tools: Tools = None, prompt_ids: Sequence[int] | None = None
     ) -> ParsedResponse:
         """The message that sampled `ids` mean; never raises for what a policy may sample.
 
@@ -99,23 +85,30 @@ class ChatRenderer:
         taken to end as the template has it.
         """
         before = self.tokenizer.decode(prompt_ids) if prompt_ids else self._opening
-        thinks = before.rstrip().endswith("<think>")
         text = decode(self.tokenizer, ids, stop_ids=self._stops)
         if getattr(self.tokenizer, "response_template", None) is None:
-            parsed = parse(text, self._parser, tools, thinks)
+            parsed = parse(text, self._parser, tools, before.rstrip().endswith("<think>"))
         else:
             whole = decode(self.tokenizer, ids)
             parsed = parse_by_tokenizer(self.tokenizer, whole, before, tools)
-        return self._renderable(parsed, text, tools)
+        try:
+            self._text([_ASKED, parsed.message()], tools)
+            return parsed
+        except ValueError as error:  # two calls where a template takes one, half a character
+            fault = parsed.fault or f"The reply does not fit: {error!s:.200}"
+        plain = text.encode(errors="replace").decode()
+        for token in self._special:
+            plain = plain.replace(token, "")
+        return ParsedResponse(plain, fault=fault)
 
     def bridge_to_next_turn(
         self,
         prompt_ids: Sequence[int],
         ids: Sequence[int],
-        new_messages: Sequence[Message],
+        new_messages: Messages,
         *,
-        tools: Sequence[ToolSpec] | None = None,
-        messages: Sequence[Message],
+        tools: Tools = None,
+        messages: Messages,
     ) -> list[int] | None:
         """The next prompt, which begins with `prompt_ids` and the sampled `ids` as they are.
 
@@ -127,90 +120,63 @@ class ChatRenderer:
         replied = self._text(messages, tools)
         after = self._text([*messages, *new_messages], tools, prompt=True)
         stop = self._stops.get(ids[-1]) if ids else None
-        text = before + decode(self.tokenizer, ids, stop_ids=self._stops)
-        if after.startswith(text) and (stop is None or self._stop_at(after[len(text) :])):
-            rest = after[len(text) :]
-        elif replied.startswith(before) and after.startswith(replied):
+        sampled = before + decode(self.tokenizer, ids, stop_ids=self._stops)
+        rest = after.removeprefix(sampled)
+        closed = stop is None or rest.startswith(tuple(self._stops.values()))
+        if not (after.startswith(sampled) and closed):
+            if not (replied.startswith(before) and after.startswith(replied)):
+                return None
             # The template writes the reply in other words. What it writes behind it is the same.
-            reply = replied[len(before) :]
-            end = max((reply.rfind(text) for text in self._closings), default=-1)
-            rest = (reply[end:] if end >= 0 else "") + after[len(replied) :]
-        else:
-            return None
+            reply = replied.removeprefix(before)
+            end = max((reply.rfind(token) for token in self._closings), default=-1)
+            rest = (reply[end:] if end >= 0 else "") + after.removeprefix(replied)
         if stop is not None:
             rest = rest.removeprefix(stop)
-        return [*prompt_ids, *ids, *self._encoded_behind_a_stop(rest)]
+        # Encoded behind a token, since some tokenizers put a space in front of a text.
+        first = next(iter(self._stops.values()))
+        return [*prompt_ids, *ids, *self._encode(first + rest)[1:]]
 
-    def _stop_at(self, text: str) -> bool:
-        return text.startswith(tuple(self._stops.values()))
+    def _encode(self, text: str) -> list[int]:
+        return encode(self.tokenizer, [text], special=False)[0]
 
-    def _encoded_behind_a_stop(self, text: str) -> list[int]:
-        """Behind a token, since some tokenizers put a space in front of a text."""
-        stop = next(iter(self._stops.values()))
-        return encode(self.tokenizer, [stop + text], special=False)[0][1:]
-
-    def _text(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[ToolSpec] | None = None,
-        prompt: bool = False,
-    ) -> str:
+    def _text(self, messages: Messages, tools: Tools = None, prompt: bool = False) -> str:
         """The messages as the template writes them."""
         options = {**self.options, "tools": list(tools) if tools else None}
-        filled = self._filled(messages)
-        return render_chat(
-            self.tokenizer, filled, "messages", add_generation_prompt=prompt, **options
-        )
+        options["add_generation_prompt"] = prompt
+        return render_chat(self.tokenizer, _with_names(messages), "messages", **options)
 
-    def _filled(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
-        """Messages with the keys that templates ask for: a tool's answer has the id and the name
-        of its call, and thinking lies under `thinking`, too, for gpt-oss."""
-        filled: list[dict[str, Any]] = []
-        calls: list[Mapping[str, Any]] = []
-        for message in messages:
-            whole = dict(message)
-            if whole.get("role") == "assistant":
-                calls = list(whole.get("tool_calls") or ())
-                if "message.thinking" in self._template and whole.get("reasoning_content"):
-                    whole["thinking"] = whole["reasoning_content"]
-            elif whole.get("role") == "tool" and calls:
-                call = calls.pop(0)
-                whole.setdefault("tool_call_id", call.get("id"))
-                whole.setdefault("name", call.get("function", call).get("name"))
-            filled.append(whole)
-        return filled
-
-    def _closing_tokens(self) -> list[int]:
+    def _closing_tokens(self) -> dict[str, int]:
         """The special tokens that the template writes behind a reply and behind a tool call."""
         function = {"name": "f", "arguments": {"x": _MARK}}
         call = {"type": "function", "id": "a23456789", "function": function}
-        closing = []
+        closings = {}
         for reply in ({"content": _MARK}, {"content": "", "tool_calls": [call]}):
-            asked = {"role": "user", "content": "."}
             try:
-                text = self._text([asked, {"role": "assistant", **reply}])
+                text = self._text([_ASKED, {"role": "assistant", **reply}])
             except ValueError:  # a template without tool calls may refuse them
                 continue
             _, mark, behind = text.rpartition(_MARK)
-            places = {behind.rfind(token): id for token, id in self._special.items()}
-            places.pop(-1, None)
-            closing += [places[max(places)]] if mark and places else []
-        return closing
+            tokens = [token for token in self._special if mark and token in behind]
+            if tokens:
+                last = max(tokens, key=behind.rfind)
+                closings[last] = self._special[last]
+        return closings
 
-    def _renderable(
-        self, parsed: ParsedResponse, text: str, tools: Sequence[ToolSpec] | None
-    ) -> ParsedResponse:
-        """A reply that the template refuses, as two calls at once, is a faulty one instead."""
-        asked = {"role": "user", "content": "."}
-        try:
-            self._text([asked, parsed.message()], tools)
-            return parsed
-        except ValueError as error:
-            fault = parsed.fault or f"The reply does not fit: {error!s:.200}."
-        plain = text.encode(errors="replace").decode()
-        for token in self._special:
-            plain = plain.replace(token, "")
-        return ParsedResponse(plain, fault=fault)
+
+def _with_names(messages: Messages) -> list[dict[str, Any]]:
+    """Messages with the keys that templates ask for: a tool's answer has the id and the name of
+    its call, and thinking lies under `thinking`, too, for gpt-oss."""
+    whole, calls = [], []
+    for message in map(dict, messages):
+        if message.get("role") == "assistant":
+            calls = list(message.get("tool_calls") or ())
+            if message.get("reasoning_content"):
+                message["thinking"] = message["reasoning_content"]
+        elif message.get("role") == "tool" and calls:
+            call = calls.pop(0)
+            message = {"tool_call_id": call["id"], "name": call["function"]["name"], **message}
+        whole.append(message)
+    return whole
 
 
 class PackageRenderer:
@@ -218,54 +184,36 @@ class PackageRenderer:
 
     def __init__(self, renderer: Any) -> None:
         self.renderer = renderer
-        self.get_stop_token_ids = renderer.get_stop_token_ids
-
-    def render_ids(
-        self,
-        messages: Sequence[Message],
-        *,
-        tools: Sequence[ToolSpec] | None = None,
-        add_generation_prompt: bool = False,
-    ) -> list[int]:
-        """The ids of a conversation."""
-        return self.renderer.render_ids(
-            list(messages), tools=tools, add_generation_prompt=add_generation_prompt
-        )
+        self.render_ids, self.get_stop_token_ids = renderer.render_ids, renderer.get_stop_token_ids
 
     def parse_response(
-        self,
-        ids: Sequence[int],
-        *,
-        tools: Sequence[ToolSpec] | None = None,
-        prompt_ids: Sequence[int] | None = None,
+        self, ids: Sequence[int], *, tools: Tools = None, prompt_ids: Sequence[int] | None = None
     ) -> ParsedResponse:
-        """The message that sampled `ids` mean; a call that the package could not read is a
-        fault."""
+        """The message that `ids` mean; a call that the package could not read is a fault."""
         prompt = None if prompt_ids is None else list(prompt_ids)
         parsed = self.renderer.parse_response(list(ids), tools=tools, prompt_ids=prompt)
-        schemas, calls = parameters_of(tools), []
-        try:
-            for place, call in enumerate(parsed.tool_calls):
+
+        def read(schemas: Schemas) -> ParsedResponse:
+            for call in parsed.tool_calls:
                 if call.status != "ok":
                     raise ValueError(f"The tool call is faulty ({call.status}): {call.raw:.200}")
-                calls.append(checked(vars(call), schemas, place))
-        except ValueError as error:
-            return ParsedResponse(parsed.content, parsed.reasoning_content, fault=str(error))
-        return ParsedResponse(parsed.content, parsed.reasoning_content, tuple(calls))
+            calls = tuple(vars(call) for call in parsed.tool_calls)
+            return ParsedResponse(parsed.content, parsed.reasoning_content, calls)
+
+        return check_reply(parsed.content, tools, read)
 
     def bridge_to_next_turn(
         self,
         prompt_ids: Sequence[int],
         ids: Sequence[int],
-        new_messages: Sequence[Message],
+        new_messages: Messages,
         *,
-        tools: Sequence[ToolSpec] | None = None,
-        messages: Sequence[Message] = (),
+        tools: Tools = None,
+        messages: Messages = (),
     ) -> list[int] | None:
         """The next prompt, or None where the package begins it anew or changes the tokens."""
         sampled = [*prompt_ids, *ids]
-        prompt, reply = list(prompt_ids), list(ids)
-        bridge = self.renderer.bridge_to_next_turn(prompt, reply, list(new_messages), tools=tools)
-        if bridge is None or bridge.token_ids[: len(sampled)] != sampled:
-            return None
-        return bridge.token_ids
+        given = (list(prompt_ids), list(ids), list(new_messages))
+        bridge = self.renderer.bridge_to_next_turn(*given, tools=tools)
+        whole = bridge is not None and bridge.token_ids[: len(sampled)] == sampled
+        return bridge.token_ids if whole else None
