@@ -15,6 +15,9 @@ ToolSpec = Mapping[str, Any]
 """A tool as chat templates take it: `{"type": "function", "function": {name, description,
 parameters}}`, the parameters as a JSON schema."""
 
+Messages = Sequence[Message]
+Tools = Sequence[ToolSpec] | None
+
 Status = Literal["done", "turns", "length", "error", "timeout"]
 """How an episode ended: by the environment, the limit of turns, the limit of tokens, an exception
 or nonsense of the environment, or its deadline."""
@@ -88,32 +91,33 @@ class Renderer(Protocol):
     """From messages to token ids and back, with the names of the `renderers` package."""
 
     def render_ids(
-        self,
-        messages: Sequence[Message],
-        *,
-        tools: Sequence[ToolSpec] | None = None,
-        add_generation_prompt: bool = False,
+        self, messages: Messages, *, tools: Tools = None, add_generation_prompt: bool = False
     ) -> list[int]:
         """The ids of a conversation."""
         ...
 
     def parse_response(
-        self, ids: Sequence[int], *, tools: Sequence[ToolSpec] | None = None
+        self, ids: Sequence[int], *, tools: Tools = None, prompt_ids: Sequence[int] | None = None
     ) -> ParsedResponse:
-        """The message that sampled `ids` mean; never raises for what a policy may sample."""
+        """The message that sampled `ids` mean; never raises for what a policy may sample.
+
+        `prompt_ids` tell whether the prompt ends inside the thinking.
+        """
         ...
 
     def bridge_to_next_turn(
         self,
         prompt_ids: Sequence[int],
         ids: Sequence[int],
-        new_messages: Sequence[Message],
+        new_messages: Messages,
         *,
-        tools: Sequence[ToolSpec] | None = None,
+        tools: Tools = None,
+        messages: Messages,
     ) -> list[int] | None:
         """The next prompt, which begins with `prompt_ids` and the sampled `ids` as they are.
 
-        None where the template cannot go on exactly: a new branch starts then.
+        `messages` are the conversation up to the reply, which is their last. None where the
+        template cannot go on exactly: a new branch starts then.
         """
         ...
 
