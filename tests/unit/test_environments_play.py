@@ -1,6 +1,7 @@
 """One episode, and many on an engine: tokens, masks, branches, seeds, ends."""
 
 import asyncio
+import inspect
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -34,10 +35,11 @@ class Numbers:
         ids = [token for m in messages for token in [*map(int, m["content"].split()), STOP]]
         return [*ids, 9] if add_generation_prompt else ids
 
-    def parse_response(self, ids, *, tools=None):
+    def parse_response(self, ids, *, tools=None, prompt_ids=None):
         return ParsedResponse(" ".join(str(token) for token in ids if token != STOP))
 
-    def bridge_to_next_turn(self, prompt_ids, ids, new_messages, *, tools=None):
+    def bridge_to_next_turn(self, prompt_ids, ids, new_messages, *, tools=None, messages=()):
+        assert messages[-1]["role"] == "assistant"
         self.rewrites_after -= 1
         if self.rewrites_after < 0:
             return None
@@ -212,8 +214,23 @@ class Engine:
 
 class Seats:
     def __init__(self, make=Countdown):
-        self.seat = make
+        self.new = make
         self.closed = False
+
+    async def open(self, row, seed, row_number=None):
+        seat = self.new()
+        if inspect.iscoroutinefunction(seat.step):
+            return seat, seat.reset(row, seed)
+        step, close = seat.step, seat.close
+
+        async def async_step(reply):
+            return step(reply)
+
+        async def async_close():
+            close()
+
+        seat.step, seat.close = async_step, async_close
+        return seat, seat.reset(row, seed)
 
     def close(self):
         self.closed = True

@@ -1,5 +1,6 @@
 """Where samples come from: the policy's engine, or episodes that environments play with it."""
 
+import asyncio
 import os
 from typing import Any
 
@@ -21,15 +22,18 @@ def build_sampler(
     section = config.environment
     if section.name is None:
         return engine
-    from torchrft.environments.hosting import EnvironmentPool
     from torchrft.environments.player import Player
+    from torchrft.environments.pool import EnvironmentPool
     from torchrft.environments.protocol import Limits
     from torchrft.environments.renderer import ChatRenderer
 
     workers = section.environment_workers or min(len(os.sched_getaffinity(0)), 16)
     pool = EnvironmentPool(section.name, section.options, workers, section.environment_timeout)
+    asyncio.run(pool.check())
     limits = Limits(section.max_turns, config.data.max_len)
-    return Player(engine, pool, ChatRenderer(tokenizer), limits, row_of, config.training.seed)
+    stops, options = config.rollout.stop_token_ids, config.data.chat_template_kwargs
+    renderer = ChatRenderer(tokenizer, stops, options)
+    return Player(engine, pool, renderer, limits, row_of, config.training.seed)
 
 
 def row_of(prompt: Prompt) -> dict[str, Any]:

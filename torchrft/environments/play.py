@@ -152,15 +152,15 @@ class _Play:
             self.rows[-1].add(reply)
             self.text = reply.text
             self.kept += [] if reply.kept is None else [reply.kept]
-            answer = await self._answer(reply, tools)
+            answer = await self._answer(prompt, reply, tools)
             if answer.done:
                 return "done"
             if turn + 1 < self.limits.max_turns:
                 prompt = self._next_prompt(prompt, reply, answer, tools)
         return "turns"
 
-    async def _answer(self, reply: Completion, tools: Any) -> Turn:
-        parsed = self.renderer.parse_response(reply.token_ids, tools=tools)
+    async def _answer(self, prompt: Sequence[int], reply: Completion, tools: Any) -> Turn:
+        parsed = self.renderer.parse_response(reply.token_ids, tools=tools, prompt_ids=prompt)
         message = parsed.message()
         self.messages.append(message)
         heard = message if parsed.fault is None else {**message, "fault": parsed.fault}
@@ -175,9 +175,10 @@ class _Play:
     ) -> list[int]:
         """The reply and the answer behind the prompt, token by token, or a new branch's prompt."""
         before = len(prompt) + len(reply.token_ids)
+        so_far = self.messages[: len(self.messages) - len(answer.messages)]
         with _template():
             ids = self.renderer.bridge_to_next_turn(
-                prompt, reply.token_ids, answer.messages, tools=tools
+                prompt, reply.token_ids, answer.messages, tools=tools, messages=so_far
             )
         if ids is None:
             ids = self._rendered(tools)

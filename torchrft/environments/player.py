@@ -13,7 +13,7 @@ from itertools import groupby
 from typing import Any, Protocol, get_args
 
 from torchrft.environments.play import Episode, play
-from torchrft.environments.protocol import Environment, Limits, Renderer, Status
+from torchrft.environments.protocol import Limits, Message, Opening, Renderer, Status, Turn
 from torchrft.tools import progress
 from torchrft.tools.seeds import derive_seed
 from torchrft.types import Branch, Completion, Prompt, Sampler, SamplingParams
@@ -22,11 +22,25 @@ _STATUSES = get_args(Status)
 _ENVIRONMENT = 1_000_003  # sets the environment's seed apart from those of replies
 
 
+class Seat(Protocol):
+    """An environment that an episode has for itself, as Environment, wherever it runs."""
+
+    async def step(self, reply: Message) -> Turn:
+        """The answer to a reply. Raises EnvironmentFault."""
+        ...
+
+    async def close(self) -> None:
+        """Gives back what the episode holds."""
+        ...
+
+
 class Environments(Protocol):
     """Where environments run."""
 
-    def seat(self) -> Environment:
-        """An environment for one episode."""
+    async def open(
+        self, row: Mapping[str, Any], seed: int, row_number: int | None = None
+    ) -> tuple[Seat, Opening]:
+        """Starts an episode. Raises EnvironmentFault."""
         ...
 
     def close(self) -> None:
@@ -46,9 +60,8 @@ class _Request:
 class Player:
     """Plays `n` episodes for each prompt, whose rows the environment gets.
 
-    Args: engine; environments, whose `seat()` is an Environment for one episode; renderer, of the
-        policy's chat template; row_of, what an environment gets of a prompt; seed, of environments
-        where sampling has none.
+    Args: engine; environments, as an EnvironmentPool; renderer, of the policy's chat template;
+        row_of, what an environment gets of a prompt; seed, of environments where sampling has none.
     """
 
     def __init__(
@@ -110,7 +123,7 @@ class _Rounds:
         first = derive_seed(player.seed, prompt.row) if seeds is None else seeds[i][0]
         ask = partial(self._ask, (i, j), prompt, None if seeds is None else seeds[i][j])
         return await play(
-            player.environments.seat(),
+            _Hosted(player.environments, prompt.row),
             player.row_of(prompt),
             derive_seed(first, _ENVIRONMENT),
             ask,
@@ -144,6 +157,26 @@ class _Rounds:
         replies = self.player.engine.generate([group[0].prompt for group in groups], sampling)
         for reply in replies:
             groups[reply.prompt_index][reply.sample_index].reply.set_result(reply)
+
+
+class _Hosted:
+    """An environment that is opened where environments run."""
+
+    def __init__(self, environments: Environments, row_number: int) -> None:
+        self.environments, self.row_number = environments, row_number
+        self.seat: Seat | None = None
+
+    async def reset(self, row: Mapping[str, Any], seed: int) -> Opening:
+        self.seat, opening = await self.environments.open(row, seed, self.row_number)
+        return opening
+
+    async def step(self, reply: Message) -> Turn:
+        assert self.seat is not None
+        return await self.seat.step(reply)
+
+    async def close(self) -> None:
+        if self.seat is not None:
+            await self.seat.close()
 
 
 def _completion(key: tuple[int, int], episode: Episode, stop_ids: Sequence[int]) -> Completion:
