@@ -1,16 +1,21 @@
 """Environments in worker processes: a fault costs its own episode, never another one or the run."""
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from torchrft.environments import EnvironmentFault, Turn
 from torchrft.environments.pool import EnvironmentPool
+
+ROOT = Path(__file__).parents[2]
 
 OWN = """
 import asyncio, ctypes, os, random, signal, sys, time
@@ -168,6 +173,27 @@ def test_turns_come_as_they_were_given(own):
     message = {"role": "user", "content": "a"}
     assert turns[0] == Turn((message,), 2.0, False, {"length": 1.0})
     assert (turns[1].reward, turns[1].done) == (4.0, True)
+
+
+def test_the_example_shows_its_digit_only_after_the_first_reply():
+    rows = [json.loads(line) for line in (ROOT / "tests/assets/secret_digit/train.jsonl").open()]
+    assert Counter(row["label"] for row in rows) == dict.fromkeys("2468", 256)
+
+    async def play(pool, row, *texts):
+        seat, opening = await pool.open(row, 0)
+        assert opening.messages == ({"role": "user", "content": "?"},)
+        return [await seat.step(reply(text)) for text in texts]
+
+    pool = EnvironmentPool(f"{ROOT}/train_configs/secret_digit.py:SecretDigit", {}, 1, 20.0)
+    for row in rows[:8]:
+        digit = row["label"]
+        asked, right = asyncio.run(play(pool, row, "?", f"{digit}."))
+        assert asked == Turn(({"role": "user", "content": digit},), 0.1, metrics={"asked": 1.0})
+        assert right == Turn(reward=1.0, done=True, metrics={"right": 1.0})
+        early, wrong = asyncio.run(play(pool, row, digit, f"x{digit}"))
+        assert (early.reward, early.done) == (0.0, False)
+        assert (wrong.reward, wrong.done) == (0.0, True)
+    pool.close()
 
 
 def test_many_episodes_share_few_processes(own):
