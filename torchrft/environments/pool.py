@@ -54,21 +54,20 @@ class _Answer(BaseModel, allow_inf_nan=False):
 
 @dataclass(slots=True)
 class _Call:
-    seat: "Seat"
+    owner: "Seat | _Process"
     answer: "asyncio.Future[Any]"
     deadline: float = math.inf
 
 
 class _Process:
-    """A process and the calls under way in it."""
+    """A process and the calls under way in it; its start is call 0."""
 
     def __init__(self, pool: "EnvironmentPool") -> None:
-        self.pool, self.calls, self.is_lost = pool, dict[int, _Call](), False
+        self.pool, self.is_lost, self.room = pool, False, _LONGEST_OUTPUT
         self.connection, theirs = socket.socketpair()
         self.current = os.memfd_create("torchrft")  # which call it is at
         ending, self.lifeline = os.pipe()
         self.output, printing = os.pipe()
-        self.room = _LONGEST_OUTPUT
         fds = (theirs.fileno(), ending, self.current)
         paths = os.pathsep.join(filter(None, sys.path))
         self.process = subprocess.Popen(
@@ -85,41 +84,43 @@ class _Process:
         os.close(printing)
         pool.loop.add_reader(self.output, self._show)
         self.ready: asyncio.Future[None] = pool.loop.create_future()
+        self.calls = {0: _Call(self, self.ready)}
+        self._limit(self.calls[0], _START_SECONDS)
         self.listening = pool.loop.create_task(self._listen())
 
     async def ask(self, seat: "Seat", method: str, arguments: tuple[Any, ...]) -> Any:
         """The answer of an environment's method; EnvironmentFault if it has none."""
+        await asyncio.shield(self.ready)
+        if self.is_lost:
+            raise _Lost
         number, call = next(self.pool.numbers), _Call(seat, self.pool.loop.create_future())
         try:
             line = json.dumps([number, seat.number, method, arguments], default=dict).encode()
         except (TypeError, ValueError) as error:
             raise seat.fault(f"what it is given is no plain data: {error}") from None
-        await asyncio.shield(self.ready)
-        if self.is_lost:
-            raise _Lost
         self.calls[number] = call
         self.writer.write(line + b"\n")
         return await call.answer
 
-    def lose(self, reason: str, culprit: int = 0, status: Status = "error") -> None:
+    def fault(self, reason: str, status: Status) -> Exception:
+        """What it means for those who wait for the process that it does not start."""
+        return ValueError(f"environment {self.pool.name!r} cannot be made: {one_line(reason)}")
+
+    charge = fault
+
+    def lose(self, reason: str, culprit: int = -1, status: Status = "error") -> None:
         """Ends the process; its calls are made again in another one, but for the culprit's.
 
         Without one it is the call that the process was at, else all of them.
         """
-        if self.is_lost:
-            return
-        culprit = culprit or self._running()
-        self.end()
-        if not self.ready.done():
-            text = f"environment {self.pool.name!r} cannot be made: {one_line(reason)}"
-            self.ready.set_exception(ValueError(text))
-        for number, call in self.calls.items():
-            is_culprit = number == culprit or culprit not in self.calls
-            call.seat.deaths += is_culprit
-            if not call.answer.done():
-                is_fault = is_culprit and (status == "timeout" or call.seat.deaths >= _DEATHS)
-                fault = call.seat.fault(reason, status) if is_fault else _Lost()
-                call.answer.set_exception(fault)
+        if not self.is_lost:
+            culprit = self._running() if culprit < 0 else culprit
+            self.end()
+            for number, call in self.calls.items():
+                is_charged = number == culprit or culprit not in self.calls
+                fault = call.owner.charge(reason, status) if is_charged else _Lost()
+                if not call.answer.done():
+                    call.answer.set_exception(fault)
 
     def end(self) -> None:
         """Ends the process with all that it started."""
@@ -136,55 +137,44 @@ class _Process:
             os.close(fd)
 
     async def _listen(self) -> None:
-        pool, late = self.pool, f"it took more than {_START_SECONDS:g} s to start"
-        starting = pool.loop.call_later(_START_SECONDS, self.lose, late)
-        reader, self.writer = await asyncio.open_connection(
-            sock=self.connection, limit=LONGEST_ANSWER
-        )
+        pool, connection = self.pool, self.connection
+        reader, self.writer = await asyncio.open_connection(sock=connection, limit=LONGEST_ANSWER)
         settings = [pool.name, dict(pool.options), pool.timeout, pool.memory]
         self.writer.write(json.dumps(settings).encode() + b"\n")
         reason = "its process ended by itself"
         try:
             while line := await reader.readline():
-                starting.cancel()
                 self._hear(*payload.parse(line))
+        except (ValueError, TypeError, KeyError) as error:
+            reason = f"it has written to its process's socket: {error!r:.200}"
         except ConnectionError:
             pass
-        except (ValueError, TypeError, KeyError, asyncio.InvalidStateError) as error:
-            reason = f"it has written to its process's socket: {error!r:.200}"
         finally:
-            starting.cancel()
             self.writer.close()
         with suppress(subprocess.TimeoutExpired):
             code = self.process.wait(1.0)
             reason = f"its process died of signal {-code}" if code < 0 else reason
         self.lose(reason)
 
-    def _hear(self, number: int, kind: str, value: Any) -> None:
-        if number == 0:
-            return self.ready.set_result(None) if kind == "ready" else self.lose(str(value))
+    def _hear(self, number: int, kind: Any, value: Any) -> None:
         call = self.calls[number]
         if kind == "began":
-            call.deadline = self.pool.loop.time() + self.pool.timeout + GRACE
-            self.pool.loop.call_at(call.deadline, self._look)
-        elif kind == "full":
-            self.lose(f"it took more than {self.pool.memory / 2**30:g} GiB of memory", number)
+            self._limit(call, self.pool.timeout + GRACE)
+        elif kind == "full" or (kind == "error" and number == 0):
+            self.lose(value, number)
         else:
             del self.calls[number]
-            if call.answer.done():  # cancelled
-                return
-            if kind == "done":
+            if kind == "done" and not call.answer.done():  # done: it was cancelled
                 call.answer.set_result(value)
-            elif kind == "late":
-                call.answer.set_exception(call.seat.fault(self._late(), "timeout"))
-            else:
-                call.answer.set_exception(call.seat.fault(str(value)))
-
-    def _late(self) -> str:
-        return f"it took more than {self.pool.timeout:g} s"
+            elif not call.answer.done():
+                call.answer.set_exception(call.owner.fault(value, kind))
 
     def _running(self) -> int:
         return int.from_bytes(os.pread(self.current, 8, 0), "little")
+
+    def _limit(self, call: _Call, seconds: float) -> None:
+        call.deadline = self.pool.loop.time() + seconds
+        self.pool.loop.call_at(call.deadline, self._look)
 
     def _look(self) -> None:
         """Ends a process that is at a call beyond its deadline."""
@@ -195,7 +185,8 @@ class _Process:
         if running in self.calls:  # others wait for it
             late = [number for number in late if number == running]
         if late:
-            self.lose(self._late(), late[0], "timeout")
+            seconds = self.pool.timeout if late[0] else _START_SECONDS
+            self.lose(f"it took more than {seconds:g} s", late[0], "timeout")
 
     def _show(self) -> None:
         data = os.read(self.output, 1 << 16)
@@ -234,6 +225,12 @@ class Seat:
         row = f"{dict(self.row)!r:.80}" if self.row_number is None else self.row_number
         text = f"environment {self.pool.name!r}, row {row}: {reason}"
         return EnvironmentFault(one_line(text), status)
+
+    def charge(self, reason: str, status: Status) -> Exception:
+        """What the loss of the process means for this episode, which it was at."""
+        self.deaths += 1
+        ends = status == "timeout" or self.deaths == _DEATHS
+        return self.fault(reason, status) if ends else _Lost()
 
     async def enter(self, seed: int) -> tuple["Seat", Opening]:
         """Has the environment made and reset, in the pool's thread."""

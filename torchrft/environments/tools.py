@@ -110,13 +110,9 @@ class ToolEnvironment:
             # It belongs to no call, and templates take tool messages only for calls.
             answers.append({"role": "user", "content": f"error: {fault}"})
         if not answers:
-            return await self.truncate()
+            return Turn(reward=await _value(self.reward(self.row, self.messages)), done=True)
         self.messages += answers
         return Turn(tuple(answers))
-
-    async def truncate(self) -> Turn:
-        """The end, also by a limit: the reward of the conversation as it is."""
-        return Turn(reward=await _value(self.reward(self.row, self.messages)), done=True)
 
     async def _answer(self, call: Mapping[str, Any]) -> Message:
         function = call.get("function", call)
