@@ -1,8 +1,8 @@
-"""Writes the debug model and the tasks that lie beside this script.
+"""Writes the debug model and the max_digit task that lie beside this script.
 
     python tests/assets/make_assets.py [folder]
 
-They are checked in; this script is how they were made and a test checks that it still makes them.
+Both are checked in; this script is how they were made and a test checks that it still makes them.
 
 debug_model/  config and tokenizer of a small Qwen2 without weights (`[model] init = "random"`).
               The tokenizer has one token per character, so that decode(encode(x)) == x.
@@ -10,8 +10,6 @@ max_digit/    "which is the largest of these four digits?": prompt "3141=", labe
               Only prompts whose maximum is 4 to 9, equally many per maximum, so that the best
               constant answer earns 1/6. Copying the digit at one fixed place earns about a third
               (`copy_baseline`); more than that takes comparing digits.
-secret_digit/ rows of the environment in train_configs/secret_digit.py: prompt "?", label the digit
-              that the environment shows after the first reply, one of 2, 4, 6 and 8.
 """
 
 from __future__ import annotations
@@ -145,17 +143,6 @@ def write_max_digit(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
 
 
-def write_secret_digit(folder: Path) -> None:
-    """Equally many rows of each digit, in random order."""
-    folder.mkdir(parents=True, exist_ok=True)
-    generator = random.Random(0)
-    for name, count in (("train", 256), ("eval", 16)):
-        rows = [{"prompt": "?", "label": digit} for digit in "2468"] * count
-        generator.shuffle(rows)
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-
-
 def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
@@ -164,4 +151,3 @@ if __name__ == "__main__":
     target = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
     write_debug_model(target / "debug_model")
     write_max_digit(target / "max_digit")
-    write_secret_digit(target / "secret_digit")

@@ -1,21 +1,16 @@
 """Environments in worker processes: a fault costs its own episode, never another one or the run."""
 
 import asyncio
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections import Counter
-from pathlib import Path
 
 import pytest
 
 from torchrft.environments import EnvironmentFault, Turn
 from torchrft.environments.pool import EnvironmentPool
-
-ROOT = Path(__file__).parents[2]
 
 OWN = """
 import asyncio, ctypes, os, random, signal, sys, time
@@ -175,27 +170,6 @@ def test_turns_come_as_they_were_given(own):
     assert (turns[1].reward, turns[1].done) == (4.0, True)
 
 
-def test_the_example_shows_its_digit_only_after_the_first_reply():
-    rows = [json.loads(line) for line in (ROOT / "tests/assets/secret_digit/train.jsonl").open()]
-    assert Counter(row["label"] for row in rows) == dict.fromkeys("2468", 256)
-
-    async def play(pool, row, *texts):
-        seat, opening = await pool.open(row, 0)
-        assert opening.messages == ({"role": "user", "content": "?"},)
-        return [await seat.step(reply(text)) for text in texts]
-
-    pool = EnvironmentPool(f"{ROOT}/train_configs/secret_digit.py:SecretDigit", {}, 1, 20.0)
-    for row in rows[:8]:
-        digit = row["label"]
-        asked, right = asyncio.run(play(pool, row, "?", f"{digit}."))
-        assert asked == Turn(({"role": "user", "content": digit},), 0.1, metrics={"asked": 1.0})
-        assert right == Turn(reward=1.0, done=True, metrics={"right": 1.0})
-        early, wrong = asyncio.run(play(pool, row, digit, f"x{digit}"))
-        assert (early.reward, early.done) == (0.0, False)
-        assert (wrong.reward, wrong.done) == (0.0, True)
-    pool.close()
-
-
 def test_many_episodes_share_few_processes(own):
     episodes = played(own, *[("pid",) * 3] * 40, count=2)
     assert len({turn.messages[0]["content"] for turns in episodes for turn in turns}) == 2
@@ -267,7 +241,7 @@ def test_what_hangs_is_killed_and_the_others_are_made_again(own, name, text):
 
 
 def test_an_episode_that_sleeps_costs_no_process(own):
-    late, good = played(own, ("sleep",), ("pid", "meet", "meet", "pid"), name="Later", timeout=0.5)
+    late, good = played(own, ("sleep",), ("pid", "meet", "meet", "pid"), name="Later", timeout=2.0)
     assert late[0].status == "timeout"
     assert good[0].messages == good[3].messages
 
@@ -302,7 +276,7 @@ def test_an_episode_that_cannot_be_made_again_ends(own):
         await drifting.close()
         return await episode(pool, "a")
 
-    pool = EnvironmentPool(f"{own}:Own", {}, 1, 0.3)
+    pool = EnvironmentPool(f"{own}:Own", {}, 1, 0.5)
     assert asyncio.run(play(pool))[0].reward == 1.0
     pool.close()
 
@@ -331,7 +305,7 @@ def test_faults_of_an_opening(own):
         tools = await episode(pool, tools=["add"], n=3)
         return [hung[0], raised[0], tools[0], *await episode(pool, "a", unfit={1, 2})]
 
-    pool = EnvironmentPool(f"{own}:Own", {}, 1, 0.3)
+    pool = EnvironmentPool(f"{own}:Own", {}, 1, 0.5)
     hung, raised, tools, unfit = asyncio.run(play(pool))
     assert (hung.status, raised.status, tools.status) == ("timeout", "error", "error")
     assert "row 2: KeyError: 'level'" in str(raised)
@@ -342,7 +316,7 @@ def test_faults_of_an_opening(own):
 
 
 def test_a_close_that_hangs_costs_nothing(own):
-    bad, good = played(own, ("a",), ("a", "a"), scale=7.0, timeout=0.3)
+    bad, good = played(own, ("a",), ("a", "a"), scale=7.0, timeout=0.5)
     assert [turn.reward for turn in bad] == [7.0]
     assert [turn.reward for turn in good] == [7.0, 14.0]
 

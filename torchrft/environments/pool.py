@@ -156,18 +156,21 @@ class _Process:
             reason = f"its process died of signal {-code}" if code < 0 else reason
         self.lose(reason)
 
-    def _hear(self, number: int, kind: Any, value: Any) -> None:
+    def _hear(self, number: int, kind: str, value: Any) -> None:
         call = self.calls[number]
         if kind == "began":
             self._limit(call, self.pool.timeout + GRACE)
         elif kind == "full" or (kind == "error" and number == 0):
-            self.lose(value, number)
+            self.lose(str(value), number)
         else:
             del self.calls[number]
-            if kind == "done" and not call.answer.done():  # done: it was cancelled
+            if call.answer.done():  # cancelled
+                return
+            if kind == "done":
                 call.answer.set_result(value)
-            elif not call.answer.done():
-                call.answer.set_exception(call.owner.fault(value, kind))
+            else:
+                status: Status = "timeout" if kind == "timeout" else "error"
+                call.answer.set_exception(call.owner.fault(str(value), status))
 
     def _running(self) -> int:
         return int.from_bytes(os.pread(self.current, 8, 0), "little")
@@ -210,7 +213,7 @@ class Seat:
     process: _Process | None = None
     deaths: int = 0
     is_open: bool = True
-    history: list[tuple[str, tuple[Any, ...], Any]] = field(default_factory=list)
+    history: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
 
     async def step(self, reply: Message) -> Turn:
         """The answer to a reply. Raises EnvironmentFault, which ends the episode."""
@@ -234,18 +237,20 @@ class Seat:
 
     async def enter(self, seed: int) -> tuple["Seat", Opening]:
         """Has the environment made and reset, in the pool's thread."""
+        self.pool.episodes[self.place] += 1
         try:
-            data = await self._call("reset", dict(self.row), seed)
-            return self, Opening(tuple(data["messages"]), tuple(data["tools"]))
+            answer = await self._call("reset", dict(self.row), seed)
+            return self, Opening(tuple(answer["messages"]), tuple(answer["tools"]))
         except BaseException:
             await self.leave()
             raise
 
     async def _step(self, reply: Message) -> Turn:
-        data = await self._call("step", reply)
-        if any(message["role"] == "assistant" for message in data["messages"]):
+        answer = await self._call("step", reply)
+        if any(message["role"] == "assistant" for message in answer["messages"]):
             raise self.fault("a turn must not hold a message of the role assistant")
-        return Turn(**data | {"messages": tuple(data["messages"])})
+        messages = tuple(answer["messages"])
+        return Turn(messages, answer["reward"], answer["done"], answer["metrics"])
 
     async def _call(self, method: str, *arguments: Any) -> dict[str, Any]:
         """The answer of this episode's environment, which is made again where it was lost."""
@@ -255,32 +260,31 @@ class Seat:
                 if self.process is not process:
                     self.process = process
                     await self._make_again(process)
-                answer = await process.ask(self, method, arguments)
+                answer = self._checked(await process.ask(self, method, arguments))
             except _Lost:
                 continue
             self.history.append((method, arguments, answer))
-            return self._checked(answer)
+            return answer
 
     async def _make_again(self, process: _Process) -> None:
         for method, arguments, answer in self.history:
-            again = await process.ask(self, method, arguments)
-            if {**again, "metrics": None} != {**answer, "metrics": None}:
+            again = self._checked(await process.ask(self, method, arguments))
+            if again | {"metrics": None} != answer | {"metrics": None}:
                 raise self.fault(
                     "made again after another episode ended its process, it answers in another "
                     "way; equal rows, seeds and replies must give equal answers"
                 )
 
     def _checked(self, answer: Any) -> dict[str, Any]:
+        if payload.is_deeper(answer):
+            raise self.fault(f"its answer is nested more than {payload.DEEPEST} deep")
         try:
-            checked = _Answer.model_validate(answer).model_dump(exclude_unset=True)
+            return _Answer.model_validate(answer).model_dump()
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             why = f"{where}: {first['msg'].lower()}, got {first['input']!r:.80}"
             raise self.fault(f"its answer is no opening or turn: {why}") from None
-        if payload.is_deeper(answer):
-            raise self.fault(f"its answer is nested more than {payload.DEEPEST} deep")
-        return checked
 
     async def leave(self) -> None:
         """Closes the environment, in the pool's thread."""
@@ -304,12 +308,7 @@ class EnvironmentPool:
     """
 
     def __init__(
-        self,
-        name: str,
-        options: Mapping[str, Any],
-        count: int,
-        timeout: float,
-        memory: int = 4 * 2**30,
+        self, name: str, options: Mapping[str, Any], count: int, timeout: float, memory: int = 2**32
     ) -> None:
         self.name, self.options, self.timeout, self.memory = name, options, timeout, memory
         self.episodes = [0] * count  # of each process
@@ -321,19 +320,22 @@ class EnvironmentPool:
 
     async def check(self) -> None:
         """Starts a process. Raises ValueError if the environment cannot be made."""
+        await self.run(self._start())
 
-        async def start() -> None:
-            await asyncio.shield(self.process(0).ready)
-
-        await self.run(start())
+    async def _start(self) -> None:
+        await asyncio.shield(self.process(0).ready)
 
     async def open(
         self, row: Mapping[str, Any], seed: int, row_number: int | None = None
     ) -> tuple[Seat, Opening]:
         """Starts an episode. Raises EnvironmentFault, and ValueError as `check` does."""
+        return await self.run(self._open(row, seed, row_number))
+
+    async def _open(
+        self, row: Mapping[str, Any], seed: int, row_number: int | None
+    ) -> tuple[Seat, Opening]:
         place = self.episodes.index(min(self.episodes))
-        self.episodes[place] += 1
-        return await self.run(Seat(self, row, row_number, place, next(self.numbers)).enter(seed))
+        return await Seat(self, row, row_number, place, next(self.numbers)).enter(seed)
 
     def process(self, place: int) -> _Process:
         """The process at a place, a new one if it was lost; in the pool's thread."""

@@ -40,7 +40,7 @@ def tool_spec(function: Tool) -> ToolSpec:
         if parameter.annotation is parameter.empty:
             raise ValueError(f"tool {name!r}: its parameter {parameter.name!r} has no type")
     try:
-        schema = TypeAdapter(function).json_schema()
+        schema = TypeAdapter[Any](function).json_schema()
     except (PydanticUserError, NameError) as error:
         why = str(error).partition("\n")[0]
         raise ValueError(f"tool {name!r}: JSON has no such type: {why}") from None
