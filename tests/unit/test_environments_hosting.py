@@ -9,8 +9,9 @@ import time
 
 import pytest
 
-from torchrft.environments import EnvironmentFault, Turn
+from torchrft.environments import EnvironmentFault, Opening, Turn
 from torchrft.environments.pool import EnvironmentPool
+from torchrft.environments.registry import register
 
 OWN = """
 import asyncio, ctypes, os, random, signal, sys, time
@@ -350,6 +351,24 @@ def test_an_environment_that_cannot_be_made_is_said_at_once(own, name, words):
         asyncio.run(pool.check())
     with pytest.raises(ValueError, match=words):
         asyncio.run(pool.open({"n": 1}, 0))
+    pool.close()
+
+
+@register("adding")
+class Adding:
+    def reset(self, row, seed):
+        return Opening(({"role": "user", "content": f"{row['n']} {seed}"},))
+
+    def step(self, reply):
+        return Turn(reward=len(reply["content"]), done=True)
+
+    def close(self): ...
+
+
+def test_what_is_registered_here_is_found_there():
+    pool = EnvironmentPool("adding", {}, 1, 20.0)
+    (turn,) = asyncio.run(episode(pool, "four"))
+    assert turn == Turn(reward=4.0, done=True)
     pool.close()
 
 

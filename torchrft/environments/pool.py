@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from torchrft.environments.protocol import EnvironmentFault, Message, Opening, Status, Turn
+from torchrft.environments.registry import importable
 from torchrft.environments.worker import LONGEST_ANSWER
 from torchrft.tools import payload
 from torchrft.tools.text import one_line
@@ -139,7 +140,7 @@ class _Process:
     async def _listen(self) -> None:
         pool, connection = self.pool, self.connection
         reader, self.writer = await asyncio.open_connection(sock=connection, limit=LONGEST_ANSWER)
-        settings = [pool.name, dict(pool.options), pool.timeout, pool.memory]
+        settings = [importable(pool.name), dict(pool.options), pool.timeout, pool.memory]
         self.writer.write(json.dumps(settings).encode() + b"\n")
         reason = "its process ended by itself"
         try:

@@ -1,6 +1,7 @@
 """Environments by name."""
 
 import importlib
+import inspect
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any, TypeVar
@@ -18,6 +19,14 @@ ENVIRONMENTS: Registry[Callable[..., Any]] = Registry("environment")
 def register(name: str) -> Callable[[F], F]:
     """Makes a class, or a function that returns an environment, selectable by `name`."""
     return ENVIRONMENTS.register(name)
+
+
+def importable(name: str) -> str:
+    """The name under which another process finds what is registered in this one only."""
+    if name not in ENVIRONMENTS.names():
+        return name
+    component = ENVIRONMENTS.get(name)
+    return f"{inspect.getfile(component)}:{component.__name__}"
 
 
 def make(name: str, options: Mapping[str, Any]) -> Environment:
