@@ -9,8 +9,9 @@ import time
 
 import pytest
 
-from torchrft.environments import EnvironmentFault, Turn
+from torchrft.environments import EnvironmentFault, Opening, Turn
 from torchrft.environments.pool import EnvironmentPool
+from torchrft.environments.registry import register
 
 OWN = """
 import asyncio, ctypes, os, random, signal, sys, time
@@ -241,7 +242,7 @@ def test_what_hangs_is_killed_and_the_others_are_made_again(own, name, text):
 
 
 def test_an_episode_that_sleeps_costs_no_process(own):
-    late, good = played(own, ("sleep",), ("pid", "meet", "meet", "pid"), name="Later", timeout=0.5)
+    late, good = played(own, ("sleep",), ("pid", "meet", "meet", "pid"), name="Later", timeout=2.0)
     assert late[0].status == "timeout"
     assert good[0].messages == good[3].messages
 
@@ -276,7 +277,7 @@ def test_an_episode_that_cannot_be_made_again_ends(own):
         await drifting.close()
         return await episode(pool, "a")
 
-    pool = EnvironmentPool(f"{own}:Own", {}, 1, 0.3)
+    pool = EnvironmentPool(f"{own}:Own", {}, 1, 0.5)
     assert asyncio.run(play(pool))[0].reward == 1.0
     pool.close()
 
@@ -305,7 +306,7 @@ def test_faults_of_an_opening(own):
         tools = await episode(pool, tools=["add"], n=3)
         return [hung[0], raised[0], tools[0], *await episode(pool, "a", unfit={1, 2})]
 
-    pool = EnvironmentPool(f"{own}:Own", {}, 1, 0.3)
+    pool = EnvironmentPool(f"{own}:Own", {}, 1, 0.5)
     hung, raised, tools, unfit = asyncio.run(play(pool))
     assert (hung.status, raised.status, tools.status) == ("timeout", "error", "error")
     assert "row 2: KeyError: 'level'" in str(raised)
@@ -316,7 +317,7 @@ def test_faults_of_an_opening(own):
 
 
 def test_a_close_that_hangs_costs_nothing(own):
-    bad, good = played(own, ("a",), ("a", "a"), scale=7.0, timeout=0.3)
+    bad, good = played(own, ("a",), ("a", "a"), scale=7.0, timeout=0.5)
     assert [turn.reward for turn in bad] == [7.0]
     assert [turn.reward for turn in good] == [7.0, 14.0]
 
@@ -350,6 +351,24 @@ def test_an_environment_that_cannot_be_made_is_said_at_once(own, name, words):
         asyncio.run(pool.check())
     with pytest.raises(ValueError, match=words):
         asyncio.run(pool.open({"n": 1}, 0))
+    pool.close()
+
+
+@register("adding")
+class Adding:
+    def reset(self, row, seed):
+        return Opening(({"role": "user", "content": f"{row['n']} {seed}"},))
+
+    def step(self, reply):
+        return Turn(reward=len(reply["content"]), done=True)
+
+    def close(self): ...
+
+
+def test_what_is_registered_here_is_found_there():
+    pool = EnvironmentPool("adding", {}, 1, 20.0)
+    (turn,) = asyncio.run(episode(pool, "four"))
+    assert turn == Turn(reward=4.0, done=True)
     pool.close()
 
 

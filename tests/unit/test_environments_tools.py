@@ -221,8 +221,8 @@ class Echo:
 class Trl:
     def reset(self, **row):
         return str(sorted(row))
-    def get_reward(self):
-        return 2
+    def get_reward(self, messages):
+        return len(messages)
 
 def chosen(times):
     return Echo(times) if times else Trl()
@@ -237,8 +237,8 @@ def test_environments_by_name(tmp_path, monkeypatch):
     assert make("own_environments:Echo", {"times": 4}).step({}).reward == 4.0
     assert make(f"{path}:chosen", {"times": 5}).step({}).reward == 5.0
     tools = make(f"{path}:chosen", {"times": 0})
-    opening = asyncio.run(tools.reset({"b": 1, "a": 2}, 0))
-    assert opening == Opening(({"role": "user", "content": "['a', 'b']"},))
+    opening = asyncio.run(tools.reset({"function": 1, "a": 2}, 0))
+    assert opening == Opening(({"role": "user", "content": "['a', 'function']"},))
     assert asyncio.run(tools.step({"content": ""})) == Turn(reward=2, done=True)
 
     @register("echo of tests")

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from torchrft.environments.protocol import EnvironmentFault, Message, Opening, Status, Turn
+from torchrft.environments.registry import importable
 from torchrft.environments.worker import LONGEST_ANSWER
 from torchrft.tools import payload
 from torchrft.tools.text import one_line
@@ -54,21 +55,20 @@ class _Answer(BaseModel, allow_inf_nan=False):
 
 @dataclass(slots=True)
 class _Call:
-    seat: "Seat"
+    owner: "Seat | _Process"
     answer: "asyncio.Future[Any]"
     deadline: float = math.inf
 
 
 class _Process:
-    """A process and the calls under way in it."""
+    """A process and the calls under way in it; its start is call 0."""
 
     def __init__(self, pool: "EnvironmentPool") -> None:
-        self.pool, self.calls, self.is_lost = pool, dict[int, _Call](), False
+        self.pool, self.is_lost, self.room = pool, False, _LONGEST_OUTPUT
         self.connection, theirs = socket.socketpair()
         self.current = os.memfd_create("torchrft")  # which call it is at
         ending, self.lifeline = os.pipe()
         self.output, printing = os.pipe()
-        self.room = _LONGEST_OUTPUT
         fds = (theirs.fileno(), ending, self.current)
         paths = os.pathsep.join(filter(None, sys.path))
         self.process = subprocess.Popen(
@@ -85,41 +85,43 @@ class _Process:
         os.close(printing)
         pool.loop.add_reader(self.output, self._show)
         self.ready: asyncio.Future[None] = pool.loop.create_future()
+        self.calls = {0: _Call(self, self.ready)}
+        self._limit(self.calls[0], _START_SECONDS)
         self.listening = pool.loop.create_task(self._listen())
 
     async def ask(self, seat: "Seat", method: str, arguments: tuple[Any, ...]) -> Any:
         """The answer of an environment's method; EnvironmentFault if it has none."""
+        await asyncio.shield(self.ready)
+        if self.is_lost:
+            raise _Lost
         number, call = next(self.pool.numbers), _Call(seat, self.pool.loop.create_future())
         try:
             line = json.dumps([number, seat.number, method, arguments], default=dict).encode()
         except (TypeError, ValueError) as error:
             raise seat.fault(f"what it is given is no plain data: {error}") from None
-        await asyncio.shield(self.ready)
-        if self.is_lost:
-            raise _Lost
         self.calls[number] = call
         self.writer.write(line + b"\n")
         return await call.answer
 
-    def lose(self, reason: str, culprit: int = 0, status: Status = "error") -> None:
+    def fault(self, reason: str, status: Status) -> Exception:
+        """What it means for those who wait for the process that it does not start."""
+        return ValueError(f"environment {self.pool.name!r} cannot be made: {one_line(reason)}")
+
+    charge = fault
+
+    def lose(self, reason: str, culprit: int = -1, status: Status = "error") -> None:
         """Ends the process; its calls are made again in another one, but for the culprit's.
 
         Without one it is the call that the process was at, else all of them.
         """
-        if self.is_lost:
-            return
-        culprit = culprit or self._running()
-        self.end()
-        if not self.ready.done():
-            text = f"environment {self.pool.name!r} cannot be made: {one_line(reason)}"
-            self.ready.set_exception(ValueError(text))
-        for number, call in self.calls.items():
-            is_culprit = number == culprit or culprit not in self.calls
-            call.seat.deaths += is_culprit
-            if not call.answer.done():
-                is_fault = is_culprit and (status == "timeout" or call.seat.deaths >= _DEATHS)
-                fault = call.seat.fault(reason, status) if is_fault else _Lost()
-                call.answer.set_exception(fault)
+        if not self.is_lost:
+            culprit = self._running() if culprit < 0 else culprit
+            self.end()
+            for number, call in self.calls.items():
+                is_charged = number == culprit or culprit not in self.calls
+                fault = call.owner.charge(reason, status) if is_charged else _Lost()
+                if not call.answer.done():
+                    call.answer.set_exception(fault)
 
     def end(self) -> None:
         """Ends the process with all that it started."""
@@ -136,24 +138,19 @@ class _Process:
             os.close(fd)
 
     async def _listen(self) -> None:
-        pool, late = self.pool, f"it took more than {_START_SECONDS:g} s to start"
-        starting = pool.loop.call_later(_START_SECONDS, self.lose, late)
-        reader, self.writer = await asyncio.open_connection(
-            sock=self.connection, limit=LONGEST_ANSWER
-        )
-        settings = [pool.name, dict(pool.options), pool.timeout, pool.memory]
+        pool, connection = self.pool, self.connection
+        reader, self.writer = await asyncio.open_connection(sock=connection, limit=LONGEST_ANSWER)
+        settings = [importable(pool.name), dict(pool.options), pool.timeout, pool.memory]
         self.writer.write(json.dumps(settings).encode() + b"\n")
         reason = "its process ended by itself"
         try:
             while line := await reader.readline():
-                starting.cancel()
                 self._hear(*payload.parse(line))
+        except (ValueError, TypeError, KeyError) as error:
+            reason = f"it has written to its process's socket: {error!r:.200}"
         except ConnectionError:
             pass
-        except (ValueError, TypeError, KeyError, asyncio.InvalidStateError) as error:
-            reason = f"it has written to its process's socket: {error!r:.200}"
         finally:
-            starting.cancel()
             self.writer.close()
         with suppress(subprocess.TimeoutExpired):
             code = self.process.wait(1.0)
@@ -161,30 +158,27 @@ class _Process:
         self.lose(reason)
 
     def _hear(self, number: int, kind: str, value: Any) -> None:
-        if number == 0:
-            return self.ready.set_result(None) if kind == "ready" else self.lose(str(value))
         call = self.calls[number]
         if kind == "began":
-            call.deadline = self.pool.loop.time() + self.pool.timeout + GRACE
-            self.pool.loop.call_at(call.deadline, self._look)
-        elif kind == "full":
-            self.lose(f"it took more than {self.pool.memory / 2**30:g} GiB of memory", number)
+            self._limit(call, self.pool.timeout + GRACE)
+        elif kind == "full" or (kind == "error" and number == 0):
+            self.lose(str(value), number)
         else:
             del self.calls[number]
             if call.answer.done():  # cancelled
                 return
             if kind == "done":
                 call.answer.set_result(value)
-            elif kind == "late":
-                call.answer.set_exception(call.seat.fault(self._late(), "timeout"))
             else:
-                call.answer.set_exception(call.seat.fault(str(value)))
-
-    def _late(self) -> str:
-        return f"it took more than {self.pool.timeout:g} s"
+                status: Status = "timeout" if kind == "timeout" else "error"
+                call.answer.set_exception(call.owner.fault(str(value), status))
 
     def _running(self) -> int:
         return int.from_bytes(os.pread(self.current, 8, 0), "little")
+
+    def _limit(self, call: _Call, seconds: float) -> None:
+        call.deadline = self.pool.loop.time() + seconds
+        self.pool.loop.call_at(call.deadline, self._look)
 
     def _look(self) -> None:
         """Ends a process that is at a call beyond its deadline."""
@@ -195,7 +189,8 @@ class _Process:
         if running in self.calls:  # others wait for it
             late = [number for number in late if number == running]
         if late:
-            self.lose(self._late(), late[0], "timeout")
+            seconds = self.pool.timeout if late[0] else _START_SECONDS
+            self.lose(f"it took more than {seconds:g} s", late[0], "timeout")
 
     def _show(self) -> None:
         data = os.read(self.output, 1 << 16)
@@ -219,7 +214,7 @@ class Seat:
     process: _Process | None = None
     deaths: int = 0
     is_open: bool = True
-    history: list[tuple[str, tuple[Any, ...], Any]] = field(default_factory=list)
+    history: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
 
     async def step(self, reply: Message) -> Turn:
         """The answer to a reply. Raises EnvironmentFault, which ends the episode."""
@@ -235,20 +230,28 @@ class Seat:
         text = f"environment {self.pool.name!r}, row {row}: {reason}"
         return EnvironmentFault(one_line(text), status)
 
+    def charge(self, reason: str, status: Status) -> Exception:
+        """What the loss of the process means for this episode, which it was at."""
+        self.deaths += 1
+        ends = status == "timeout" or self.deaths == _DEATHS
+        return self.fault(reason, status) if ends else _Lost()
+
     async def enter(self, seed: int) -> tuple["Seat", Opening]:
         """Has the environment made and reset, in the pool's thread."""
+        self.pool.episodes[self.place] += 1
         try:
-            data = await self._call("reset", dict(self.row), seed)
-            return self, Opening(tuple(data["messages"]), tuple(data["tools"]))
+            answer = await self._call("reset", dict(self.row), seed)
+            return self, Opening(tuple(answer["messages"]), tuple(answer["tools"]))
         except BaseException:
             await self.leave()
             raise
 
     async def _step(self, reply: Message) -> Turn:
-        data = await self._call("step", reply)
-        if any(message["role"] == "assistant" for message in data["messages"]):
+        answer = await self._call("step", reply)
+        if any(message["role"] == "assistant" for message in answer["messages"]):
             raise self.fault("a turn must not hold a message of the role assistant")
-        return Turn(**data | {"messages": tuple(data["messages"])})
+        messages = tuple(answer["messages"])
+        return Turn(messages, answer["reward"], answer["done"], answer["metrics"])
 
     async def _call(self, method: str, *arguments: Any) -> dict[str, Any]:
         """The answer of this episode's environment, which is made again where it was lost."""
@@ -258,32 +261,31 @@ class Seat:
                 if self.process is not process:
                     self.process = process
                     await self._make_again(process)
-                answer = await process.ask(self, method, arguments)
+                answer = self._checked(await process.ask(self, method, arguments))
             except _Lost:
                 continue
             self.history.append((method, arguments, answer))
-            return self._checked(answer)
+            return answer
 
     async def _make_again(self, process: _Process) -> None:
         for method, arguments, answer in self.history:
-            again = await process.ask(self, method, arguments)
-            if {**again, "metrics": None} != {**answer, "metrics": None}:
+            again = self._checked(await process.ask(self, method, arguments))
+            if again | {"metrics": None} != answer | {"metrics": None}:
                 raise self.fault(
                     "made again after another episode ended its process, it answers in another "
                     "way; equal rows, seeds and replies must give equal answers"
                 )
 
     def _checked(self, answer: Any) -> dict[str, Any]:
+        if payload.is_deeper(answer):
+            raise self.fault(f"its answer is nested more than {payload.DEEPEST} deep")
         try:
-            checked = _Answer.model_validate(answer).model_dump(exclude_unset=True)
+            return _Answer.model_validate(answer).model_dump()
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             why = f"{where}: {first['msg'].lower()}, got {first['input']!r:.80}"
             raise self.fault(f"its answer is no opening or turn: {why}") from None
-        if payload.is_deeper(answer):
-            raise self.fault(f"its answer is nested more than {payload.DEEPEST} deep")
-        return checked
 
     async def leave(self) -> None:
         """Closes the environment, in the pool's thread."""
@@ -307,12 +309,7 @@ class EnvironmentPool:
     """
 
     def __init__(
-        self,
-        name: str,
-        options: Mapping[str, Any],
-        count: int,
-        timeout: float,
-        memory: int = 4 * 2**30,
+        self, name: str, options: Mapping[str, Any], count: int, timeout: float, memory: int = 2**32
     ) -> None:
         self.name, self.options, self.timeout, self.memory = name, options, timeout, memory
         self.episodes = [0] * count  # of each process
@@ -324,19 +321,22 @@ class EnvironmentPool:
 
     async def check(self) -> None:
         """Starts a process. Raises ValueError if the environment cannot be made."""
+        await self.run(self._start())
 
-        async def start() -> None:
-            await asyncio.shield(self.process(0).ready)
-
-        await self.run(start())
+    async def _start(self) -> None:
+        await asyncio.shield(self.process(0).ready)
 
     async def open(
         self, row: Mapping[str, Any], seed: int, row_number: int | None = None
     ) -> tuple[Seat, Opening]:
         """Starts an episode. Raises EnvironmentFault, and ValueError as `check` does."""
+        return await self.run(self._open(row, seed, row_number))
+
+    async def _open(
+        self, row: Mapping[str, Any], seed: int, row_number: int | None
+    ) -> tuple[Seat, Opening]:
         place = self.episodes.index(min(self.episodes))
-        self.episodes[place] += 1
-        return await self.run(Seat(self, row, row_number, place, next(self.numbers)).enter(seed))
+        return await Seat(self, row, row_number, place, next(self.numbers)).enter(seed)
 
     def process(self, place: int) -> _Process:
         """The process at a place, a new one if it was lost; in the pool's thread."""

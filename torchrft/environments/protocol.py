@@ -4,7 +4,7 @@ A row of data opens an episode. The policy replies, the environment answers, unt
 it. What the policy sampled is kept token by token in branches, which are the training rows.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -52,15 +52,15 @@ class Turn:
 class Environment(Protocol):
     """One episode. Every method may be async. Equal rows, seeds and replies give equal answers."""
 
-    def reset(self, row: Mapping[str, Any], seed: int) -> Opening:
+    def reset(self, row: Mapping[str, Any], seed: int) -> Opening | Awaitable[Opening]:
         """The opening of an episode on a `row` of the data; all that is random follows `seed`."""
         ...
 
-    def step(self, reply: Message) -> Turn:
+    def step(self, reply: Message) -> Turn | Awaitable[Turn]:
         """The answer to the policy's `reply`, a message with the role assistant."""
         ...
 
-    def close(self) -> None:
+    def close(self) -> Awaitable[None] | None:
         """Gives back what the episode holds."""
         ...
 

@@ -1,10 +1,12 @@
 """Environments by name."""
 
 import importlib
+import inspect
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any, TypeVar
 
+from torchrft.environments.adapters import ADAPTERS
 from torchrft.environments.protocol import Environment
 from torchrft.environments.tools import ToolEnvironment
 from torchrft.tools.registry import Registry
@@ -12,18 +14,19 @@ from torchrft.tools.registry import Registry
 F = TypeVar("F", bound=Callable[..., Any])
 
 ENVIRONMENTS: Registry[Callable[..., Any]] = Registry("environment")
-ADAPTERS = {
-    "reasoning_gym": "reasoning-gym",
-    "textarena": "textarena",
-    "skyrl_gym": "skyrl-gym",
-    "openenv": "openenv",
-}
-"""Libraries of environments, and the packages to install for them."""
 
 
 def register(name: str) -> Callable[[F], F]:
     """Makes a class, or a function that returns an environment, selectable by `name`."""
     return ENVIRONMENTS.register(name)
+
+
+def importable(name: str) -> str:
+    """The name under which another process finds what is registered in this one only."""
+    if name not in ENVIRONMENTS.names():
+        return name
+    component = ENVIRONMENTS.get(name)
+    return f"{inspect.getfile(component)}:{component.__name__}"
 
 
 def make(name: str, options: Mapping[str, Any]) -> Environment:
@@ -39,7 +42,7 @@ def make(name: str, options: Mapping[str, Any]) -> Environment:
     except ModuleNotFoundError as error:
         if library not in ADAPTERS:
             raise
-        raise ValueError(f"{error}: pip install {ADAPTERS[library]}") from error
+        raise ValueError(f"{error}: pip install {library.replace('_', '-')}") from error
     if callable(getattr(made, "reset", None)):
         if callable(getattr(made, "step", None)):
             return made
@@ -57,8 +60,7 @@ def _component(name: str) -> Callable[..., Any]:
     if name in ENVIRONMENTS.names() or not colon or ".py" in name:
         return ENVIRONMENTS.get(name)
     if module in ADAPTERS:
-        adapter = importlib.import_module(f"torchrft.environments.adapters.{module}")
-        return partial(adapter.make, rest)
+        return partial(ADAPTERS[module], rest)
     try:
         component = getattr(importlib.import_module(module), rest, None)
     except ImportError as error:

@@ -4,7 +4,8 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 from pydantic import PydanticUserError, TypeAdapter, ValidationError, validate_call
 
@@ -40,7 +41,7 @@ def tool_spec(function: Tool) -> ToolSpec:
         if parameter.annotation is parameter.empty:
             raise ValueError(f"tool {name!r}: its parameter {parameter.name!r} has no type")
     try:
-        schema = TypeAdapter(function).json_schema()
+        schema = TypeAdapter(cast(Any, function)).json_schema()
     except (PydanticUserError, NameError) as error:
         why = str(error).partition("\n")[0]
         raise ValueError(f"tool {name!r}: JSON has no such type: {why}") from None
@@ -64,7 +65,7 @@ class ToolEnvironment:
     def __init__(
         self,
         tools: Sequence[Tool],
-        reward: Callable[[Mapping[str, Any], Sequence[Message]], Any],
+        reward: Callable[..., Any],
         begin: Callable[[Mapping[str, Any]], Any] = lambda row: None,
         end: Callable[[], Any] = lambda: None,
     ) -> None:
@@ -76,14 +77,17 @@ class ToolEnvironment:
 
     @classmethod
     def of(cls, holder: Any) -> "ToolEnvironment":
-        """From an object in TRL's style: reset(**row), get_reward(), public methods as tools."""
+        """From an object in TRL's style: reset(**row), get_reward(), public methods as tools.
+
+        `get_reward` may have the parameters `row` and `messages`, and `reset` some columns only.
+        """
         methods = {"reset", "get_reward", "close"}
         names = [name for name in dir(type(holder)) if name[0] != "_" and name not in methods]
         tools = [getattr(holder, name) for name in names if callable(getattr(type(holder), name))]
         return cls(
             tools,
-            reward=lambda row, messages: holder.get_reward(),
-            begin=lambda row: holder.reset(**_accepted(holder.reset, row)),
+            reward=partial(_called, holder.get_reward),
+            begin=lambda row: _called(holder.reset, **row),
             end=getattr(holder, "close", lambda: None),
         )
 
@@ -110,13 +114,11 @@ class ToolEnvironment:
             # It belongs to no call, and templates take tool messages only for calls.
             answers.append({"role": "user", "content": f"error: {fault}"})
         if not answers:
-            return await self.truncate()
+            return Turn(
+                reward=await _value(self.reward(row=self.row, messages=self.messages)), done=True
+            )
         self.messages += answers
         return Turn(tuple(answers))
-
-    async def truncate(self) -> Turn:
-        """The end, also by a limit: the reward of the conversation as it is."""
-        return Turn(reward=await _value(self.reward(self.row, self.messages)), done=True)
 
     async def _answer(self, call: Mapping[str, Any]) -> Message:
         function = call.get("function", call)
@@ -148,9 +150,9 @@ async def _value(value: Any) -> Any:
     return await value if inspect.isawaitable(value) else value
 
 
-def _accepted(function: Tool, row: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns that a function has parameters for; all of them if it takes any."""
+def _called(function: Tool, /, **values: Any) -> Any:
+    """Calls a function with those of the values that it has parameters for."""
     parameters = inspect.signature(function).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return dict(row)
-    return {name: value for name, value in row.items() if name in parameters}
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        values = {name: value for name, value in values.items() if name in parameters}
+    return function(**values)

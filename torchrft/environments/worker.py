@@ -12,9 +12,7 @@ import resource
 import socket
 import traceback
 import types
-from collections.abc import Awaitable, Generator, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Coroutine, Generator, Mapping
 from inspect import isawaitable
 from pathlib import Path
 from typing import Any
@@ -25,49 +23,44 @@ from torchrft.environments.registry import make
 LONGEST_ANSWER = 2**20  # bytes of JSON, for one opening or turn
 
 
-@dataclass(slots=True)
-class _Episode:
-    """An episode in this process: `random` is the state of Python's generator for it."""
-
-    environment: Environment
-    random: Any
-    task: "asyncio.Task[None] | None" = None
-
-
 class Worker:
     """Calls environments; `current` is a file that always holds the number of the running call."""
 
-    def __init__(self, connection: socket.socket, current: int) -> None:
+    def __init__(self, connection: socket.socket, current: int, settings: list[Any]) -> None:
         self.connection, self.current, self.process = connection, current, os.getpid()
-        self.unread = b""
-        self.settings: list[Any] = []  # name and options, seconds per call, bytes of memory
+        self.name, self.options, self.timeout, self.memory = settings
         self.spare: Environment | None = None  # made before any deadline counts
-        self.episodes: dict[int, _Episode] = {}
+        self.environments: dict[int, Environment] = {}
+        self.random: dict[int, Any] = {}  # of each environment: the state of Python's generator
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.unread = b""
+
+    def prepare(self) -> None:
+        """Makes a first environment, and from then on limits the memory."""
+        try:
+            self.spare = make(self.name, self.options)
+        except BaseException as error:
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            return self.answer(0, "error", f"{kind}{error}"[:2000])
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + self.memory
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        self.answer(0, "done")
 
     def read(self) -> None:
-        """Does what lines ask for; the first has the settings."""
+        """Begins the calls that have come."""
         data = self.connection.recv(1 << 16)
         if not data:  # the trainer has ended
             os._exit(0)
         *lines, self.unread = (self.unread + data).split(b"\n")
         for line in lines:
-            if self.settings:
-                self.begin(*json.loads(line))
-            else:
-                self.prepare(json.loads(line))
-
-    def prepare(self, settings: list[Any]) -> None:
-        """Makes a first environment, and from then on limits the memory."""
-        self.settings = settings
-        try:
-            self.spare = make(*settings[:2])
-        except BaseException as error:
-            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-            return self.answer(0, "broken", f"{kind}{error}"[:2000])
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = pages * resource.getpagesize() + settings[3]
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        self.answer(0, "ready")
+            call, number, method, arguments = json.loads(line)
+            if method == "reset":
+                self.random[number] = random.Random(arguments[1]).getstate()
+            steps = self._call(call, number, method, arguments)
+            task = asyncio.get_event_loop().create_task(self._follow(call, number, steps))
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
 
     def answer(self, call: int, kind: str, value: Any = None) -> None:
         """Sends a line; a process that an environment has forked ends here instead."""
@@ -79,80 +72,66 @@ class Worker:
             raise ValueError(f"its answer has {len(line)} bytes, the limit is {LONGEST_ANSWER}")
         self.connection.sendall(line)
 
-    def begin(self, call: int, number: int, method: str, arguments: list[Any]) -> None:
-        """Calls a method; what it awaits goes on as a task, beside the calls of other episodes."""
+    async def _call(self, call: int, number: int, method: str, arguments: list[Any]) -> None:
+        """Calls a method of an environment, and answers what came of it."""
         self.answer(call, "began")
+        limit = asyncio.timeout(self.timeout)
         try:
             if method == "reset":
-                state = random.Random(arguments[1]).getstate()
-                made, self.spare = self.spare or make(*self.settings[:2]), None
-                self.episodes[number] = _Episode(made, state)
-            episode = self.episodes[number]
-            if episode.task:  # of a call that nobody waits for any more
-                episode.task.cancel()
-            with self._at(call, episode):
-                value = getattr(episode.environment, method)(*arguments)
-            if isawaitable(value):
-                task = self._await(call, number, method, value)
-                episode.task = asyncio.get_running_loop().create_task(task)
-            else:
-                self._finish(call, number, method, value)
-        except BaseException as error:  # sys.exit() and KeyboardInterrupt, too
-            self._fail(call, error)
-
-    async def _await(self, call: int, number: int, method: str, value: Awaitable[Any]) -> None:
-        limit = asyncio.timeout(self.settings[2])
-        try:
+                made, self.spare = self.spare or make(self.name, self.options), None
+                self.environments[number] = made
             async with limit:
-                value = await self._resume(value, call, self.episodes[number])
-            self._finish(call, number, method, value)
-        except BaseException as error:
-            self._fail(call, error, limit.expired())
+                value = getattr(self.environments[number], method)(*arguments)
+                value = await value if isawaitable(value) else value
+            if method == "close":
+                del self.environments[number], self.random[number]
+            self.answer(call, "done", _data(method, value))
+        except MemoryError:
+            self.answer(call, "full", f"it took more than {self.memory / 2**30:g} GiB of memory")
+        except BaseException as error:  # sys.exit() and KeyboardInterrupt, too
+            if limit.expired():
+                return self.answer(call, "timeout", f"it took more than {self.timeout:g} s")
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            text = f"{type(error).__name__}: {str(error)[:400]}"
+            text += f" ({frame.filename}, line {frame.lineno})"
+            self.answer(call, "error", text.encode(errors="replace").decode())
 
-    def _finish(self, call: int, number: int, method: str, value: Any) -> None:
-        """Answers with what a method has returned, as plain data."""
-        wanted = {"reset": Opening, "step": Turn}.get(method)
-        if wanted is None:  # close
-            del self.episodes[number]
-            return self.answer(call, "done")
-        if not isinstance(value, wanted):
-            raise TypeError(f"{method} must return {wanted.__name__}(...), got {value!r:.80}")
-        self.answer(call, "done", {key: getattr(value, key) for key in wanted.__annotations__})
-
-    def _fail(self, call: int, error: BaseException, late: bool = False) -> None:
-        """Answers that an episode ends here, and why."""
-        if isinstance(error, MemoryError):
-            return self.answer(call, "full")
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        text = f"{type(error).__name__}: {str(error)[:400]} ({frame.filename}, line {frame.lineno})"
-        self.answer(call, "late" if late else "failed", text.encode(errors="replace").decode())
-
-    @contextmanager
-    def _at(self, call: int, episode: _Episode) -> Iterator[None]:
-        """The episode runs inside: on record if it hangs, and with random numbers of its own."""
-        os.pwrite(self.current, call.to_bytes(8, "little"), 0)
-        random.setstate(episode.random)
-        try:
-            yield
-        finally:
-            episode.random = random.getstate()
-            os.pwrite(self.current, bytes(8), 0)
+    async def _follow(self, call: int, number: int, steps: Coroutine[Any, Any, None]) -> None:
+        await self._resume(call, number, steps)
 
     @types.coroutine
-    def _resume(self, value: Any, call: int, episode: _Episode) -> Generator[Any, Any, Any]:
-        """Awaits a value; each time that it goes on, it does so within `_at`."""
-        steps = value.__await__()
-        resume, argument = steps.send, None
+    def _resume(
+        self, call: int, number: int, steps: Coroutine[Any, Any, None]
+    ) -> Generator[Any, Any, None]:
+        """Runs a coroutine. Whenever it goes on, that is on record, in case that it never ends,
+        and random numbers are those of its episode alone."""
+        resume: Any = steps.send
+        argument: Any = None
         while True:
+            os.pwrite(self.current, call.to_bytes(8, "little"), 0)
+            random.setstate(self.random.get(number) or random.getstate())
             try:
-                with self._at(call, episode):
-                    awaited = resume(argument)
-            except StopIteration as end:
-                return end.value
+                awaited = resume(argument)
+            except StopIteration:
+                return
+            finally:
+                if number in self.random:
+                    self.random[number] = random.getstate()
+                os.pwrite(self.current, bytes(8), 0)
             try:
                 resume, argument = steps.send, (yield awaited)
             except BaseException as error:
                 resume, argument = steps.throw, error
+
+
+def _data(method: str, value: Any) -> dict[str, Any] | None:
+    """What a method has returned, by its fields; TypeError for anything but an answer."""
+    wanted = {"reset": Opening, "step": Turn}.get(method)
+    if wanted is None:
+        return None
+    if not isinstance(value, wanted):
+        raise TypeError(f"{method} must return {wanted.__name__}(...), got {value!r:.80}")
+    return {key: getattr(value, key) for key in wanted.__annotations__}
 
 
 def _plain(value: Any) -> Any:
@@ -169,7 +148,9 @@ def serve(connection: int, lifeline: int, current: int) -> None:
     # SIGIO ends this process and what it started, whatever they are doing.
     fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpid())
     fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
-    loop = asyncio.new_event_loop()
+    loop, ours = asyncio.new_event_loop(), socket.socket(fileno=connection)
     asyncio.set_event_loop(loop)
-    loop.add_reader(connection, Worker(socket.socket(fileno=connection), current).read)
+    worker = Worker(ours, current, json.loads(ours.makefile("rb", 0).readline()))
+    worker.prepare()
+    loop.add_reader(connection, worker.read)
     loop.run_forever()
