@@ -4,17 +4,12 @@ The tokens that a policy sampled are never encoded again. The next prompt is the
 sampled tokens, and behind them only what the template writes after the reply.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torchrft.environments.protocol import Messages, ParsedResponse, Tools
-from torchrft.environments.tool_calls import (
-    Schemas,
-    check_reply,
-    parse,
-    parse_by_tokenizer,
-    parser_for,
-)
+from torchrft.environments.tool_calls import check_reply, parse, parse_by_tokenizer, parser_for
 from torchrft.models.tokenizer import decode, encode, render_chat
 
 _ASKED = {"role": "user", "content": "."}
@@ -25,7 +20,7 @@ class ChatRenderer:
     """The `Renderer` of a Hugging Face tokenizer with a chat template.
 
     `stop_token_ids` are those of the engine beside the tokenizer's end of sequence and the tokens
-    that the template writes behind a reply. `template_options` are variables of the template, as
+    that the template writes behind a reply. `options` are variables of the template, as
     `enable_thinking`. Raises ValueError for a tokenizer without a chat template.
 
     >>> renderer = ChatRenderer(tokenizer)                                  # doctest: +SKIP
@@ -37,18 +32,13 @@ class ChatRenderer:
     True
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        stop_token_ids: Sequence[int] = (),
-        template_options: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, tokenizer: Any, stop_token_ids: Sequence[int] = (), **options: Any) -> None:
         if not tokenizer.chat_template or tokenizer.eos_token_id is None:
             raise ValueError(
                 "environments speak in messages: the tokenizer needs a chat template and an end of "
                 "sequence; lay chat_template.jinja beside it, or take an instruct model's tokenizer"
             )
-        self.tokenizer, self.options = tokenizer, dict(template_options or {})
+        self.tokenizer, self.options = tokenizer, options
         self._parser = parser_for(str(tokenizer.chat_template))
         added = tokenizer.added_tokens_decoder.items()
         self._special = {str(token): id for id, token in added if token.special}
@@ -66,10 +56,7 @@ class ChatRenderer:
         """
         text = self._text(messages, tools, add_generation_prompt)
         if tools and text == self._text(messages, None, add_generation_prompt):
-            raise ValueError(
-                "the chat template takes no tools: describe them in a message, or give the "
-                "tokenizer a template that takes them"
-            )
+            raise ValueError("the chat template takes no tools: describe them in a message instead")
         return self._encode(text)
 
     def get_stop_token_ids(self) -> list[int]:
@@ -149,7 +136,7 @@ class ChatRenderer:
         """The special tokens that the template writes behind a reply and behind a tool call."""
         function = {"name": "f", "arguments": {"x": _MARK}}
         call = {"type": "function", "id": "a23456789", "function": function}
-        closings = {}
+        closings: dict[str, int] = {}
         for reply in ({"content": _MARK}, {"content": "", "tool_calls": [call]}):
             try:
                 text = self._text([_ASKED, {"role": "assistant", **reply}])
@@ -157,9 +144,8 @@ class ChatRenderer:
                 continue
             _, mark, behind = text.rpartition(_MARK)
             tokens = [token for token in self._special if mark and token in behind]
-            if tokens:
-                last = max(tokens, key=behind.rfind)
-                closings[last] = self._special[last]
+            last = sorted(tokens, key=behind.rfind)[-1:]
+            closings |= {token: self._special[token] for token in last}
         return closings
 
 
@@ -193,27 +179,21 @@ class PackageRenderer:
         prompt = None if prompt_ids is None else list(prompt_ids)
         parsed = self.renderer.parse_response(list(ids), tools=tools, prompt_ids=prompt)
 
-        def read(schemas: Schemas) -> ParsedResponse:
+        def read(_: Any) -> ParsedResponse:
             for call in parsed.tool_calls:
                 if call.status != "ok":
                     raise ValueError(f"The tool call is faulty ({call.status}): {call.raw:.200}")
-            calls = tuple(vars(call) for call in parsed.tool_calls)
-            return ParsedResponse(parsed.content, parsed.reasoning_content, calls)
+            return ParsedResponse(parsed.content, tool_calls=tuple(map(vars, parsed.tool_calls)))
 
-        return check_reply(parsed.content, tools, read)
+        reply = check_reply(parsed.content, tools, read)
+        return replace(reply, reasoning_content=parsed.reasoning_content)
 
     def bridge_to_next_turn(
-        self,
-        prompt_ids: Sequence[int],
-        ids: Sequence[int],
-        new_messages: Messages,
-        *,
-        tools: Tools = None,
-        messages: Messages = (),
+        self, prompt_ids: Sequence[int], ids: Sequence[int], new_messages: Messages, **options: Any
     ) -> list[int] | None:
         """The next prompt, or None where the package begins it anew or changes the tokens."""
-        sampled = [*prompt_ids, *ids]
-        given = (list(prompt_ids), list(ids), list(new_messages))
-        bridge = self.renderer.bridge_to_next_turn(*given, tools=tools)
+        options.pop("messages", None)  # the package reads them from the tokens
+        given, sampled = (list(prompt_ids), list(ids)), [*prompt_ids, *ids]
+        bridge = self.renderer.bridge_to_next_turn(*given, list(new_messages), **options)
         whole = bridge is not None and bridge.token_ids[: len(sampled)] == sampled
         return bridge.token_ids if whole else None
