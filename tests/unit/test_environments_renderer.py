@@ -231,6 +231,11 @@ def test_variables_of_the_template():
     assert bridged(qwen, "Sunny.<|im_end|>", [NEXT]) is None
 
 
+def test_thinking_that_a_template_never_writes_stays_in_the_tokens(renderers):
+    thinking = "<think>Hm.</think>Sunny.<|im_end|>"
+    assert bridged(renderers["qwen2_5"], thinking, [NEXT]) == CHATML_NEXT
+
+
 def test_a_prompt_that_opens_the_thinking(renderers):
     qwen = renderers["qwen3_5"]
     assert bridged(qwen, "Hm.\n</think>\n\nSunny.<|im_end|>", [NEXT]) == (CHATML_NEXT + "<think>\n")
@@ -339,6 +344,9 @@ def test_replies_that_the_template_refuses_are_faulty(renderers):
 def test_what_is_refused():
     tokenizer = chat_families.tokenizer("chatml")
     with pytest.raises(ValueError, match="takes no tools: describe them in a message"):
+        ChatRenderer(tokenizer).render_ids([ASKED], tools=TOOLS)
+    tokenizer.chat_template = "{{ tools | tojson }}{{ messages | tojson }}"
+    with pytest.raises(ValueError, match="unknown form of tool calls: give the tokenizer a resp"):
         ChatRenderer(tokenizer).render_ids([ASKED], tools=TOOLS)
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match=r"needs a chat template .* lay chat_template\.jinja"):

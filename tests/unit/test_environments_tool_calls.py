@@ -131,6 +131,12 @@ def test_faults(family, text, fault):
     assert parsed.content == text
 
 
+def test_families_that_are_not_known():
+    for text in ("<tool_call>name\n<arg_key>", "<TOOLCALL>", '{"name": "", "parameters": ', ""):
+        assert parser_for(text) is None
+    assert parser_for("<tool_call>\n{}</tool_call>") is not None
+
+
 @pytest.mark.parametrize("family", ["qwen2_5", "qwen3_5", "mistral", "llama3"])
 def test_without_tools_a_call_is_text(family):
     text = {"qwen2_5": HERMES, "qwen3_5": CODER, "mistral": NEMO, "llama3": LLAMA}[family]

@@ -40,6 +40,7 @@ class ChatRenderer:
             )
         self.tokenizer, self.options = tokenizer, options
         self._parser = parser_for(str(tokenizer.chat_template))
+        self._parses_itself = getattr(tokenizer, "response_template", None) is not None
         added = tokenizer.added_tokens_decoder.items()
         self._special = {str(token): id for id, token in added if token.special}
         self._opening = self._text([_ASKED], prompt=True)
@@ -52,11 +53,14 @@ class ChatRenderer:
     ) -> list[int]:
         """The ids of a conversation.
 
-        Raises ValueError for messages that the template refuses and for tools that it ignores.
+        Raises ValueError for messages that the template refuses and for tools that it ignores, or
+        whose calls nobody here can read.
         """
         text = self._text(messages, tools, add_generation_prompt)
         if tools and text == self._text(messages, None, add_generation_prompt):
             raise ValueError("the chat template takes no tools: describe them in a message instead")
+        if tools and self._parser is None and not self._parses_itself:
+            raise ValueError("unknown form of tool calls: give the tokenizer a response_template")
         return self._encode(text)
 
     def get_stop_token_ids(self) -> list[int]:
@@ -73,11 +77,10 @@ class ChatRenderer:
         """
         before = self.tokenizer.decode(prompt_ids) if prompt_ids else self._opening
         text = decode(self.tokenizer, ids, stop_ids=self._stops)
-        if getattr(self.tokenizer, "response_template", None) is None:
-            parsed = parse(text, self._parser, tools, before.rstrip().endswith("<think>"))
+        if self._parses_itself:
+            parsed = parse_by_tokenizer(self.tokenizer, decode(self.tokenizer, ids), before, tools)
         else:
-            whole = decode(self.tokenizer, ids)
-            parsed = parse_by_tokenizer(self.tokenizer, whole, before, tools)
+            parsed = parse(text, self._parser, tools, before.rstrip().endswith("<think>"))
         try:
             self._text([_ASKED, parsed.message()], tools)
             return parsed
@@ -100,8 +103,8 @@ class ChatRenderer:
         """The next prompt, which begins with `prompt_ids` and the sampled `ids` as they are.
 
         `messages` are the conversation up to the reply, which is their last. None where the
-        template does not leave it as it stands in the tokens: when it writes earlier messages
-        anew, or drops the reply's thinking. Raises ValueError for messages that it refuses.
+        template does not leave it as it is in the tokens: when new messages have it write earlier
+        ones otherwise, as without their thinking. Raises ValueError for messages that it refuses.
         """
         before = self._text(messages[:-1], tools, prompt=True)
         replied = self._text(messages, tools)
@@ -128,9 +131,8 @@ class ChatRenderer:
 
     def _text(self, messages: Messages, tools: Tools = None, prompt: bool = False) -> str:
         """The messages as the template writes them."""
-        options = {**self.options, "tools": list(tools) if tools else None}
-        options["add_generation_prompt"] = prompt
-        return render_chat(self.tokenizer, _with_names(messages), "messages", **options)
+        given = {"tools": list(tools) if tools else None, "add_generation_prompt": prompt}
+        return render_chat(self.tokenizer, _filled(messages), "messages", **self.options, **given)
 
     def _closing_tokens(self) -> dict[str, int]:
         """The special tokens that the template writes behind a reply and behind a tool call."""
@@ -149,7 +151,7 @@ class ChatRenderer:
         return closings
 
 
-def _with_names(messages: Messages) -> list[dict[str, Any]]:
+def _filled(messages: Messages) -> list[dict[str, Any]]:
     """Messages with the keys that templates ask for: a tool's answer has the id and the name of
     its call, and thinking lies under `thinking`, too, for gpt-oss."""
     whole, calls = [], []
@@ -176,7 +178,7 @@ class PackageRenderer:
         self, ids: Sequence[int], *, tools: Tools = None, prompt_ids: Sequence[int] | None = None
     ) -> ParsedResponse:
         """The message that `ids` mean; a call that the package could not read is a fault."""
-        prompt = None if prompt_ids is None else list(prompt_ids)
+        prompt = list(prompt_ids or ())  # the package takes none and an empty one alike
         parsed = self.renderer.parse_response(list(ids), tools=tools, prompt_ids=prompt)
 
         def read(_: Any) -> ParsedResponse:
