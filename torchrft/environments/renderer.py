@@ -4,17 +4,12 @@ The tokens that a policy sampled are never encoded again. The next prompt is the
 sampled tokens, and behind them only what the template writes after the reply.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torchrft.environments.protocol import Messages, ParsedResponse, Tools
-from torchrft.environments.tool_calls import (
-    Schemas,
-    check_reply,
-    parse,
-    parse_by_tokenizer,
-    parser_for,
-)
+from torchrft.environments.tool_calls import check_reply, parse, parse_by_tokenizer, parser_for
 from torchrft.models.tokenizer import decode, encode, render_chat
 
 _ASKED = {"role": "user", "content": "."}
@@ -25,7 +20,7 @@ class ChatRenderer:
     """The `Renderer` of a Hugging Face tokenizer with a chat template.
 
     `stop_token_ids` are those of the engine beside the tokenizer's end of sequence and the tokens
-    that the template writes behind a reply. `template_options` are variables of the template, as
+    that the template writes behind a reply. `options` are variables of the template, as
     `enable_thinking`. Raises ValueError for a tokenizer without a chat template.
 
     >>> renderer = ChatRenderer(tokenizer)                                  # doctest: +SKIP
@@ -37,19 +32,15 @@ class ChatRenderer:
     True
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        stop_token_ids: Sequence[int] = (),
-        template_options: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, tokenizer: Any, stop_token_ids: Sequence[int] = (), **options: Any) -> None:
         if not tokenizer.chat_template or tokenizer.eos_token_id is None:
             raise ValueError(
                 "environments speak in messages: the tokenizer needs a chat template and an end of "
                 "sequence; lay chat_template.jinja beside it, or take an instruct model's tokenizer"
             )
-        self.tokenizer, self.options = tokenizer, dict(template_options or {})
+        self.tokenizer, self.options = tokenizer, options
         self._parser = parser_for(str(tokenizer.chat_template))
+        self._parses_itself = getattr(tokenizer, "response_template", None) is not None
         added = tokenizer.added_tokens_decoder.items()
         self._special = {str(token): id for id, token in added if token.special}
         self._opening = self._text([_ASKED], prompt=True)
@@ -62,14 +53,14 @@ class ChatRenderer:
     ) -> list[int]:
         """The ids of a conversation.
 
-        Raises ValueError for messages that the template refuses and for tools that it ignores.
+        Raises ValueError for messages that the template refuses and for tools that it ignores, or
+        whose calls nobody here can read.
         """
         text = self._text(messages, tools, add_generation_prompt)
         if tools and text == self._text(messages, None, add_generation_prompt):
-            raise ValueError(
-                "the chat template takes no tools: describe them in a message, or give the "
-                "tokenizer a template that takes them"
-            )
+            raise ValueError("the chat template takes no tools: describe them in a message instead")
+        if tools and self._parser is None and not self._parses_itself:
+            raise ValueError("unknown form of tool calls: give the tokenizer a response_template")
         return self._encode(text)
 
     def get_stop_token_ids(self) -> list[int]:
@@ -86,11 +77,10 @@ class ChatRenderer:
         """
         before = self.tokenizer.decode(prompt_ids) if prompt_ids else self._opening
         text = decode(self.tokenizer, ids, stop_ids=self._stops)
-        if getattr(self.tokenizer, "response_template", None) is None:
-            parsed = parse(text, self._parser, tools, before.rstrip().endswith("<think>"))
+        if self._parses_itself:
+            parsed = parse_by_tokenizer(self.tokenizer, decode(self.tokenizer, ids), before, tools)
         else:
-            whole = decode(self.tokenizer, ids)
-            parsed = parse_by_tokenizer(self.tokenizer, whole, before, tools)
+            parsed = parse(text, self._parser, tools, before.rstrip().endswith("<think>"))
         try:
             self._text([_ASKED, parsed.message()], tools)
             return parsed
@@ -113,8 +103,8 @@ class ChatRenderer:
         """The next prompt, which begins with `prompt_ids` and the sampled `ids` as they are.
 
         `messages` are the conversation up to the reply, which is their last. None where the
-        template does not leave it as it stands in the tokens: when it writes earlier messages
-        anew, or drops the reply's thinking. Raises ValueError for messages that it refuses.
+        template does not leave it as it is in the tokens: when new messages have it write earlier
+        ones otherwise, as without their thinking. Raises ValueError for messages that it refuses.
         """
         before = self._text(messages[:-1], tools, prompt=True)
         replied = self._text(messages, tools)
@@ -141,15 +131,14 @@ class ChatRenderer:
 
     def _text(self, messages: Messages, tools: Tools = None, prompt: bool = False) -> str:
         """The messages as the template writes them."""
-        options = {**self.options, "tools": list(tools) if tools else None}
-        options["add_generation_prompt"] = prompt
-        return render_chat(self.tokenizer, _with_names(messages), "messages", **options)
+        given = {"tools": list(tools) if tools else None, "add_generation_prompt": prompt}
+        return render_chat(self.tokenizer, _filled(messages), "messages", **self.options, **given)
 
     def _closing_tokens(self) -> dict[str, int]:
         """The special tokens that the template writes behind a reply and behind a tool call."""
         function = {"name": "f", "arguments": {"x": _MARK}}
         call = {"type": "function", "id": "a23456789", "function": function}
-        closings = {}
+        closings: dict[str, int] = {}
         for reply in ({"content": _MARK}, {"content": "", "tool_calls": [call]}):
             try:
                 text = self._text([_ASKED, {"role": "assistant", **reply}])
@@ -157,13 +146,12 @@ class ChatRenderer:
                 continue
             _, mark, behind = text.rpartition(_MARK)
             tokens = [token for token in self._special if mark and token in behind]
-            if tokens:
-                last = max(tokens, key=behind.rfind)
-                closings[last] = self._special[last]
+            last = sorted(tokens, key=behind.rfind)[-1:]
+            closings |= {token: self._special[token] for token in last}
         return closings
 
 
-def _with_names(messages: Messages) -> list[dict[str, Any]]:
+def _filled(messages: Messages) -> list[dict[str, Any]]:
     """Messages with the keys that templates ask for: a tool's answer has the id and the name of
     its call, and thinking lies under `thinking`, too, for gpt-oss."""
     whole, calls = [], []
@@ -190,30 +178,24 @@ class PackageRenderer:
         self, ids: Sequence[int], *, tools: Tools = None, prompt_ids: Sequence[int] | None = None
     ) -> ParsedResponse:
         """The message that `ids` mean; a call that the package could not read is a fault."""
-        prompt = None if prompt_ids is None else list(prompt_ids)
+        prompt = list(prompt_ids or ())  # the package takes none and an empty one alike
         parsed = self.renderer.parse_response(list(ids), tools=tools, prompt_ids=prompt)
 
-        def read(schemas: Schemas) -> ParsedResponse:
+        def read(_: Any) -> ParsedResponse:
             for call in parsed.tool_calls:
                 if call.status != "ok":
                     raise ValueError(f"The tool call is faulty ({call.status}): {call.raw:.200}")
-            calls = tuple(vars(call) for call in parsed.tool_calls)
-            return ParsedResponse(parsed.content, parsed.reasoning_content, calls)
+            return ParsedResponse(parsed.content, tool_calls=tuple(map(vars, parsed.tool_calls)))
 
-        return check_reply(parsed.content, tools, read)
+        reply = check_reply(parsed.content, tools, read)
+        return replace(reply, reasoning_content=parsed.reasoning_content)
 
     def bridge_to_next_turn(
-        self,
-        prompt_ids: Sequence[int],
-        ids: Sequence[int],
-        new_messages: Messages,
-        *,
-        tools: Tools = None,
-        messages: Messages = (),
+        self, prompt_ids: Sequence[int], ids: Sequence[int], new_messages: Messages, **options: Any
     ) -> list[int] | None:
         """The next prompt, or None where the package begins it anew or changes the tokens."""
-        sampled = [*prompt_ids, *ids]
-        given = (list(prompt_ids), list(ids), list(new_messages))
-        bridge = self.renderer.bridge_to_next_turn(*given, tools=tools)
+        options.pop("messages", None)  # the package reads them from the tokens
+        given, sampled = (list(prompt_ids), list(ids)), [*prompt_ids, *ids]
+        bridge = self.renderer.bridge_to_next_turn(*given, list(new_messages), **options)
         whole = bridge is not None and bridge.token_ids[: len(sampled)] == sampled
         return bridge.token_ids if whole else None

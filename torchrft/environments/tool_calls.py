@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torchrft.environments.protocol import ParsedResponse, Tools
@@ -19,28 +20,28 @@ Call = Mapping[str, Any]
 Schemas = Mapping[str, Mapping[str, Any]]
 """The JSON schema of each tool's arguments, by the tool's name."""
 
+Reader = Callable[[Schemas], ParsedResponse]
+
 Parser = Callable[[str, Schemas], ParsedResponse]
 """Reads a reply behind its thinking, the calls unchecked; raises ValueError for a malformed one."""
 
 
-def parse(text: str, parser: Parser, tools: Tools = None, thinks: bool = False) -> ParsedResponse:
+def parse(text: str, parser: Parser | None, tools: Tools, thinks: bool = False) -> ParsedResponse:
     """The message that `text` means; never raises for what a policy may sample.
 
-    `thinks`: the prompt ends inside the thinking. Without tools, text that looks like a call is
-    text: an environment may have its own way of tools.
+    `thinks`: the prompt ends inside the thinking. Without tools or a parser, text that looks like
+    a call is text: an environment may have its own way of tools.
     """
-    if parser is _harmony:
-        return check_reply(text, tools, lambda schemas: parser(text, schemas))
+    if parser is _harmony:  # its thinking has a channel of its own
+        return check_reply(text, tools, partial(parser, text))
     thought, rest = split_thinking(text, thinks)
-    if not tools:
+    if parser is None or not tools:
         return ParsedResponse(rest, thought)
-    reply = check_reply(rest, tools, lambda schemas: parser(rest, schemas))
+    reply = check_reply(rest, tools, partial(parser, rest))
     return replace(reply, reasoning_content=thought)
 
 
-def check_reply(
-    text: str, tools: Tools, read: Callable[[Schemas], ParsedResponse]
-) -> ParsedResponse:
+def check_reply(text: str, tools: Tools, read: Reader) -> ParsedResponse:
     """What `read` makes of a reply, its calls checked; a faulty reply keeps its `text`."""
     functions = [tool.get("function", tool) for tool in tools or ()]
     schemas = {function["name"]: function.get("parameters") or {} for function in functions}
@@ -96,15 +97,8 @@ def checked(call: Call, schemas: Schemas, place: int = 0) -> dict[str, Any]:
     return {"type": "function", "id": ident, "function": {"name": name, "arguments": arguments}}
 
 
-_TYPES: Mapping[str, type | tuple[type, ...]] = {
-    "string": str,
-    "integer": int,
-    "number": (int, float),
-    "boolean": bool,
-    "array": list,
-    "object": dict,
-    "null": type(None),
-}
+_TYPES: dict[str, Any] = {"string": str, "boolean": bool, "array": list, "object": dict}
+_TYPES |= {"integer": int, "number": (int, float), "null": type(None)}
 
 
 def _types(schema: Mapping[str, Any]) -> list[str]:
@@ -246,20 +240,16 @@ def _harmony(text: str, schemas: Schemas) -> ParsedResponse:
     return ParsedResponse(content, "\n".join(thoughts) if thoughts else None, tuple(calls))
 
 
-def _plain(text: str, schemas: Schemas) -> ParsedResponse:
-    """A family without tool calls."""
-    return ParsedResponse(text)
-
-
-# By what the chat template has of a family alone; the first that is found counts.
+# By a pattern that only a family's chat templates have; the first that is found counts.
 _FAMILIES: Mapping[str, Parser] = {
-    "<|channel|>": _harmony,
-    "[TOOL_CALLS]": _mistral,
-    "<tool_call>": _qwen,
-    '"parameters": ': _llama,
+    r"<\|channel\|>": _harmony,
+    r"\[TOOL_CALLS\]": _mistral,
+    r"\A(?!.*<arg_key>).*<tool_call>": _qwen,
+    r'<\|start_header_id\|>.*"parameters": ': _llama,
 }
 
 
-def parser_for(chat_template: str) -> Parser:
-    """The parser of the family whose tool calls a chat template writes."""
-    return next((found for mark, found in _FAMILIES.items() if mark in chat_template), _plain)
+def parser_for(chat_template: str) -> Parser | None:
+    """The parser of the family whose tool calls a chat template writes, if it is a known one."""
+    found = (mark for mark in _FAMILIES if re.search(mark, chat_template, re.DOTALL))
+    return next((_FAMILIES[mark] for mark in found), None)
