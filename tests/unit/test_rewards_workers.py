@@ -174,7 +174,8 @@ def test_a_rule_that_never_judges_ends_the_run(own, monkeypatch, caplog):
         "max_reward_failures = 0.5"
     )
     assert [line for line in caplog.messages if "no verdict" in line] == [
-        f"{what} {count} of 8 samples so far, the last because it exited with 3" for count in (1, 2)
+        f"{what} {count} of all samples so far, the last because it exited with 3"
+        for count in (1, 2)
     ]
 
 

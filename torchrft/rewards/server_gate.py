@@ -129,8 +129,8 @@ class Gate:
         body = b"".join(parts)
         try:
             body = gunzip(body, self.limit) if encoding == b"gzip" and body else body
-            # Parsing holds up all others. A list or an object takes about 128 bytes.
-            parsed = 128 * branches(body, BRANCHES, self.limit // VALUE)
+            # Parsing holds up all others. What is parsed takes about 128 bytes for each.
+            parsed = min(128 * branches(body, BRANCHES, self.limit // VALUE), self.limit)
         except ValueError as error:
             status = 413 if "more than" in str(error) else 400
             remedy = "; send fewer samples in one" if status == 413 else ""

@@ -257,7 +257,7 @@ class WorkerPool:
             )
         before, self.failures[run.task] = self.failures[run.task], self.failures[run.task] + more
         if (count := self.failures[run.task]).bit_length() > before.bit_length():
-            logger.warning(f"{what} {count} samples since the start, the last because {reason}")
+            logger.warning(f"{what} {count} of all samples so far, the last because {reason}")
 
 
 def serve(fd: int, lifeline: int, current: int) -> None:
