@@ -91,7 +91,7 @@ class Image:
             return upright.convert("RGB")
 
     @contextmanager
-    def _decoding(self, source: Any) -> Iterator[Picture]:
+    def _decoding(self, source: Any) -> Iterator[Any]:
         """Opens the encoded picture. Whatever its decoder raises becomes an ImageError."""
         from PIL import Image as Pillow
         from PIL import UnidentifiedImageError
