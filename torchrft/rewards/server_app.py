@@ -109,7 +109,8 @@ class ScoreRequest(BaseModel):
             Prompt(row, text, tuple(ids or ()), label, metadata or {}, tuple(chat or ()), images)
             for ids, label, metadata, chat, row, text, images in zip(*columns, strict=True)
         ]
-        own: Any = self.token_ids or [()] * size, self.finish_reasons or ["stop"] * size
+        no_ids: Any = [()] * size
+        own = self.token_ids or no_ids, self.finish_reasons or ["stop"] * size
         return prompts, [
             Completion(place, 0, tuple(ids), (0.0,) * len(ids), text, reason)
             for place, text, ids, reason in zip(places, self.responses or (), *own, strict=True)
