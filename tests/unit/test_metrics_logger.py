@@ -104,7 +104,9 @@ def test_other_files_survive_a_resume(tmp_path):
 
 def test_a_damaged_line_inside_the_file_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not JSON"):
+    with pytest.raises(
+        ValueError, match=r"metrics\.jsonl, line 2 is no record of a step: nonsense; remove"
+    ):
         read_metrics(tmp_path)
     assert read_metrics(tmp_path / "missing") == []
 
