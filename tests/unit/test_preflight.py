@@ -12,7 +12,7 @@ from pyarrow import parquet
 from tiny_job import ASSETS, MODEL, argv, tiny_config
 
 from torchrft import train
-from torchrft.build.preflight import WRITTEN, job_faults
+from torchrft.build.preflight import WRITTEN, _lacks, job_faults
 from torchrft.config.fields import FIELDS
 from torchrft.config.manager import check_only
 
@@ -285,4 +285,4 @@ def test_an_index_of_weights_is_not_trusted(tmp_path, index, fault):
         (folder / name).write_text("{}")
     (tmp_path / "x.safetensors").write_text("")
     (folder / "model.safetensors.index.json").write_text(index)
-    assert fault in str(preflight._lacks(folder, str(folder), "mw"))
+    assert fault in str(_lacks(folder, str(folder), "mw"))
