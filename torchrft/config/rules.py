@@ -97,6 +97,11 @@ def _secrets(name: str, value: Any) -> list[str]:
     return [name] if name not in _PROSE.split() and is_secret(name, value) else []
 
 
+def _without_secret(name: str) -> Rule:
+    """The rule that a field holds no secret."""
+    return Rule(name, lambda job: _secrets(name, getattr(job, name))[:1], _SECRET)
+
+
 def _unusual(name: str) -> Rule:
     """The rule that a value that was set lies in the usual range of its field."""
 
@@ -239,8 +244,7 @@ ERRORS: tuple[Rule, ...] = (
         "names {it} twice; name every server once"),
     Rule("vllm", lambda job: sorted(_VLLM & job.vllm.keys()), _GIVEN_ANYWAY),
     Rule("sglang", lambda job: sorted(_SGLANG & job.sglang.keys()), _GIVEN_ANYWAY),
-    *(Rule(name, lambda job, name=name: _secrets(name, getattr(job, name))[:1], _SECRET)
-      for name in FIELDS),
+    *map(_without_secret, FIELDS),
     *(_effect(need) for need in NEEDS if need.is_error),
 )  # fmt: skip
 
