@@ -8,7 +8,7 @@ DEEPEST = 64
 """Lists and objects within each other, of labels and other columns of a row."""
 
 
-def parse(content: bytes | bytearray) -> Any:
+def parse(content: str | bytes | bytearray) -> Any:
     """The value of JSON text. Raises ValueError for anything else, however deeply nested."""
     try:
         return json.loads(content)
