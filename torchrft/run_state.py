@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torchrft.checkpoint.dcp_files import reading
 from torchrft.checkpoint.manager import CheckpointManager
 from torchrft.collector import Collector
 from torchrft.config.job_config import Checkpoint
@@ -108,7 +109,8 @@ class RunState:
         if path is None:
             logger.info("no checkpoint under %s: starting from the beginning", options.save_path)
             return False
-        self._load(checkpoints, path)
+        with reading(path, (LookupError, TypeError, AttributeError)):
+            self._load(checkpoints, path)
         own = path.resolve().parent == checkpoints.checkpoints.resolve()
         if own:  # what later steps left belongs to a course of training that is not gone on with
             checkpoints.tidy(self.progress["step"])
@@ -136,6 +138,7 @@ class RunState:
         if saved["data_parallel_ranks"] != collector.plan.ranks.size:
             pending = [sample for sample in pending if not sample.filler]
         collector.load_flight(progress.get("flight"))
-        set_rng_state(state["rng"][f"rank{get_rank()}"])
+        with reading(path):
+            set_rng_state(state["rng"][f"rank{get_rank()}"])
         own = collector.split_over_ranks(pending)
         self.capture(progress["step"], own, progress["pending_rollouts"], progress.get("unlogged"))

@@ -89,7 +89,7 @@ def _crash(error: BaseException, folder: Path) -> str:
     except OSError:
         print(lines, file=sys.stderr)
         return f"{type(error).__name__}: {error}"
-    text = f"{type(error).__name__}: {error!s:.300}"
+    text = f"{type(error).__name__}: {redact(str(error)):.300}"
     frame = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{frame.filename}, line {frame.lineno}"
     return f"{text} ({where}; the traceback is in {file})"

@@ -328,3 +328,110 @@ def test_a_pickle_that_sets_attributes_of_an_admitted_class_is_refused():
     with pytest.raises(pickle.UnpicklingError, match="sets attributes of what is no part"):
         dcp_files._Unpickler(io.BytesIO(forged)).load()
     assert Path("/a/b").parent == Path("/a")
+
+
+def reseal(path: Path, change) -> None:
+    """Changes the manifest's content, and its own checksum with it."""
+    content = json.loads((path / "manifest.json").read_text())
+    content.pop("sha256")
+    content = change(content) or content
+    content = {**content, "sha256": manifest._own_digest(content)}
+    (path / "manifest.json").write_text(json.dumps(content))
+
+
+FILES = {"bytes": 3, "sha256": "x"}
+MANIFESTS = {
+    "no format": (lambda c: c.pop("format") and None, "it/format is None"),
+    "no files": (lambda c: c.pop("files") and None, "it/files is None"),
+    "files a list": (lambda c: c.update(files=[]), "it/files is"),
+    "a step below 0": (lambda c: c.update(step=-1), "it/step is -1"),
+    "a huge format": (lambda c: c.update(format=10**4000), "has format 1000"),
+    "no record": (lambda c: c["files"].update({".metadata": None}), "names '.metadata', which"),
+    "no size": (lambda c: c["files"][".metadata"].pop("bytes") and None, "bytes instead of None"),
+    "a name that leads out": (lambda c: c["files"].update({"../../x": FILES}), "names '../../x', "),
+    "an absolute name": (lambda c: c["files"].update({"/etc/passwd": FILES}), "names '/etc/pas"),
+    "a null character": (lambda c: c["files"].update({"a\0b": FILES}), r"names 'a\\x00b', "),
+    "a long name": (lambda c: c["files"].update({"x" * 300: FILES}), "names 'xxx"),
+}
+
+
+@pytest.mark.parametrize("kind", list(MANIFESTS))
+def test_a_forged_manifest_is_one_sentence(tmp_path, kind):
+    change, fault = MANIFESTS[kind]
+    path = saved(tmp_path, state())
+    reseal(path, change)
+    with pytest.raises(ValueError, match="is not a complete checkpoint: ") as raised:
+        CheckpointManager(tmp_path, 3, 10**12).resolve(str(path))
+    assert fault.replace("\\\\", "\\") in str(raised.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe\0x", b"[" * 100_000, b"[]", b"7", b"1" * 9999])
+def test_a_damaged_manifest_is_one_sentence(tmp_path, content):
+    path = saved(tmp_path, state())
+    (path / "manifest.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged and cannot be read \("):
+        CheckpointManager(tmp_path, 3, 10**12).resolve(str(path))
+
+
+METADATA = {
+    "no place": lambda m: m.storage_data.clear(),
+    "a place before the file": lambda m: [
+        setattr(p, "offset", -7) for p in m.storage_data.values()
+    ],
+    "no chunks": lambda m: m.state_dict_metadata["model/w"].chunks.clear(),
+    "other dimensions": lambda m: setattr(
+        m.state_dict_metadata["model/w"], "size", torch.Size([6])
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", list(METADATA))
+def test_metadata_that_lacks_something_is_refused(tmp_path, kind):
+    path = saved(tmp_path, state())
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    METADATA[kind](metadata)
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    seal(path)
+    with pytest.raises(ValueError, match=r"/\.metadata is damaged or was forged \("):
+        load(tmp_path, path)
+
+
+@pytest.mark.parametrize("position", [-1, 1.5, "3", True, None, []])
+def test_a_state_of_another_kind_is_refused(tmp_path, position):
+    manager = CheckpointManager(tmp_path, max_num=3, max_bytes=10**12)
+    path = manager.save(1, {**state(), "data": {"position": position}})
+    target = {"model": {"w": torch.zeros(2, 3)}, "data": {"position": 0}}
+    with pytest.raises(ValueError, match=r"was forged \(data/position is"):
+        manager.load(path, target)
+
+
+@pytest.mark.parametrize("text", [b"checkpoint = 3", b"\xff", b"a = " + b"[" * 50_000, b"[a"])
+def test_a_damaged_config_of_the_run_is_named(tmp_path, text):
+    manager = CheckpointManager(tmp_path, max_num=3, max_bytes=10**12)
+    (tmp_path / "config.toml").write_bytes(text)
+    with pytest.raises(ValueError, match=r"config\.toml is damaged or was forged \("):
+        manager.began_from("/elsewhere")
+
+
+@pytest.mark.parametrize("name", ["../a", "/etc", "x" * 300, "a\0b", ""])
+def test_a_latest_that_leads_elsewhere_is_refused(engine, tmp_path, name):
+    folder = tmp_path / "inner"
+    folder.mkdir()
+    (folder / "latest").write_text(name)
+    for read in (
+        lambda: engine.load_checkpoint(str(folder)),
+        lambda: deepspeed.utils.get_fp32_state_dict_from_zero_checkpoint(str(folder)),
+    ):
+        with pytest.raises(
+            ValueError, match=r"which is not in its folder; give a tag|no checkpoint"
+        ):
+            read()
+
+
+@pytest.mark.parametrize("counts", [None, {}, {"global_steps": -1}, {"global_steps": "7"}])
+def test_forged_counts_of_the_deepspeed_engine_are_refused(engine, tmp_path, counts):
+    path = tmp_path / "a" / "client_state.json"
+    content = {**objects.loads(path.read_bytes()), "counts": counts}
+    path.write_bytes(objects.dumps(content))
+    with pytest.raises(ValueError, match=r"client_state\.json is damaged or was forged \(it"):
+        engine.load_checkpoint(str(tmp_path), "a")

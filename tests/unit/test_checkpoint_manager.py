@@ -343,7 +343,7 @@ def test_leftovers_are_removed_with_a_log_line(manager, tmp_path, caplog):
         manager.save(1, state(1))
     assert names(tmp_path / "checkpoints") == ["step-1", "step-mine.tmp"]
     assert names(tmp_path / "hf") == []
-    assert caplog.text.count("step-9.tmp, left half-written by a run that died") == 2
+    assert caplog.text.count("step-9.tmp, which a save left without coming to its end") == 2
 
 
 def test_max_num_that_cannot_work_is_refused(tmp_path):

@@ -291,7 +291,7 @@ words = st.one_of(
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(words, max_size=8))
 def test_random_words_never_crash(argv):
     assert all(fault and fault.isprintable() for fault in faults_of(argv))
@@ -303,7 +303,7 @@ values = st.one_of(
 
 
 @pytest.mark.slow
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.dictionaries(st.sampled_from(list(FIELDS)), values, max_size=5))
 def test_random_toml_values_never_crash(tmp_path_factory, chosen):
     lines = [HEAD] if not chosen.keys() & {"pretrain", "train_batch_size"} else []

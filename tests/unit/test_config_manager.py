@@ -316,7 +316,7 @@ CHANGES = st.fixed_dictionaries(
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(CHANGES)
 def test_round_trip_of_any_valid_config(tmp_path_factory, changes):
     base = {"pretrain": "m", "train_batch_size": 96, "rollout_batch_size": 24}

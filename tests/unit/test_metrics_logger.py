@@ -104,7 +104,9 @@ def test_other_files_survive_a_resume(tmp_path):
 
 def test_a_damaged_line_inside_the_file_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not JSON"):
+    with pytest.raises(
+        ValueError, match=r"metrics\.jsonl, line 2 is no record of a step: nonsense; remove"
+    ):
         read_metrics(tmp_path)
     assert read_metrics(tmp_path / "missing") == []
 
@@ -221,3 +223,18 @@ def test_a_resume_leaves_foreign_files_and_removes_half_written_ones(tmp_path):
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
     kept = {"metrics.jsonl", "plots", "rollouts", "rollouts/step-9.jsonl", "rollouts/step-٩.jsonl"}
     assert left == kept
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("[" * 100_000, '{"a":' * 50_000, "[]", "7", "", '{"step": "1"}', '{"step": true}'),
+        *('{"reward/mean": 1}', '{"step": 1, "a": []}', "1" * 9999, "\0"),
+        '{"step": 1, "a": 1' + "0" * 400 + "}",
+    ],
+    ids=range(12),
+)
+def test_a_forged_line_is_named(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is no record of a step: .*; rem"):
+        read_metrics(tmp_path)

@@ -12,7 +12,7 @@ from pyarrow import parquet
 from tiny_job import ASSETS, MODEL, argv, tiny_config
 
 from torchrft import train
-from torchrft.build.preflight import WRITTEN, job_faults
+from torchrft.build.preflight import WRITTEN, _lacks, job_faults
 from torchrft.config.fields import FIELDS
 from torchrft.config.manager import check_only
 
@@ -265,3 +265,24 @@ def test_all_faults_come_together_in_a_dry_run_too(capsys, monkeypatch, tmp_path
 def test_the_jobs_that_come_with_torchrft_dry_run(path, monkeypatch, capsys):
     monkeypatch.chdir(ASSETS.parents[1])
     assert check_only(["--config_file", str(path), "--dry_run"], job_faults) == 10, capsys
+
+
+@pytest.mark.parametrize(
+    ("index", "fault"),
+    [
+        ('{"weight_map": {"w": "../x.safetensors"}}', "the folder lacks ../x.safetensors"),
+        ('{"weight_map": {"w": "/etc/passwd"}}', "the folder lacks /etc/passwd"),
+        ('{"weight_map": []}', "index.json is damaged (AttributeError"),
+        ("[]", "index.json is damaged (TypeError"),
+        ("[" * 100_000, "index.json is damaged (ValueError: nested too deeply"),
+    ],
+    ids=["up", "absolute", "list", "no table", "deep"],
+)
+def test_an_index_of_weights_is_not_trusted(tmp_path, index, fault):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("config.json", "a.safetensors"):
+        (folder / name).write_text("{}")
+    (tmp_path / "x.safetensors").write_text("")
+    (folder / "model.safetensors.index.json").write_text(index)
+    assert fault in str(_lacks(folder, str(folder), "mw"))

@@ -478,10 +478,16 @@ def test_odd_results_are_bugs_with_a_sentence(value, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("code", {"seconds": 0.0}), ("numeric", {"tolerance": -1.0})]
+    ("name", "options"),
+    [
+        *(("code", {"seconds": seconds}) for seconds in (0.0, -1.0, 1e308)),
+        *(("numeric", {"tolerance": tolerance}) for tolerance in (-1.0, 1.01)),
+        *(("length", {"target": 1, "limit": limit}) for limit in (1, 10**9 + 1, 10**400)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_options_that_would_reward_nothing_are_refused(name, options):
-    with pytest.raises(ValueError, match="use "):
+    with pytest.raises(ValueError, match=f"option.* {list(options)[-1]} = .*: (use|0 <= target)"):
         build_scorer(Reward(functions=[RewardFunction(name=name, options=options)]))
 
 

@@ -27,6 +27,7 @@ from transformers import (
 from torchrft.build.reward_models import build_scalar_model
 from torchrft.config.reward_config import Reward, RewardFunction
 from torchrft.config.reward_config import RewardModel as Entry
+from torchrft.rewards import server_app
 from torchrft.rewards.judge import JudgeTemplate
 from torchrft.rewards.judge_server import ServerAnswers
 from torchrft.rewards.registry import register
@@ -35,7 +36,7 @@ from torchrft.rewards.scorer import build_scorer
 from torchrft.rewards.server_app import create_app
 from torchrft.rewards.source import RewardError, RewardRequest
 from torchrft.tools.distributed import World
-from torchrft.tools.images import Image, ImageError
+from torchrft.tools.images import MAX_PIXELS, Image, ImageError
 from torchrft.types import Completion, Prompt
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -102,6 +103,33 @@ def test_functions_get_them_in_workers_and_in_process(prompts, reward):
 
 
 # ------------------------------------------------------------------------ servers
+
+
+def test_images_that_no_source_looks_at_are_not_decoded(prompts):
+    """They may be anything in base64, and large, though they take a few bytes."""
+    blind = Reward(functions=[RewardFunction(name="length", options={"target": 1, "limit": 2})])
+    images = (Image(data=b"no picture"),)
+    with app_server(create_app(build_scorer(blind))) as url:
+        remote = RemoteRewards(Reward(remote_rm_url=[url]))
+        results = remote.score(requests([replace(p, images=images) for p in prompts]))
+    assert len(results) == 2 * len(prompts)
+
+
+def test_the_pixels_of_a_request_are_bounded(prompts, reward, monkeypatch):
+    """Over all of its samples: a source decodes them for each."""
+    assert server_app._MOST_PIXELS == 8 * MAX_PIXELS
+    monkeypatch.setattr(server_app, "_MOST_PIXELS", 128 * 3)
+    twice = Prompt(0, "p", (1,), images=(picture(16, 8, 1),))
+    three = replace(twice, images=(picture(16, 8, 1), picture(16, 8, 1), picture(8, 8, 2)))
+    with app_server(create_app(build_scorer(reward))) as url:
+        remote = RemoteRewards(Reward(remote_rm_url=[url]))
+        assert [result.score for result in remote.score(requests([twice]))] == [8116.0] * 2
+        with pytest.raises(RewardError) as raised:
+            remote.score(requests([three]))
+    assert (
+        "HTTP 422: images.1: the images up to here have 448 pixels, more than 384; send fewer "
+        "samples in one" in str(raised.value)
+    )
 
 
 def test_remote_rewards_equal_local_ones(prompts, reward):

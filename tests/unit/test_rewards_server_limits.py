@@ -8,12 +8,15 @@ import time
 from urllib.parse import urlsplit
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 from reward_servers import StubScorer, app_server
 
 from torchrft.rewards import server_gate
 from torchrft.rewards.server_app import ScoreRequest, create_app
-from torchrft.rewards.server_gate import BODIES, CONNECTIONS, GRACE_SECONDS, LIMITS
+from torchrft.rewards.server_gate import BODIES, BRANCHES, CONNECTIONS, GRACE_SECONDS, LIMITS, VALUE
+from torchrft.tools.payload import branches
 
 MIB = 1 << 20
 BODY = {"prompts": ["a"], "responses": ["bc"]}
@@ -151,6 +154,109 @@ def test_depth_is_bounded(name, depth, status):
         assert got[1] == {"error": f"{name}: nested more than 64 deep"}
 
 
+def labeled(label):
+    return '{"prompts": ["a"], "responses": ["b"], "labels": [' + label + "]}"
+
+
+CROWDED = {
+    "lists": labeled("[" + "[]," * BRANCHES + "0]"),
+    "nests": labeled("[" + ("[" * 900 + "]" * 900 + ",") * 600 + "0]"),
+    "objects": labeled("[" + '{"a":0},' * (BRANCHES // 2) + "0]"),
+    "keys": "{" + ",".join(f'"{i:x}":0' for i in range(BRANCHES)) + "}",
+    "prompts": '{"responses": ["b"], "prompts": [' + "[]," * BRANCHES + "0]}",
+    "no end": "[" * BRANCHES + "[",
+    "behind an escape": labeled(r'["\\\\"' + ",[]" * BRANCHES + "]"),
+    "numbers": labeled("[" + "0," * (8 * MIB // VALUE) + "0]"),
+    "texts": labeled("[" + '"",' * (8 * MIB // VALUE // 3) + "0]"),
+}
+
+
+@pytest.mark.parametrize("name", CROWDED)
+@pytest.mark.parametrize("zipped", [False, True])
+def test_what_would_take_long_to_parse_is_not_parsed(name, zipped, monkeypatch):
+    """Small lists and keys by the hundred thousand, which a few MiB hold."""
+    content = CROWDED[name].encode()
+    words = ["Content-Encoding: gzip"] if zipped else []
+    content = gzip.compress(content, 1) if zipped else content
+    monkeypatch.setattr("starlette.requests.Request.json", None)  # to parse would be a 400
+    app = create_app(StubScorer(), max_bytes=8 * MIB)
+    with app_server(app) as url, connected(url) as client:
+        client.sendall(post(len(content), *words) + content)
+        got = answer(client)
+    limits = "JSON of more than 524288 lists and keys, or 699050 values; send fewer samples in one"
+    assert got == (413, {"error": f"the body is {limits}"})
+
+
+def test_large_requests_of_honest_clients_are_parsed():
+    """64 samples of 8,000 tokens, chats and metadata; what is in texts counts for nothing."""
+    text = '[{"a": 1, "b": [2, 3]},\\' * 400
+    chat = [{"role": role, "content": text} for role in ("system", "user", "assistant")]
+    sample = {"prompts": text, "responses": text, "query": text + text, "labels": text}
+    sample |= {"messages": chat, "metadata": {str(key): [key] for key in range(20)}}
+    sample |= {"token_ids": list(range(8000)), "prompt_token_ids": list(range(8000))}
+    content = json.dumps({name: [value] * 64 for name, value in sample.items()}).encode()
+    scorer = StubScorer()
+    with app_server(create_app(scorer, max_bytes=16 * MIB)) as url:
+        status, told = ask(url, content)
+    assert (status, len(scorer.seen)) == (200, 64), told
+    assert branches(content, BRANCHES, 16 * MIB // VALUE) == 1 + 8 + 8 + 64 * (10 + 41 + 2)
+
+
+JSON = st.recursive(
+    st.none() | st.integers() | st.text('",[{:\\\u2261\ud800ab'),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text('",[{:\\a'), inner),
+    max_leaves=20,
+)
+
+
+def counted(value):
+    if isinstance(value, dict):
+        return 1 + len(value) + sum(map(counted, value.values()))
+    return 1 + sum(map(counted, value)) if isinstance(value, list) else 0
+
+
+@settings(max_examples=300, deadline=None)
+@given(JSON)
+def test_lists_objects_and_keys_are_counted_exactly(value):
+    text = json.dumps(value).encode()
+    assert branches(text, 10**6, 10**6) == counted(value)
+    if counted(value):
+        with pytest.raises(ValueError, match="more than"):
+            branches(text, counted(value) - 1, 10**6)
+
+
+def test_what_has_been_parsed_counts_as_well():
+    """As a list may take, but a body's worth at most: a small limit refuses nothing for good."""
+    app = create_app(StubScorer(), max_bytes=MIB)
+    lists = labeled("[" + "[]," * 40_000 + "0]").encode()
+    with app_server(app) as url:
+
+        def until(status):  # what others hold is taken in, or given back, a little later
+            statuses = [0]
+            while statuses[-1] != status and len(statuses) < 500:
+                time.sleep(0.01)
+                statuses.append(ask(url, lists)[0])
+            return statuses[-1]
+
+        with contextlib.ExitStack() as clients:
+            for _ in range(BODIES - 1):
+                client = clients.enter_context(connected(url))
+                client.sendall(post(MIB) + bytes(MIB - 9))
+            assert until(503) == 503
+            assert ask(url)[0] == 200
+        assert until(200) == 200
+
+
+@pytest.mark.parametrize(("count", "place"), [(1000, 0), (1000, 999)])
+def test_the_first_unknown_key_ends_the_looking(count, place):
+    names = [f"x{number}" for number in range(count)]
+    body = {name: ["a"] for name in [*names[:place], *BODY, *names[place:]]}
+    with pytest.raises(ValidationError) as raised:
+        ScoreRequest.model_validate(body)
+    [error] = raised.value.errors()
+    assert error["msg"].startswith("Value error, 'x0' is none of prompts, responses, query, labels")
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -173,7 +279,7 @@ def test_the_first_wrong_entry_ends_the_looking(name, value):
         ScoreRequest.model_validate(body)
     assert len(raised.value.errors()) <= 2  # one for each kind that an entry may be of
     if not value:
-        assert "70000 samples are more than 65536" in str(raised.value)
+        assert "at most 65536 items after validation, not 70000" in str(raised.value)
 
 
 def test_an_answer_does_not_echo_megabytes():

@@ -1,18 +1,22 @@
 """Rules in worker processes: what hangs, dies or leaks costs its sample; a bug stops the run."""
 
 import os
+import pickle
 import signal
 import struct
 import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from pathlib import Path
 
 import pytest
 
 from torchrft.config.reward_config import Reward, RewardFunction
-from torchrft.rewards import RewardError, build_scorer
+from torchrft.rewards import RewardError, RewardResult, build_scorer
+from torchrft.rewards.registry import RuleFault, make_rule
+from torchrft.rewards.workers import Task, WorkerPool, _Run
 from torchrft.types import Completion, Prompt
 
 OWN = """
@@ -174,8 +178,79 @@ def test_a_rule_that_never_judges_ends_the_run(own, monkeypatch, caplog):
         "max_reward_failures = 0.5"
     )
     assert [line for line in caplog.messages if "no verdict" in line] == [
-        f"{what} {count} of 8 samples so far, the last because it exited with 3" for count in (1, 2)
+        f"{what} {count} of all samples so far, the last because it exited with 3"
+        for count in (1, 2)
     ]
+
+
+def test_lost_samples_are_told_at_doublings(caplog):
+    """Of all calls: a judge's parser is called for each sample, and must not fill the log."""
+    pool = WorkerPool([Task("a", {}, False), Task("b", {}, False)], 1, 1.0, 1)
+    for more in [1] * 9 + [32]:
+        lost = dict.fromkeys(range(more), RewardResult(0.0, error="late"))
+        pool._count_failures(_Run(1, [], False, 1.0, deque(), lost, set()), more, "late")
+    pool._count_failures(_Run(0, [], False, 1.0, deque(), {}, set()), 1, "late")
+    told = "reward function {!r}: no verdict on {} of all samples so far, the last because late"
+    assert caplog.messages == [
+        *(told.format("b", count) for count in (1, 2, 4, 8, 41)),
+        told.format("a", 1),
+    ]
+
+
+LONG = """
+from torchrft.rewards import RewardResult
+from torchrft.rewards.registry import LabelError
+
+class Mute(Exception):
+    def __str__(self):
+        raise ValueError("x" * 5_000_000)
+    __repr__ = __str__
+
+def f(response):
+    if response == "text":
+        raise ValueError("x" * 5_000_000)
+    if response == "name":
+        raise type("N" * 5_000_000, (Exception,), {})("why")
+    if response == "mute":
+        raise Mute
+    if response == "label":
+        raise LabelError("x" * 5_000_000)
+    if response == "file":
+        exec(compile("1 / 0", "f" * 5_000_000, "exec"))
+    if response == "value":
+        return "x" * 5_000_000
+    return RewardResult(0.0, error="x" * 5_000_000)
+"""
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ("text", "ValueError: xxx"),
+        ("name", "NNN"),
+        ("mute", "Mute, whose text cannot be had"),
+        ("label", "xxx"),
+        ("file", "ZeroDivisionError: division by zero (fff"),
+        ("value", "a reward must be a finite number, got 'xxx"),
+        ("error", None),
+    ],
+)
+def test_a_failure_is_told_in_few_words(bad, words, tmp_path):
+    """They are shortened before they leave their process."""
+    path = tmp_path / "own.py"
+    path.write_text(LONG)
+    rule = make_rule(f"{path}:f", {})
+    if words is None:
+        [result] = rule([{"response": bad}], 1.0)
+        assert len(result.error) < 2100
+        return
+    with pytest.raises(RuleFault) as raised:
+        rule([{"response": bad}], 1.0)
+    assert raised.value.text.startswith(words)
+    assert len(pickle.dumps(raised.value)) < 2500
+    with pytest.raises(RewardError, match="prompt row 10") as told:
+        scored(path, "f", bad)
+    assert words in str(told.value)
 
 
 @pytest.mark.slow

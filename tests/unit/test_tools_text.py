@@ -10,7 +10,7 @@ from torchrft.config.manager import ConfigError, load
 from torchrft.tools import text as text_module
 from torchrft.tools.credentials import bearer_token, check_url
 from torchrft.tools.logging import logger, setup_logging
-from torchrft.tools.text import one_line, redact, shorten
+from torchrft.tools.text import is_secret, one_line, redact, shorten
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +29,9 @@ def no_known_secrets(monkeypatch):
         ("x?n=1&key=abc", "x?n=1&key=***"),
         ('{"api_key": "pass", "n": "1"}', '{"api_key": "***", "n": "1"}'),
         ("password = 'pa ss'", "password = '***'"),
+        ("Authorization: Bearer x", "Authorization: Bearer ***"),
+        ("'password': ['a', 'b']", "'password': ***]"),
+        ("--wandb.api_key abc: unknown", "--wandb.api_key *** unknown"),
     ],
 )
 def test_secrets_do_not_show(text, shown):
@@ -38,7 +41,16 @@ def test_secrets_do_not_show(text, shown):
 
 @pytest.mark.parametrize(
     "text",
-    ["no column 'tokens'", "token_ids = [1, 2]", "me@example.org", "http://host:1/a@b?monkey=1"],
+    [
+        "token: 5",
+        'eos_token = "</s>"',
+        "the bearer bonds",
+        "--tokenizer x --max_tokens 5",
+        "no column 'tokens'",
+        "token_ids = [1, 2]",
+        "me@example.org",
+        "http://host:1/a@b?monkey=1",
+    ],
 )
 def test_other_text_stays(text):
     assert redact(text) == text
@@ -106,3 +118,54 @@ def test_a_value_of_megabytes_is_not_echoed(words):
         load([*tiny_job.argv(), *words] if words[0] != "--pretrain" else [*words])
     assert len(str(raised.value)) < 210_000
     assert all(len(line) < 2000 for line in raised.value.faults)
+
+
+SECRETS = [
+    ("--functions", '[{name = "exact_match", options = {url = "http://a:hush1@h/"}}]'),
+    (
+        "--functions",
+        '[{name = "exact_match", options = {headers = "Authorization: Bearer hush1"}}]',
+    ),
+    ("--functions", '[{name = "exact_match", options = {passwords = ["a"], password = 71234}}]'),
+    ("--log_dir", "s3://key:hush1@bucket"),
+    ("--pretrain", "https://me:hush1@host/model"),
+    ("--token", "hush1"),
+]
+
+
+@pytest.mark.parametrize(("flag", "value"), SECRETS)
+def test_a_secret_in_any_option_is_refused_unseen(flag, value):
+    words = [word for word in tiny_job.argv() if word != flag]
+    with pytest.raises(ConfigError) as refused:
+        load([*tiny_job.argv(**{flag[2:]: value})] if flag != "--token" else [*words, flag, value])
+    assert "holds a secret, " in str(refused.value) or flag == "--token"
+    assert "hush1" not in str(refused.value)
+    assert "71234" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "line", ['url = "http://a:hush1@h', 'api_key = "hush1', 'password = """hush1 x""" y', "b = 1 2"]
+)
+def test_a_toml_line_is_echoed_without_its_secret(tmp_path, line):
+    (tmp_path / "job.toml").write_text(f"[model]\n{line}\n")
+    with pytest.raises(ConfigError, match="line 2") as refused:
+        load(["--config_file", str(tmp_path / "job.toml")])
+    assert "hush1" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "secret"),
+    [
+        ("url", "http://***@host", True),  # read back, it would be taken for the real one
+        ("my_api_key", "x", True),
+        ("token", "x", True),
+        ("headers", "Bearer Sk123456", True),
+        ("hf_token", True, False),
+        ("eos_token", "</s>", False),
+        ("tokenizer", "x", False),
+        ("max_tokens", 5, False),
+        ("wandb_run_name", "lr:1e-6@gpu8", False),
+    ],
+)
+def test_what_counts_as_a_secret(name, value, secret):
+    assert is_secret(name, value) is secret

@@ -99,13 +99,13 @@ def _first_steps(rank, folder, world_size):
 
 
 @pytest.mark.slow
-def test_every_algorithm_takes_the_same_step_on_1_and_4_ranks(tmp_path):
+def test_every_algorithm_takes_the_same_step_on_1_and_2_ranks(tmp_path):
     load_model(MODEL, "random", seed=7).save_pretrained(tmp_path / "ref")
     alone = run_ranks(_first_steps, 1, str(tmp_path), 1)[0]
     assert alone["parts of groups"]["update/optimizer_steps"] == 4
     for name in ("fillers", "fillers in parts"):
         assert alone[name]["dynamic_sampling/groups_missing"] % 2 == 1
-    for found in run_ranks(_first_steps, 4, str(tmp_path), 4):
+    for found in run_ranks(_first_steps, 2, str(tmp_path), 2):
         for name, metrics in found.items():
             assert metrics.keys() == alone[name].keys()
             for key, value in metrics.items():

@@ -16,6 +16,7 @@ from torchrft.config.job_config import JobConfig
 from torchrft.data.sources import glance
 from torchrft.rewards.verify import reward_faults
 from torchrft.tools.credentials import bearer_token
+from torchrft.tools.payload import parse
 
 WRITTEN = {
     "save_path": "checkpoint",
@@ -86,8 +87,12 @@ def _lacks(folder: Path, source: str, holds: str) -> str | None:
     if "w" in holds and not any(path for form in _WEIGHTS for path in folder.glob(form)):
         return "the folder holds no weights (.safetensors or .bin)"
     if "w" in holds and (index := folder / "model.safetensors.index.json").is_file():
-        named = set(re.findall(r'"([^"/]+\.safetensors)"', index.read_text(errors="replace")))
-        if missing := sorted(name for name in named if not (folder / name).is_file()):
+        try:
+            names = {*parse(index.read_bytes())["weight_map"].values()}
+            outside = {name for name in names if name[:1] == "/" or ".." in name}
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            return f"{index} is damaged ({type(error).__name__}: {error}); bring it back"
+        if missing := sorted({n for n in names if not (folder / n).is_file()} | outside):
             return f"the folder lacks {missing[0]}, of {len(missing)} missing files of its index"
     if "t" in holds and not any(path for form in _TOKENIZERS for path in folder.glob(form)):
         return "the folder holds no tokenizer"

@@ -17,30 +17,16 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo  # what DCP writes down
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    ReadItem,
-    SavePlan,
-    WriteItem,
-    WriteItemType,
-)
+from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta, TensorProperties
+from torch.distributed.checkpoint.planner import WriteItemType
 
 from torchrft.checkpoint import objects
 from torchrft.tools.disk import writing
 
 DATA_FILE = re.compile(r"__[0-9]+_[0-9]+\.distcp")
 _CLASSES = (
-    *(BytesStorageMetadata, ChunkStorageMetadata, Metadata, MetadataIndex, StorageMeta),
-    *(TensorProperties, TensorStorageMetadata, _StorageInfo),
+    *(dcp.BytesStorageMetadata, dcp.ChunkStorageMetadata, dcp.TensorStorageMetadata),
+    *(dcp.Metadata, MetadataIndex, StorageMeta, TensorProperties, _StorageInfo),
 )
 _ADMITTED = {(kind.__module__, kind.__name__) for kind in _CLASSES} | {
     ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
@@ -57,17 +43,30 @@ class DamagedError(ValueError):
     def __init__(self, path: Path, error: Exception) -> None:
         super().__init__(path, error)  # so that it travels to other ranks
         text = (str(error).splitlines() or [type(error).__name__])[0]
-        remedy = "take a checkpoint whose origin you trust, or an earlier one"
+        remedy = "bring it back, or take an earlier checkpoint, or one whose origin you trust"
         self.text = f"{path} is damaged or was forged ({text:.300}); {remedy}"
 
     def __str__(self) -> str:
         return self.text
 
 
+@contextmanager
+def reading(path: Path, faults: tuple[type[Exception], ...] = (Exception,)) -> Iterator[None]:
+    """Raises DamagedError for `faults` that a damaged or forged `path` leads to, but for an
+    OSError, which is the disk's."""
+    try:
+        yield
+    except OSError:
+        raise
+    except faults as error:
+        reason = ValueError(f"it lacks {error}") if isinstance(error, LookupError) else error
+        raise DamagedError(path, reason) from None
+
+
 class Planner(dcp.DefaultSavePlanner):
     """Writes objects as JSON. Raises ValueError for one that JSON cannot hold, naming its path."""
 
-    def transform_object(self, write_item: WriteItem, object: Any) -> Any:
+    def transform_object(self, write_item: dcp.WriteItem, object: Any) -> Any:
         if write_item.type != WriteItemType.BYTE_IO:
             return super().transform_object(write_item, object)
         try:
@@ -79,19 +78,21 @@ class Planner(dcp.DefaultSavePlanner):
 class LoadPlanner(dcp.DefaultLoadPlanner):
     """Reads objects that are JSON, or what earlier versions pickled."""
 
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+    def load_bytes(self, read_item: dcp.ReadItem, value: io.BytesIO) -> None:
         name, content = read_item.dest_index.fqn, objects.loads(value.getvalue())
         *parents, key = self.mappings[name] if self.flatten_state_dict else (name,)
         tree: Any = self.original_state_dict if self.flatten_state_dict else self.state_dict
         for parent in parents:
             tree = tree[parent]
+        if not self.flatten_state_dict:
+            objects.check_kind(content, tree[key], name)
         tree[key] = content
 
 
 class Writer(dcp.FileSystemWriter):
     """Raises OSError for a disk's fault, which torch's writer hides, before DCP tells all ranks."""
 
-    def write_data(self, plan: SavePlan, planner: dcp.SavePlanner) -> Any:
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> Any:
         with writing(Path(self.path)):
             return super().write_data(plan, planner)
 
@@ -99,34 +100,24 @@ class Writer(dcp.FileSystemWriter):
 class Reader(dcp.FileSystemReader):
     """Raises DamagedError for a file that does not hold what DCP writes there."""
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+    def read_metadata(self, *args: Any, **kwargs: Any) -> dcp.Metadata:
         path = Path(self.path) / ".metadata"
-        try:
-            with path.open("rb") as file:
-                metadata = _Unpickler(file).load()
+        with reading(path), path.open("rb") as file:
+            metadata: dcp.Metadata = _Unpickler(file).load()
             _check(metadata)
-        except OSError:
-            raise
-        except Exception as error:  # a forged one raises whatever it likes
-            raise DamagedError(path, error) from None
         metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return metadata
 
-    def read_data(self, plan: LoadPlan, planner: dcp.LoadPlanner) -> torch.futures.Future[None]:
-        by_file: dict[str, list[ReadItem]] = {}
+    def read_data(self, plan: dcp.LoadPlan, planner: dcp.LoadPlanner) -> torch.futures.Future[None]:
+        by_file: dict[str, list[dcp.ReadItem]] = {}
         for item in plan.items:
-            name = self.storage_data[item.storage_index].relative_path
+            with reading(Path(self.path) / ".metadata"):  # it may not say where a tensor lies
+                name = self.storage_data[item.storage_index].relative_path
             by_file.setdefault(name, []).append(item)
         for name, items in by_file.items():
-            try:
+            with reading(Path(self.path) / name):
                 super().read_data(dataclasses.replace(plan, items=items), planner)
-            except OSError:
-                raise
-            except Exception as error:
-                raise DamagedError(Path(self.path) / name, error) from None
-        done = torch.futures.Future[None]()
-        done.set_result(None)
-        return done
+        return super().read_data(dataclasses.replace(plan, items=[]), planner)  # which is done
 
 
 class _Unpickler(pickle._Unpickler):  # the C one does not show what BUILD changes
@@ -152,20 +143,27 @@ class _Unpickler(pickle._Unpickler):  # the C one does not show what BUILD chang
 def _check(metadata: Any) -> None:
     """Raises ValueError for a content that DCP does not write, a path outside the folder say."""
     entries, places = metadata.state_dict_metadata, metadata.storage_data
-    good = type(metadata) is Metadata and type(entries) is type(places) is dict
-    for name, entry in entries.items() if good else ():
-        good = good and type(name) is str and type(entry) in _CLASSES
-        if type(entry) is TensorStorageMetadata:
-            good = good and type(entry.properties.dtype) is torch.dtype
-            sizes = [entry.size, *(size for c in entry.chunks for size in (c.offsets, c.sizes))]
-            good = good and all(type(size) is torch.Size for size in sizes)
-    for index, place in places.items() if good else ():
-        good = good and type(index) is MetadataIndex and type(place) is _StorageInfo
-        good = good and {type(place.offset), type(place.length)} == {int}
-        good = good and bool(DATA_FILE.fullmatch(place.relative_path))
-        good = good and not getattr(place, "transform_descriptors", None)
-    if not good:
+    good = type(metadata) is dcp.Metadata and type(entries) is type(places) is dict
+    good = good and {*map(type, entries)} <= {str} and {*map(type, places)} <= {MetadataIndex}
+    good = good and {*map(type, entries.values())} <= {*_CLASSES}
+    tensors = (entry for entry in entries.values() if type(entry) is dcp.TensorStorageMetadata)
+    if not (good and all(map(_is_whole, tensors)) and all(map(_is_inside, places.values()))):
         raise ValueError("it holds what no checkpoint holds")
+
+
+def _is_whole(tensor: dcp.TensorStorageMetadata) -> bool:
+    """Whether the chunks have as many dimensions as the tensor, and are as large together."""
+    sizes = [tensor.size, *(size for c in tensor.chunks for size in (c.offsets, c.sizes))]
+    good = type(tensor.properties.dtype) is torch.dtype and {*map(type, sizes)} == {torch.Size}
+    good = good and all(len(s) == len(tensor.size) and min((0, *s)) == 0 for s in sizes)
+    return good and sum(c.sizes.numel() for c in tensor.chunks) >= tensor.size.numel()
+
+
+def _is_inside(place: _StorageInfo) -> bool:
+    good = type(place) is _StorageInfo and {type(place.offset), type(place.length)} == {int}
+    good = good and min(place.offset, place.length) >= 0
+    plain = not getattr(place, "transform_descriptors", None)
+    return good and plain and bool(DATA_FILE.fullmatch(place.relative_path))
 
 
 @contextmanager

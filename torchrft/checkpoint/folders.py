@@ -88,9 +88,9 @@ def restore_interrupted(parent: Path) -> None:
 
 
 def clear_leftovers(parent: Path) -> None:
-    """Delete step-N.tmp folders of runs that died while saving."""
+    """Delete step-N.tmp folders of saves that came to no end."""
     for leftover in suffixed_in(parent, ".tmp"):
-        logger.warning("removing %s, left half-written by a run that died", leftover)
+        logger.warning("removing %s, which a save left without coming to its end", leftover)
         delete(leftover)
 
 

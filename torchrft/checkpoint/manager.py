@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torchrft.checkpoint import folders, manifest
+from torchrft.checkpoint.dcp_files import reading
 from torchrft.checkpoint.set_aside import move_to_previous
 from torchrft.checkpoint.state_io import load_state, save_state
 from torchrft.tools.disk import writing
@@ -35,8 +36,7 @@ class CheckpointManager:
         self.save_path = Path(save_path)
         self.checkpoints = self.save_path / "checkpoints"
         self.exports = self.save_path / "hf"
-        self.max_num = max_num
-        self.max_bytes = max_bytes
+        self.max_num, self.max_bytes = max_num, max_bytes
 
     def save(self, step: int, state: dict[str, Any], export: Export | None = None) -> Path:
         """Save `state` (see state_io) as step `step` and return its folder.
@@ -69,8 +69,7 @@ class CheckpointManager:
         save_state(temporary, state)
         records = on_all(lambda: _fingerprint_own_files(temporary), "checksum checkpoint")
         files = {name: record for part in records for name, record in part.items()}
-        ranks = get_world_size()
-        on_main(lambda: manifest.write(temporary, step, ranks, files), "write the manifest")
+        on_main(lambda: manifest.write(temporary, step, get_world_size(), files), "write manifest")
         if export is not None:
             self._export(step, export)
         return temporary
@@ -119,11 +118,12 @@ class CheckpointManager:
         if Path(ckpt_path).resolve().is_relative_to(self.save_path.resolve()):
             return False
 
-        def read() -> dict[str, Any]:
-            return tomllib.loads(written.read_text()) if written.exists() else {}
+        def read() -> Any:
+            with reading(written):
+                text = written.read_bytes().decode() if written.exists() else ""
+                return tomllib.loads(text).get("checkpoint", {}).get("ckpt_path")
 
-        before = on_main(read, "read the run's config")
-        same = before.get("checkpoint", {}).get("ckpt_path") == ckpt_path
+        same = on_main(read, "read the run's config") == ckpt_path
         return same and self.find_latest() is not None
 
     def set_aside_after(self, step: int) -> None:

@@ -6,8 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+from torchrft.checkpoint.dcp_files import DATA_FILE
+from torchrft.checkpoint.objects import check_kind
+from torchrft.tools.payload import parse
+
 FILE_NAME = "manifest.json"
 FORMAT = 2  # objects are JSON; they were pickled in format 1
+_LIKE = {"format": FORMAT, "step": 0, "world_size": 1, "files": dict[str, Any](), "sha256": ""}
 
 
 def fingerprint(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
@@ -41,25 +46,27 @@ def read(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{FILE_NAME} is missing, so it was never completed")
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{FILE_NAME} cannot be read ({error})") from None
-    if not isinstance(content, dict) or content.pop("sha256", None) != _own_digest(content):
-        raise ValueError(f"{FILE_NAME} is damaged")
-    if content["format"] not in (1, FORMAT):
-        text = f"this version reads up to {FORMAT}"
-        raise ValueError(f"{FILE_NAME} has format {content['format']}, {text}")
+        content = {**dict.fromkeys(_LIKE), **parse(path.read_bytes())}
+        check_kind(content, _LIKE, "it")
+        if content.pop("sha256") != _own_digest(content):
+            raise ValueError("its own checksum is wrong")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{FILE_NAME} is damaged and cannot be read ({error})") from None
+    if content["format"] > FORMAT:
+        raise ValueError(f"{FILE_NAME} has format {content['format']}; update torchrft")
     return content
 
 
 def find_fault(folder: Path, files: dict[str, dict[str, Any]]) -> str | None:
     """What is wrong with the first bad file of `files`, or None. Sizes are compared first."""
     for name, record in files.items():
+        if not isinstance(record, dict) or not (DATA_FILE.fullmatch(name) or name == ".metadata"):
+            return f"{FILE_NAME} names {name!r:.80}, which no checkpoint has, or not its checksum"
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if (size := path.stat().st_size) != record["bytes"]:
-            return f"{name} has {size} bytes instead of {record['bytes']}"
+        if (size := path.stat().st_size) != (told := record.get("bytes")):
+            return f"{name} has {size} bytes instead of {told!r:.80}"
     for name, record in files.items():
         if fingerprint(folder, [name])[name] != record:
             return f"{name} has a wrong checksum"

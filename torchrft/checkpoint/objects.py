@@ -54,6 +54,19 @@ def loads(content: bytes) -> Any:
         raise ValueError(_first_line(error)) from None
 
 
+def check_kind(value: Any, like: Any, at: str) -> None:
+    """Raises ValueError, with its path `at`, for a value of another kind than `like`, and for a
+    negative count; dicts are compared in the keys that both have."""
+    kind = {float: (int, float), bool: (bool, type(None))}.get(type(like), type(like))
+    if isinstance(like, dict) and isinstance(value, dict):
+        for key in like.keys() & value.keys():
+            check_kind(value[key], like[key], f"{at}/{key}")
+        return
+    is_count = type(value) is int and value >= 0
+    if not (is_count if type(like) is int else like is None or isinstance(value, kind)):
+        raise ValueError(f"{at} is {value!r:.80}")
+
+
 def _first_line(error: BaseException) -> str:
     """The first line of a text that says something, without torch's advice to read it unsafely."""
     lines = [line.strip() for line in str(error).splitlines() if "Unsupported" in line]

@@ -52,8 +52,7 @@ def load_state(folder: Path, state: dict[str, Any]) -> None:
         ValueError: the checkpoint's keys, shapes or dtypes differ from those of `state`; every
             difference is listed (up to ten). Or a file is damaged or was forged.
     """
-    reader = Reader(folder)
-    leaves = _leaves(state)
+    reader, leaves = Reader(folder), _leaves(state)
 
     def compare() -> list[str]:
         saved = reader.read_metadata().state_dict_metadata
@@ -70,8 +69,7 @@ def load_state(folder: Path, state: dict[str, Any]) -> None:
     with calling_dcp():
         dcp.load(flat, storage_reader=reader, planner=planner)
     for path, (container, key) in leaves.items():
-        if not isinstance(container[key], Tensor):
-            container[key] = flat[path]
+        container[key] = flat[path]
 
 
 def _leaves(tree: Tree, prefix: str = "") -> Leaves:

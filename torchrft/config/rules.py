@@ -9,15 +9,15 @@ from collections import Counter
 from collections.abc import Iterable
 from importlib.util import find_spec
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torchrft.config.availability import engine_missing
 from torchrft.config.fields import FIELDS, is_set, label, show
 from torchrft.config.job import equation, job_of
-from torchrft.config.job_config import JobConfig
+from torchrft.config.job_config import JobConfig, Section
 from torchrft.config.needs import NEEDS, Condition, Need, is_chosen
 from torchrft.tools.credentials import check_url
-from torchrft.tools.text import secret_option
+from torchrft.tools.text import is_secret
 
 
 class Rule(NamedTuple):
@@ -88,14 +88,18 @@ def _url_faults(urls: list[str]) -> list[str]:
     return faults
 
 
-def _secrets(table: str) -> Rule:
-    """The rule that a field's table holds no secret."""
+def _secrets(name: str, value: Any) -> list[str]:
+    """The names of entries of `value`, a field's, that hold a secret."""
+    if isinstance(value, list):
+        return [found for entry in value for found in _secrets(name, entry)]
+    if isinstance(value, Section | dict):
+        return [found for key, entry in dict(value).items() for found in _secrets(key, entry)]
+    return [name] if name not in _PROSE.split() and is_secret(name, value) else []
 
-    def broken(job: SimpleNamespace) -> list[str]:
-        entries = getattr(job, table).items()
-        return [key for key, value in entries if secret_option(key, value)]
 
-    return Rule(table, broken, _SECRET)
+def _without_secret(name: str) -> Rule:
+    """The rule that a field holds no secret."""
+    return Rule(name, lambda job: _secrets(name, getattr(job, name))[:1], _SECRET)
 
 
 def _unusual(name: str) -> Rule:
@@ -163,6 +167,8 @@ _OFF_POLICY = ("is below {batch}: {it} of a rollout's {optimizer_steps} optimize
                "{train_batch_size}) are off-policy; ")  # fmt: skip
 _ALONE = "gives advantage_estimator = {advantage_estimator} no other sample to compare with"
 _BY_TOKEN = "chooses or weighs tokens, but the gmpo policy loss is one number per sequence; use "
+# Texts for models, which may speak of secrets, and URLs, which have a rule of their own.
+_PROSE = "system_prompt template chat_template stop parser server_urls server_url remote_rm_url"
 _SECRET = ("holds a secret, {it}, which config.toml and trackers would show; leave it out, and "
            "read it from the environment")  # fmt: skip
 _GIVEN_ANYWAY = ("holds '{it}', which must not be there; torchrft sets it itself, from pretrain, "
@@ -244,9 +250,7 @@ ERRORS: tuple[Rule, ...] = (
         "names {it} twice; name every server once"),
     Rule("vllm", lambda job: sorted(_VLLM & job.vllm.keys()), _GIVEN_ANYWAY),
     Rule("sglang", lambda job: sorted(_SGLANG & job.sglang.keys()), _GIVEN_ANYWAY),
-    *(_secrets(name) for name, field in FIELDS.items() if field.info.default == {}),
-    Rule("functions", lambda job: [key for entry in job.functions for key in entry.options
-                                   if secret_option(key, entry.options[key])], _SECRET),
+    *map(_without_secret, FIELDS),
     *(_effect(need) for need in NEEDS if need.is_error),
 )  # fmt: skip
 

@@ -9,15 +9,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from torchrft.checkpoint import objects
-from torchrft.checkpoint.dcp_files import (
-    DamagedError,
-    LoadPlanner,
-    Planner,
-    Reader,
-    Writer,
-    calling_dcp,
-)
+from torchrft.checkpoint import dcp_files, objects
 from torchrft.deepspeed.whole import WholeWeights, frozen
 from torchrft.tools import distributed
 from torchrft.tools.logging import logger
@@ -89,8 +81,10 @@ class Checkpoints:
             state = self._state()
             for name in frozen(self.module) if exclude_frozen_parameters else ():
                 state["model"].pop(name, None)
-            with calling_dcp():
-                dcp.save(state, storage_writer=Writer(folder), planner=Planner())
+            with dcp_files.calling_dcp():
+                dcp.save(
+                    state, storage_writer=dcp_files.Writer(folder), planner=dcp_files.Planner()
+                )
 
         def write() -> None:
             (folder / "client_state.json").write_bytes(content)
@@ -121,14 +115,12 @@ class Checkpoints:
         if tag is None and not latest.is_file():
             logger.warning("%s has no file latest; nothing is loaded", load_dir)
             return None, {}
-        folder = Path(load_dir) / (latest.read_text().strip() if tag is None else str(tag))
-        if not (folder / ".metadata").is_file():
-            raise ValueError(f"there is no checkpoint of this engine in {folder}")
+        folder = folder_of(load_dir, tag)
         with self.weights.as_shards():
             self._load(folder, load_module_strict, load_optimizer_states and not load_module_only)
         host_state = _read_host_state(folder)
         if not load_module_only:
-            vars(self).update({name: int(host_state["counts"][name]) for name in _COUNTS})
+            vars(self).update(host_state["counts"])
             schedule = host_state["schedule"]
             if load_lr_scheduler_states and self.lr_scheduler is not None and schedule:
                 self.lr_scheduler.load_state_dict(schedule)
@@ -143,9 +135,11 @@ class Checkpoints:
         state = self._state(optimizer)
         _fit(state["model"], folder, strict)
         try:
-            with calling_dcp():
-                dcp.load(state, storage_reader=Reader(folder), planner=LoadPlanner())
-        except (DamagedError, OSError):
+            with dcp_files.calling_dcp():
+                dcp.load(
+                    state, storage_reader=dcp_files.Reader(folder), planner=dcp_files.LoadPlanner()
+                )
+        except (dcp_files.DamagedError, OSError):
             raise
         except Exception as reason:
             raise ValueError(
@@ -161,6 +155,22 @@ class Checkpoints:
         )
 
 
+def folder_of(load_dir: str, tag: Any) -> Path:
+    """The folder of the checkpoint `tag`, or of the one that the file latest names, for None.
+
+    Raises ValueError for a folder that is no checkpoint, and a latest that leads elsewhere.
+    """
+    if tag is None:
+        path = Path(load_dir) / "latest"
+        tag = path.read_text(errors="replace").strip()
+        if ".." in Path(tag).parts or Path(tag).is_absolute() or len(tag) > 255:
+            raise ValueError(f"{path} names {tag!r:.80}, which is not in its folder; give a tag")
+    folder = Path(load_dir) / str(tag)
+    if not (folder / ".metadata").is_file():
+        raise ValueError(f"there is no checkpoint of this engine in {folder}")
+    return folder
+
+
 def _read_host_state(folder: Path) -> dict[str, Any]:
     """What save_checkpoint wrote beside the tensors: JSON, or in earlier versions torch.save's.
 
@@ -168,16 +178,17 @@ def _read_host_state(folder: Path) -> dict[str, Any]:
     """
     new = folder / "client_state.json"
     path = new if new.exists() else folder / "client_state.pt"
-    try:
+    with dcp_files.reading(path):
         content = objects.loads(path.read_bytes())
-        return {name: content[name] for name in ("counts", "schedule", "client")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedError(path, error) from None
+        objects.check_kind(content, {"counts": dict.fromkeys(_COUNTS, 0), "client": {}}, "it")
+        objects.check_kind(content["schedule"] or {}, {}, "schedule")
+        counts = {name: content["counts"][name] for name in _COUNTS}
+        return {"counts": counts, "schedule": content["schedule"], "client": content["client"]}
 
 
 def _fit(model: dict[str, Any], folder: Path, strict: bool) -> None:
     """Compares names and shapes with the checkpoint's; unless `strict`, drops what it lacks."""
-    entries = Reader(folder).read_metadata().state_dict_metadata
+    entries = dcp_files.Reader(folder).read_metadata().state_dict_metadata
     start = "model."
     held = {name.removeprefix(start): e for name, e in entries.items() if name.startswith(start)}
     saved = {name: getattr(entry, "size", None) for name, entry in held.items()}

@@ -75,7 +75,7 @@ def _parse(path: Path) -> Any:
             import hjson
 
             return hjson.loads(text, object_pairs_hook=_table)
-    except ValueError as error:  # hjson's errors are of this kind, too
+    except (ValueError, RecursionError) as error:  # hjson's errors are of the first kind, too
         raise ValueError(f"DeepSpeed config {path} is no valid JSON: {error}") from error
     except ImportError as error:
         hint = "comments and trailing commas need hjson: pip install 'torchrft[deepspeed]'"

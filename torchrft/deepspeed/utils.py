@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from torchrft.checkpoint.dcp_files import LoadPlanner, Reader, calling_dcp
 from torchrft.deepspeed.accelerator import get_accelerator
+from torchrft.deepspeed.checkpoint import folder_of
 from torchrft.deepspeed.whole import shard_of, write
 from torchrft.tools.logging import logger
 
@@ -131,10 +132,7 @@ def get_fp32_state_dict_from_zero_checkpoint(
     latest = Path(checkpoint_dir) / "latest"
     if tag is None and not latest.is_file():
         raise ValueError(f"{latest} is not there: give the tag of the checkpoint")
-    folder = Path(checkpoint_dir) / (latest.read_text().strip() if tag is None else tag)
-    if not (folder / ".metadata").is_file():
-        raise ValueError(f"there is no checkpoint of this engine in {folder}")
-    reader = Reader(folder)
+    reader = Reader(folder_of(checkpoint_dir, tag))
     entries = reader.read_metadata().state_dict_metadata
     model = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)

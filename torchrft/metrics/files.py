@@ -3,10 +3,12 @@
 import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torchrft.tools.disk import writing
+from torchrft.tools.payload import parse
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -42,30 +44,26 @@ def read_metrics(log_dir: str | Path) -> list[dict[str, Any]]:
     """The records of `log_dir`/metrics.jsonl; without a last line that a kill cut short.
 
     Raises:
-        ValueError: another line is not JSON, or no record of a step; file and line are named.
+        ValueError: another line is no record of a step; file and line are named.
     """
     path = Path(log_dir) / METRICS_FILE
     if not path.exists():
         return []
     # Only "\n" ends a line: splitlines() would also split at characters inside strings.
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
-        if not _is_record(records[-1]):
-            text = f"is no record of a step: {line:.80}; remove it, or move the file away"
-            raise ValueError(f"{path}, line {number} {text}")
-    return records
+    return [_record(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
 
 
-def _is_record(row: Any) -> bool:
-    """Whether it has a step, and numbers or null beside it."""
-    if not isinstance(row, dict) or type(row.get("step")) is not int:
-        return False
-    return all(isinstance(value, int | float | None) for value in row.values())
+def _record(line: str, where: str) -> dict[str, Any]:
+    """JSON of a step, with numbers that a float holds, or null, beside it."""
+    with suppress(ValueError):
+        row = parse(line)
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            numbers = [value for value in row.values() if value is not None]
+            if all(isinstance(value, int | float) and abs(value) <= 1e308 for value in numbers):
+                return row
+    text = f"is no record of a step: {line:.80}; remove it, or move the file away"
+    raise ValueError(f"{where} {text}")
 
 
 def _plain(value: Any) -> Any:

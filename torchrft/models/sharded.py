@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -26,6 +25,7 @@ from torchrft.models.loader import (
 )
 from torchrft.models.support import from_config, refuse_unsupported
 from torchrft.tools.logging import logger
+from torchrft.tools.payload import parse
 
 Build = Callable[..., PreTrainedModel]
 
@@ -61,7 +61,7 @@ class ShardedWeights:
                 if names & files.keys():
                     return None
                 files |= dict.fromkeys(names, path)
-        except (OSError, ValueError, LookupError, TypeError, SafetensorError):
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError):
             return None  # the loader of whole models says what is wrong
         if not files:
             return None
@@ -147,5 +147,5 @@ def _chosen(folder: Path) -> list[Path]:
     """The files that transformers reads: model.safetensors, else those of the index."""
     if (single := folder / "model.safetensors").is_file():
         return [single]
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index = parse((folder / "model.safetensors.index.json").read_bytes())
     return sorted({folder / name for name in index["weight_map"].values()})

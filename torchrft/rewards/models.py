@@ -11,11 +11,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from torchrft.config.reward_config import RewardModel as Entry
-from torchrft.models.reward_model import (
-    Group,
-    HostWeights,
-    RewardModel,
-)
+from torchrft.models.reward_model import Group, HostWeights, RewardModel
 from torchrft.models.tokenizer import encode
 from torchrft.rewards.source import RewardRequest, RewardResult, SampleError
 from torchrft.rewards.text import chat_text, text_or_file

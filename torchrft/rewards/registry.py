@@ -14,6 +14,7 @@ from pydantic import PydanticUserError, TypeAdapter, ValidationError
 from torchrft.rewards.source import RewardResult
 from torchrft.tools.registry import Registry
 from torchrft.tools.signals import Abandoned, SecondKeyboardInterrupt
+from torchrft.tools.text import shorten
 
 RewardCallable = Callable[..., Any]
 F = TypeVar("F", bound=RewardCallable)
@@ -43,8 +44,16 @@ class RuleFault(Exception):
     """A bug in a function, on sample `index` of those it was given; or a fault `of_data`."""
 
     def __init__(self, index: int, text: str, of_data: bool = False) -> None:
-        super().__init__(index, text, of_data)
-        self.index, self.text, self.of_data = index, text, of_data
+        self.index, self.text, self.of_data = index, shorten(text), of_data
+        super().__init__(index, self.text, of_data)
+
+
+def told(error: BaseException) -> str:
+    """An exception's type and text, shortened; the text comes from its own code, which may fail."""
+    try:
+        return shorten(f"{type(error).__name__}: {error}")
+    except Exception:
+        return f"{type(error).__name__:.80}, whose text cannot be had"
 
 
 def register(name: str) -> Callable[[F], F]:
@@ -135,7 +144,7 @@ class Rule:
             raise error
         if isinstance(error, LabelError):
             raise RuleFault(index, str(error), of_data=True) from error
-        text = f"{type(error).__name__}: {error}"
+        text = told(error)
         if self.tolerant:
             return RewardResult(0.0, error=f"{text:.200}")
         frame = traceback.extract_tb(error.__traceback__)[-1]
@@ -237,6 +246,7 @@ def _as_result(value: Any, index: int) -> RewardResult:
             raise RuleFault(index, f"a reward must be a finite number, got {number!r:.80}")
     return replace(
         result,
+        error=None if result.error is None else shorten(str(result.error)),
         score=as_float(result.score),
         parts={name: as_float(part) for name, part in result.parts.items()},
         metrics={name: as_float(metric) for name, metric in result.metrics.items()},

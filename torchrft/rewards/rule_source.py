@@ -56,13 +56,9 @@ class RuleSource:
             together = rule.is_batch or rule.is_async
             return self.pool.run(self.task, rows, together, seconds)
         except RuleFault as fault:
-            row, kind = (
-                requests[fault.index].prompt.row,
-                SampleError if fault.of_data else RewardError,
-            )
-            raise kind(
-                f"reward function {self.name!r}, prompt row {row}: {fault.text}"
-            ) from fault.__cause__
+            row = requests[fault.index].prompt.row
+            text = f"reward function {self.name!r}, prompt row {row}: {fault.text}"
+            raise (SampleError if fault.of_data else RewardError)(text) from fault.__cause__
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raises ValueError for the first row whose label a rule of torchrft's can never judge."""

@@ -88,8 +88,8 @@ def _value(number: str) -> Decimal | None:
 
 
 def _tolerates(tolerance: float = 0.0) -> None:
-    if tolerance < 0:
-        raise ValueError(f"option tolerance = {tolerance}: use 0 or more")
+    if not 0 <= tolerance <= 1:
+        raise ValueError(f"option tolerance = {tolerance}, times the label: use 0 to 1")
 
 
 def _number(label: Any, **options: Any) -> Decimal:
@@ -163,8 +163,8 @@ def format_tags(
 
 
 def _rises(target: int, limit: int) -> None:
-    if not 0 <= target < limit:
-        raise ValueError(f"options target = {target}, limit = {limit}: 0 <= target < limit")
+    if not 0 <= target < limit <= 10**9:
+        raise ValueError(f"options target = {target}, limit = {limit}: 0 <= target < limit <= 1e9")
 
 
 @_built_in("length", check=_rises)
@@ -267,8 +267,8 @@ def gsm8k(response: str, label: Any) -> float:
 
 
 def _takes_time(seconds: float = 5.0, **options: Any) -> None:
-    if seconds <= 0:
-        raise ValueError(f"option seconds = {seconds}: use more than 0")
+    if not 0 < seconds <= 1e6:
+        raise ValueError(f"option seconds = {seconds}: use more than 0 and at most 1e6")
     from torchrft.rewards import code_tests, sandbox  # noqa: F401
 
     sandbox.isolation()  # here, so that no sample's deadline pays for the try

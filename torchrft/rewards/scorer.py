@@ -181,9 +181,8 @@ class Scorer:
         metrics: dict[str, float] = {}
         for name, result in results.items():
             parts[name] = float(result.score)
-            if result.parts or result.metrics:
-                parts |= {f"{name}/{part}": value for part, value in result.parts.items()}
-                metrics |= {f"{name}/{metric}": value for metric, value in result.metrics.items()}
+            parts |= {f"{name}/{part}": value for part, value in result.parts.items()}
+            metrics |= {f"{name}/{metric}": value for metric, value in result.metrics.items()}
             if result.error is not None:
                 metrics[f"{name}/errors"] = 1.0
         # Of the scores alone: a source's part may be called like another source.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import prometheus_client as prometheus
@@ -14,13 +14,13 @@ from fastapi import FastAPI, HTTPException, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.security import HTTPBearer
-from pydantic import AliasChoices, BaseModel, ConfigDict, FailFast, Field, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException as AnyHTTPException
 from starlette.middleware.gzip import GZipMiddleware
 
 from torchrft.rewards.server_gate import Gate, error_answer
 from torchrft.rewards.source import RewardError, SampleError
-from torchrft.tools.images import Image, ImageError, from_base64
+from torchrft.tools.images import MAX_PIXELS, Image, ImageError, from_base64
 from torchrft.tools.logging import logger
 from torchrft.tools.payload import DEEPEST, is_deeper
 from torchrft.types import Completion, FinishReason, Prompt, Score
@@ -30,20 +30,15 @@ if TYPE_CHECKING:
 
 _WAITING = 256  # requests; further ones are sent away for a while
 _MOST_SAMPLES = 1 << 16  # of a request
+_MOST_PIXELS = 8 * MAX_PIXELS  # of a request's images: blank ones take thousands in a byte
 # Lists beyond the common ones, and the arguments of functions that they fill.
 _OWN = {"token_ids": "token_ids", "finish_reasons": "finish_reason"}
 _MODELS_OWN = ("messages", "prompt_token_ids", *_OWN)
 
 
-class _FirstFault(FailFast):
-    """For lists whose first wrong entry ends the looking: there may be a million."""
-
-    def __hash__(self) -> int:  # types that have an alternative need one
-        return id(self)
-
-
 T = TypeVar("T")
-List = Annotated[list[T], _FirstFault()]
+# The first wrong entry ends the looking: there may be a million.
+List = Annotated[list[T], Field(fail_fast=True)]
 
 
 class ScoreRequest(BaseModel):
@@ -54,7 +49,7 @@ class ScoreRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    prompts: List[str]
+    prompts: List[str] = Field(max_length=_MOST_SAMPLES)
     """Prompts as the model saw them."""
     responses: List[str] | None = None
     """What the model answered."""
@@ -77,65 +72,66 @@ class ScoreRequest(BaseModel):
     rows: List[int] | None = None
     """The prompts' row numbers, for messages."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _knows(cls, body: Any) -> Any:
+        """The first unknown key ends the looking."""
+        for name in body if isinstance(body, dict) else ():
+            if name not in {*cls.model_fields, "queries", "references"}:
+                raise ValueError(f"{name!r:.80} is none of {', '.join(cls.model_fields)}")
+        return body
+
     @model_validator(mode="after")
     def _fits(self) -> ScoreRequest:
         lengths = {name: len(value) for name, value in self if value is not None}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"the lists must be equally long, but there are {lengths}")
-        if len(self.prompts) > _MOST_SAMPLES:
-            raise ValueError(f"{len(self.prompts)} samples are more than {_MOST_SAMPLES}")
-        if self.responses is None and self.query is None:
-            raise ValueError("responses are missing")
         if self.responses is None:
-            for place, text in enumerate(self.query or ()):
-                if not text.startswith(self.prompts[place]):
+            if self.query is None:
+                raise ValueError("responses are missing")
+            for place, (text, prompt) in enumerate(zip(self.query, self.prompts, strict=True)):
+                if not text.startswith(prompt):
                     raise ValueError(f"query {place} does not begin with its prompt")
+            self.responses = list(map(str.removeprefix, self.query, self.prompts))
         return self
 
-    def samples(self) -> tuple[list[Prompt], list[Completion]]:
-        """What the scorer is asked about. Raises ImageError for what is no image, and SampleError
-        for what is nested too deeply."""
-        places = range(len(self.prompts))
+    def samples(self, looks: bool = True) -> tuple[list[Prompt], list[Completion]]:
+        """What the scorer, which `looks` at images or not, is asked about. Raises ImageError for
+        images that it cannot have, and SampleError for what is nested too deeply."""
+        places, size = range(len(self.prompts)), len(self.prompts)
         for name in ("labels", "metadata", "messages"):
             if is_deeper(getattr(self, name), DEEPEST + 1):
                 raise SampleError(f"{name}: nested more than {DEEPEST} deep")
-        of = partial(_each, len(places))
+        further = self.prompt_token_ids, self.labels, self.metadata, self.messages
+        columns: list[Any] = [values or [None] * size for values in further]
+        columns += [self.rows or places, self.prompts, self._pictures(looks)]
         prompts = [
-            Prompt(row, text, tuple(ids), label, metadata or {}, tuple(chat), tuple(images or ()))
-            for row, text, ids, label, metadata, chat, images in zip(
-                self.rows or places,
-                self.prompts,
-                of(self.prompt_token_ids, ()),
-                of(self.labels, None),
-                of(self.metadata, None),
-                of(self.messages, ()),
-                self._pictures(),
-                strict=True,
-            )
+            Prompt(row, text, tuple(ids or ()), label, metadata or {}, tuple(chat or ()), images)
+            for ids, label, metadata, chat, row, text, images in zip(*columns, strict=True)
         ]
-        cut = [t[len(p) :] for p, t in zip(self.prompts, self.query or (), strict=False)]
-        texts = cut if self.responses is None else self.responses
-        own = of(self.token_ids, ()), of(self.finish_reasons, "stop")
+        no_ids: Any = [()] * size
+        own = self.token_ids or no_ids, self.finish_reasons or ["stop"] * size
         return prompts, [
             Completion(place, 0, tuple(ids), (0.0,) * len(ids), text, reason)
-            for place, text, ids, reason in zip(places, texts, *own, strict=True)
+            for place, text, ids, reason in zip(places, self.responses or (), *own, strict=True)
         ]
 
-    def _pictures(self) -> Iterator[list[Image]]:
-        known: dict[str, Image] = {}  # the samples of a prompt have the same
-        for place, texts in enumerate(_each(len(self.prompts), self.images, None)):
-            for text in texts or ():
-                if text not in known:
-                    try:
-                        known[text] = from_base64(text)
-                        known[text].open()
-                    except ImageError as error:
-                        raise ImageError(f"images.{place}: {error}") from error
-            yield [known[text] for text in texts or ()]
-
-
-def _each(count: int, values: list[Any] | None, default: Any) -> list[Any]:
-    return [default] * count if values is None else values
+    def _pictures(self, looks: bool) -> Iterator[tuple[Image, ...]]:
+        known: dict[str, tuple[Image, int]] = {}  # the samples of a prompt have the same
+        sum_of_pixels = 0
+        for place, texts in enumerate(self.images or [None] * len(self.prompts)):
+            try:
+                for text in texts or ():
+                    if text not in known:
+                        image = from_base64(text)
+                        known[text] = image, math.prod(image.open().size) if looks else 0
+                    sum_of_pixels += known[text][1]
+                    if sum_of_pixels > _MOST_PIXELS:
+                        many = f"the images up to here have {sum_of_pixels} pixels, more than"
+                        raise ImageError(f"{many} {_MOST_PIXELS}; send fewer samples in one")
+            except ImageError as error:
+                raise ImageError(f"images.{place}: {error}") from error
+            yield tuple(known[text][0] for text in texts or ())
 
 
 class ScoreAnswer(BaseModel):
@@ -178,14 +174,16 @@ class _Service:
         self.needs = [field for field, argument in fields.items() if argument in wanted]
         # A model, which does not say what it wants, may want any.
         says = all(hasattr(source, "arguments") for source in sources)
+        self.looks = not says or "images" in self.needs
         self.takes = ["rows", *((n for n in _OWN if n in self.needs) if says else _MODELS_OWN)]
         self.registry = prometheus.CollectorRegistry()
         of: Any = {"namespace": "torchrft_reward", "registry": self.registry}
         self.requests = prometheus.Counter("requests", "Requests.", ["status"], **of)
         self.samples = prometheus.Counter("samples", "Samples scored.", **of)
         self.seconds = prometheus.Histogram("seconds", "Seconds of scoring a request.", **of)
-        self.gauge = prometheus.Gauge("waiting", "Requests in work or waiting.", **of)
         self.waiting = 0
+        gauge = prometheus.Gauge("waiting", "Requests in work or waiting.", **of)
+        gauge.set_function(lambda: self.waiting)
 
     def count(self, status: int) -> None:
         self.requests.labels(status).inc()
@@ -197,7 +195,6 @@ class _Service:
         if self.waiting >= _WAITING:
             raise HTTPException(503, "too many requests are waiting", {"Retry-After": "1"})
         self.waiting += 1
-        self.gauge.set(self.waiting)
         try:
             async with self.turn:
                 if await request.is_disconnected():
@@ -206,7 +203,6 @@ class _Service:
                 scores = await loop.run_in_executor(self.thread, self._score, body)
         finally:
             self.waiting -= 1
-            self.gauge.set(self.waiting)
         logs = [{**score.parts, **score.metrics} for score in scores]
         names = dict.fromkeys(name for log in logs for name in log)
         extra_logs = {name: [log.get(name) for log in logs] for name in names}
@@ -215,7 +211,7 @@ class _Service:
     def _score(self, body: ScoreRequest) -> list[Score]:
         try:
             with self.seconds.time():
-                scores = self.scorer.score(*body.samples())
+                scores = self.scorer.score(*body.samples(self.looks))
         except (ImageError, SampleError) as error:
             raise HTTPException(422, str(error)) from error
         except RewardError as error:
@@ -230,8 +226,8 @@ class _Service:
         """That the server is up, and what it takes; never needs the token."""
         if self.zipped:
             response.headers["Accept-Encoding"] = "gzip"  # of requests: RFC 7694
-        sources, authorized = list(self.scorer.sources), request.state.authorized
-        return HealthAnswer(status="ok", sources=sources, takes=self.takes, authorized=authorized)
+        told: Any = {"takes": self.takes, "authorized": request.state.authorized}
+        return HealthAnswer(status="ok", sources=list(self.scorer.sources), **told)
 
     async def metrics(self) -> Response:
         """Counters for Prometheus."""
@@ -239,14 +235,14 @@ class _Service:
         return Response(text, media_type=prometheus.CONTENT_TYPE_LATEST)
 
 
-async def _malformed(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)
-    told = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5])
-    return error_answer(422, "; ".join(told))
+async def _malformed(request: Request, error: Any) -> JSONResponse:
+    places = (
+        (".".join(f"{part!s:.80}" for part in e["loc"]), e["msg"]) for e in error.errors()[:5]
+    )
+    return error_answer(422, "; ".join(map(": ".join, places)))
 
 
-async def _refused(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, AnyHTTPException)
+async def _refused(request: Request, error: Any) -> JSONResponse:
     return error_answer(error.status_code, str(error.detail), dict(error.headers or {}))
 
 

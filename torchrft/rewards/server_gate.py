@@ -13,13 +13,15 @@ from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from torchrft.tools.payload import gunzip
+from torchrft.tools.payload import branches, gunzip
 from torchrft.tools.text import one_line
 
 HEADER_SECONDS = 10.0  # until a request's headers are there
 BODY_SECONDS = 30.0  # until its body is there
 ANSWER_SECONDS = 60.0  # that a client may leave an answer unread
 BODIES = 4  # as large as one may be, held at the same time
+BRANCHES = 1 << 19  # lists, objects and keys of a request, 8 for each of the most samples
+VALUE = 12  # bytes of the limit for each value that there may be; a token's id and text take 15
 GRACE_SECONDS = 10  # that requests have to end when the server ends
 CONNECTIONS = 512
 _DRAIN = 1 << 23  # bytes of a refused body that are thrown away; before, the client may not read
@@ -125,13 +127,15 @@ class Gate:
         except TimeoutError:
             raise _Refused(408, f"the body did not come within {BODY_SECONDS:g} seconds") from None
         body = b"".join(parts)
-        if encoding == b"gzip" and body:
-            try:
-                body = gunzip(body, self.limit)
-            except ValueError as error:
-                status = 413 if "more than" in str(error) else 400
-                raise _Refused(status, f"the body is {error}") from None
-            take(max(0, len(body) - size))
+        try:
+            body = gunzip(body, self.limit) if encoding == b"gzip" and body else body
+            # Parsing holds up all others. What is parsed takes about 128 bytes for each.
+            parsed = min(128 * branches(body, BRANCHES, self.limit // VALUE), self.limit)
+        except ValueError as error:
+            status = 413 if "more than" in str(error) else 400
+            remedy = "; send fewer samples in one" if status == 413 else ""
+            raise _Refused(status, f"the body is {error}{remedy}") from None
+        take(max(0, len(body) - size) + parsed)
         return body
 
 

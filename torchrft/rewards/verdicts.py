@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any, Literal
 
-from torchrft.rewards.registry import RuleFault, as_float
+from torchrft.rewards.registry import RuleFault, as_float, told
 from torchrft.rewards.source import RewardResult
 from torchrft.rewards.workers import Task, WorkerPool
 from torchrft.tools.registry import Registry
@@ -71,7 +71,7 @@ def _checked(parser: Parser, answer: str) -> float | None:
     try:
         value = parser(answer)
     except Exception as error:
-        raise RuleFault(0, f"raised {type(error).__name__}: {error}") from error
+        raise RuleFault(0, f"raised {told(error)}") from error
     if value is not None and not math.isfinite(as_float(value)):
         raise RuleFault(0, f"must give a finite number or None, got {value!r:.80}")
     return None if value is None else as_float(value)

@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
-from torchrft.rewards.registry import Rule, RuleFault, make_rule
+from torchrft.rewards.registry import Rule, RuleFault, make_rule, told
 from torchrft.rewards.rules import BUILT_IN, BuiltIn
 from torchrft.rewards.source import RewardError, RewardResult
 
@@ -129,7 +129,7 @@ class WorkerPool:
         max_failures: float = 1.0,
     ) -> None:
         self.tasks, self.count, self.timeout, self.memory = tuple(tasks), count, timeout, memory
-        self.max_failures = max_failures
+        self.max_failures, self.failures = max_failures, [0 for _ in self.tasks]
         self.workers: list[_Worker] = []
         self.lock = threading.Lock()
         self.output: Any = None  # an Output, once there are workers
@@ -237,25 +237,27 @@ class WorkerPool:
             lost = []
         else:
             run.results.update(dict.fromkeys(lost, RewardResult(0.0, error=reason)))
-            self._count_failures(run, reason)
+            self._count_failures(run, len(lost), reason)
         if left := [place for place in job.places[job.done :] if place not in lost]:
             run.jobs.appendleft(_Job(left))
         self.workers[number] = _Worker(self.tasks, self.memory, self.output.fd)
 
-    def _count_failures(self, run: _Run, reason: str) -> None:
-        """Says the first failure, and each doubling, at once; raises RewardError for too many."""
+    def _count_failures(self, run: _Run, more: int, reason: str) -> None:
+        """Says a rule's first failure, and each doubling of those of all calls, at once; raises
+        RewardError for too many in this one."""
         from torchrft.tools.logging import logger
 
         failed = sum(result.error is not None for result in run.results.values())
         judged = max(len(run.results), _EARLY)
-        what = f"reward function {self.tasks[run.task].name!r}: no verdict on {failed} of"
+        what = f"reward function {self.tasks[run.task].name!r}: no verdict on"
         if failed > self.max_failures * judged:
             raise RewardError(
-                f"{what} {len(run.results)} samples so far, the last because {reason}; mend it, or "
-                f"raise max_reward_failures = {self.max_failures:g}"
+                f"{what} {failed} of {len(run.results)} samples so far, the last because {reason}; "
+                f"mend it, or raise max_reward_failures = {self.max_failures:g}"
             )
-        if failed.bit_count() == 1:
-            logger.warning(f"{what} {len(run.rows)} samples so far, the last because {reason}")
+        before, self.failures[run.task] = self.failures[run.task], self.failures[run.task] + more
+        if (count := self.failures[run.task]).bit_length() > before.bit_length():
+            logger.warning(f"{what} {count} of all samples so far, the last because {reason}")
 
 
 def serve(fd: int, lifeline: int, current: int) -> None:
@@ -281,7 +283,7 @@ def serve(fd: int, lifeline: int, current: int) -> None:
                 task.isolation.choose()
             BUILT_IN.get(task.name, BuiltIn()).check(**task.options)
     except Exception as error:
-        send("broken", f"{type(error).__name__}: {error}")
+        send("broken", told(error))
         return
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + memory
@@ -301,7 +303,7 @@ def serve(fd: int, lifeline: int, current: int) -> None:
             send("full", f"it took more than {memory / 2**30:g} GiB")
         except Exception as error:  # what a function returned cannot even be looked at: a bug
             place = 0 if together else int.from_bytes(os.pread(current, 4, 0), "little")
-            send("fault", (place, f"{type(error).__name__}: {error!r:.200}", False))
+            send("fault", (place, told(error), False))
 
 
 def _results(

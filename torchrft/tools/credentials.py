@@ -11,8 +11,7 @@ def check_url(url: str, option: str) -> None:
     with or without a path, and holds no secret."""
     try:
         parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname)
-        _ = parts.port  # raises for one that is no number
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         usable = False
     if not usable:

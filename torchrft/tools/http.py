@@ -143,9 +143,7 @@ class Server:
             except TimeoutError:
                 raise ConnectionError(f"no answer to {path} within {deadline}") from None
             except (ConnectionError, ServerError) as error:
-                if attempt == retries or (
-                    isinstance(error, ServerError) and not error.is_transient
-                ):
+                if attempt == retries or not getattr(error, "is_transient", True):
                     raise
             except ValueError as error:
                 if attempt == retries:

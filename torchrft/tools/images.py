@@ -6,7 +6,8 @@ import base64
 import io
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,17 +60,9 @@ class Image:
 
     def data_uri(self) -> str:
         """The encoded picture as a data URI. Raises ImageError if it is none that can be read."""
-        from PIL import Image as Pillow
-        from PIL import UnidentifiedImageError
-
         data = self.read()
-        try:
-            with Pillow.open(io.BytesIO(data), formats=FORMATS) as picture:
-                kind = picture.get_format_mimetype() or "image/png"
-        except UnidentifiedImageError as error:
-            raise ImageError(f"{self.name} {_OTHER}") from error
-        except Exception as error:  # as in `open`
-            raise ImageError(f"{self.name} cannot be decoded ({error})") from error
+        with self._decoding(io.BytesIO(data)) as picture:
+            kind = picture.get_format_mimetype() or "image/png"
         return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
     def open(self) -> Picture:
@@ -79,37 +72,42 @@ class Image:
         of FORMATS.
         """
         from PIL import Image as Pillow
-        from PIL import ImageOps, UnidentifiedImageError
+        from PIL import ImageOps
 
-        what = self.name
         self._refuse_special()
+        with self._decoding(self.path if self.data is None else io.BytesIO(self.data)) as picture:
+            # Phones put a second picture behind the first (MPO), which is the one meant.
+            if picture.format not in ("MPO", "GIF") and getattr(picture, "n_frames", 1) > 1:
+                raise ImageError(f"{self.name} is animated or has pages: save the one that counts")
+            if picture.width * picture.height > MAX_PIXELS:
+                size = f"{self.name} has {picture.width} x {picture.height}"
+                raise ImageError(f"{size} pixels, more than {MAX_PIXELS}")
+            upright = ImageOps.exif_transpose(picture)
+            if upright.mode.startswith("I"):  # 16 bits, which RGB would clip to white
+                upright = upright.convert("I").point(lambda value: value * (1 / 257)).convert("L")
+            if "A" in upright.getbands() or "transparency" in upright.info:
+                white = Pillow.new("RGBA", upright.size, "white")
+                upright = Pillow.alpha_composite(white, upright.convert("RGBA"))
+            return upright.convert("RGB")
+
+    @contextmanager
+    def _decoding(self, source: Any) -> Iterator[Any]:
+        """Opens the encoded picture. Whatever its decoder raises becomes an ImageError."""
+        from PIL import Image as Pillow
+        from PIL import UnidentifiedImageError
+
         try:
-            source: Any = self.path if self.data is None else io.BytesIO(self.data)
             with Pillow.open(source, formats=FORMATS) as picture:
-                # Phones put a second picture behind the first (MPO), which is the one meant.
-                if picture.format not in ("MPO", "GIF") and getattr(picture, "n_frames", 1) > 1:
-                    raise ImageError(f"{what} is animated or has pages: save the one that is meant")
-                if picture.width * picture.height > MAX_PIXELS:
-                    size = f"{picture.width} x {picture.height}"
-                    raise ImageError(f"{what} has {size} pixels, more than {MAX_PIXELS}")
-                upright = ImageOps.exif_transpose(picture)
-                if upright.mode.startswith("I"):  # 16 bits, which RGB would clip to white
-                    upright = upright.convert("I").point(lambda value: value * (1 / 257))
-                    upright = upright.convert("L")
-                if "A" in upright.getbands() or "transparency" in upright.info:
-                    upright = upright.convert("RGBA")
-                    white = Pillow.new("RGBA", upright.size, "white")
-                    upright = Pillow.alpha_composite(white, upright)
-                return upright.convert("RGB")
+                yield picture
         except ImageError:
             raise
         except FileNotFoundError as error:
-            raise ImageError(f"{what} does not exist") from error
+            raise ImageError(f"{self.name} does not exist") from error
         except UnidentifiedImageError as error:
-            raise ImageError(f"{what} {_OTHER}") from error
+            raise ImageError(f"{self.name} {_OTHER}") from error
         except Exception as error:  # decoders raise what they like on damaged files
             why = getattr(error, "strerror", None) or error
-            raise ImageError(f"{what} cannot be decoded ({why})") from error
+            raise ImageError(f"{self.name} cannot be decoded ({why})") from error
 
 
 def image_of(value: Any, folder: Path) -> Image:

@@ -8,7 +8,7 @@ DEEPEST = 64
 """Lists and objects within each other, of labels and other columns of a row."""
 
 
-def parse(content: bytes | bytearray) -> Any:
+def parse(content: str | bytes | bytearray) -> Any:
     """The value of JSON text. Raises ValueError for anything else, however deeply nested."""
     try:
         return json.loads(content)
@@ -24,6 +24,21 @@ def is_deeper(value: Any, limit: int = DEEPEST) -> bool:
         level = [one for one in level if isinstance(one, list | dict)]
         level = [v for one in level for v in (one.values() if isinstance(one, dict) else one)]
     return bool(level)
+
+
+def branches(text: bytes, most: int, most_values: int) -> int:
+    """How many lists, objects and keys JSON text has: what it takes to parse it, told beforehand.
+
+    Raises ValueError for more than `most`, or `most_values` values, and for what is not UTF-8.
+    """
+    if b"\0" in text:  # as in UTF-16, whose marks are not found below
+        raise ValueError("no JSON in UTF-8")
+    parts = text.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"', most_values)
+    outside = b"".join(parts[::2])  # of strings
+    count = sum(map(outside.count, b"[{:"))
+    if count > most or len(parts) + outside.count(b",") > most_values:
+        raise ValueError(f"JSON of more than {most} lists and keys, or {most_values} values")
+    return count
 
 
 def gunzip(data: bytes, limit: int) -> bytes:

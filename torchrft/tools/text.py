@@ -4,15 +4,18 @@ import os
 import re
 
 LONGEST = 2000  # characters of an error or a log line
-_SECRET = r"(?:api[_-]?key|access[_-]?key|token|secret|passw(?:or)?d|pwd|credentials?|signature)"
-_OPTION = r"(?:api_?key|(?:access|auth|hf|bearer)_?token|secret|password)"
+_WORD = r"(?:(?:api|access|private|secret).?key|(?:access|auth|hf|bearer).?token|secret|passwo?r?d)"
 _SCHEME = r"[a-z][\w+.-]*://"
 _USER = r"""[^"'\s:/@]*:(?!//|\d*[/?#])[^"'\s]*"""  # name:password, and no host:port/
-_SECRETS = (  # the text before a secret, the secret, and what follows
-    re.compile(rf"""(?i)(["'](?:{_SCHEME})?){_USER}(@)"""),
-    re.compile(rf"""(?i)(\b{_SCHEME})(?:[^\s"'/?#]*|{_USER})(@)"""),
-    re.compile(rf"""(?i)([?&](?:[\w-]*[_-])?(?:{_SECRET}|key|auth|sig)=)[^\s&#"']+()"""),
-    re.compile(rf"""(?i)({_OPTION}["']?\s*[:=]\s*["'])[^"'\n]*()"""),
+_SECRETS = (  # the text before a secret, as a group, and the secret
+    rf"""(["'](?:{_SCHEME})?){_USER}(?=@)""",
+    rf"""(\b{_SCHEME})(?:[^\s"'/?#]*|{_USER})(?=@)""",
+    rf"""([?&](?:[\w-]*[_-])?(?:{_WORD}|key|token|pwd|cred\w*|auth|sig(?:nature)?)=)[^\s&#"']+""",
+    rf"""((?:{_WORD}|(?<![\w-])token)[\\"']*\s*[:=]\s*((?:\\*["']){{3}}|\\*["']))(?:(?!\2)(?:\\.|[^\n]))*""",
+    rf"""({_WORD}(?:["']\s*[:=]|\s?=|(?<=-key):)\s?)(?:\[[^]\n]*|[^][\s"'\\,;&)}}]+)""",
+    rf"""((?<![\w-])--(?:[\w.-]{{0,99}}{_WORD}|(?:\w+\.)?token)[ =]\s*)\S+""",
+    r"""(authorization\\*["']?\s*[:=]\s*\\*["']?(?:(?:bearer|basic|token)\s+)?)[^\s"'\\,;]+""",
+    r"(\bbearer\s+)(?-i:(?=[a-z.~+/-]*[\dA-Z_]))[\w.~+/-]{6,}=*",
 )
 _NAMES = re.compile(r"(?i)(?:.*_)?(?:API_KEY|TOKEN|SECRET|PASSWORD)")  # of environment variables
 _known: set[str] = set()
@@ -33,13 +36,15 @@ def redact(text: str) -> str:
     for secret in sorted((value for value in named | _known if len(value) >= 8), key=len)[::-1]:
         text = text.replace(secret, "***")
     for pattern in _SECRETS:
-        text = pattern.sub(r"\1***\2", text)
+        text = re.sub(f"(?i){pattern}", r"\1***", text)
     return text
 
 
-def secret_option(name: str, value: object) -> bool:
-    """Whether an option of that name and value is a secret, as `api_key = "sk-1"`."""
-    return isinstance(value, str) and bool(re.fullmatch(rf"(?i)(.*_)?{_OPTION}", name))
+def is_secret(name: str, value: object) -> bool:
+    """Whether an option holds a secret, as its name says, like `api_key = "sk-1"`, or its text,
+    like `url = "http://me:pass@host"`. "***" stands for a secret that was taken out."""
+    text = f"--{name} {value}".replace("***", "Secret1")
+    return not isinstance(value, bool | float) and redact(text) != text
 
 
 def shorten(text: str, limit: int = LONGEST) -> str:
