@@ -32,7 +32,7 @@ def build_sampler(
     asyncio.run(pool.check())
     limits = Limits(section.max_turns, config.data.max_len)
     stops, options = config.rollout.stop_token_ids, config.data.chat_template_kwargs
-    renderer = ChatRenderer(tokenizer, stops, options)
+    renderer = ChatRenderer(tokenizer, stops, **options)
     return Player(engine, pool, renderer, limits, row_of, config.training.seed)
 
 

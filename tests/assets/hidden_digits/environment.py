@@ -1,28 +1,26 @@
-"""Two digits are shown, one after each reply; the last reply has to be the larger one.
+"""Two digits are shown after the first reply; the second reply has to be the larger one.
 
-Whoever has seen fewer digits can only guess, so that nothing but the last of three turns earns more
-than chance.
+Nothing of them is in the opening, so that the first reply alone earns no more than chance.
 """
 
 from torchrft.environments import Opening, Turn
 
 
 class HiddenDigits:
-    """The row's prompt holds the digits, its label the larger one. `shown` digits are shown."""
-
-    def __init__(self, shown: int = 2) -> None:
-        self.shown = shown
+    """The row's prompt holds the digits, its label the larger one."""
 
     def reset(self, row, seed):
-        """Nothing of the digits is in the opening."""
-        self.hidden, self.label = list(row["prompt"][: self.shown]), row["label"]
+        """A question that says nothing."""
+        self.digits, self.label, self.is_shown = row["prompt"], row["label"], False
         return Opening(({"role": "user", "content": "?"},))
 
     def step(self, reply):
-        """The next digit, or the end."""
-        if self.hidden:
-            return Turn(({"role": "user", "content": self.hidden.pop(0)},))
-        return Turn(reward=float(reply["content"].strip() == self.label), done=True)
+        """A right reply ends the episode at once, if by chance; a wrong one after the digits."""
+        right = reply["content"].strip() == self.label
+        if right or self.is_shown:
+            return Turn(reward=float(right), done=True)
+        self.is_shown = True
+        return Turn(({"role": "user", "content": self.digits},))
 
     def close(self):
         """Nothing is held."""
