@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
-from typing import Any, Protocol, get_args
+from typing import Any, get_args
 
 from torchrft.environments.play import Episode, play
+from torchrft.environments.pool import EnvironmentPool, Seat
 from torchrft.environments.protocol import Limits, Message, Opening, Renderer, Status, Turn
 from torchrft.tools import progress
 from torchrft.tools.seeds import derive_seed
@@ -20,32 +21,6 @@ from torchrft.types import Branch, Completion, Prompt, Sampler, SamplingParams
 
 _STATUSES = get_args(Status)
 _ENVIRONMENT = 1_000_003  # sets the environment's seed apart from those of replies
-
-
-class Seat(Protocol):
-    """An environment that an episode has for itself, as Environment, wherever it runs."""
-
-    async def step(self, reply: Message) -> Turn:
-        """The answer to a reply. Raises EnvironmentFault."""
-        ...
-
-    async def close(self) -> None:
-        """Gives back what the episode holds."""
-        ...
-
-
-class Environments(Protocol):
-    """Where environments run."""
-
-    async def open(
-        self, row: Mapping[str, Any], seed: int, row_number: int | None = None
-    ) -> tuple[Seat, Opening]:
-        """Starts an episode. Raises EnvironmentFault."""
-        ...
-
-    def close(self) -> None:
-        """Ends them all."""
-        ...
 
 
 @dataclass
@@ -67,7 +42,7 @@ class Player:
     def __init__(
         self,
         engine: Sampler,
-        environments: Environments,
+        environments: EnvironmentPool,
         renderer: Renderer,
         limits: Limits,
         row_of: Callable[[Prompt], Mapping[str, Any]],
@@ -162,7 +137,7 @@ class _Rounds:
 class _Hosted:
     """An environment that is opened where environments run."""
 
-    def __init__(self, environments: Environments, row_number: int) -> None:
+    def __init__(self, environments: EnvironmentPool, row_number: int) -> None:
         self.environments, self.row_number = environments, row_number
         self.seat: Seat | None = None
 

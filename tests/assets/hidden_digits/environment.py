@@ -1,6 +1,6 @@
 """Two digits are shown after the first reply; the second reply has to be the larger one.
 
-Nothing of them is in the opening, so that the first reply alone earns no more than chance.
+Nothing of them is in the opening, so that the first reply alone earns nothing.
 """
 
 from torchrft.environments import Opening, Turn
@@ -15,10 +15,9 @@ class HiddenDigits:
         return Opening(({"role": "user", "content": "?"},))
 
     def step(self, reply):
-        """A right reply ends the episode at once, if by chance; a wrong one after the digits."""
-        right = reply["content"].strip() == self.label
-        if right or self.is_shown:
-            return Turn(reward=float(right), done=True)
+        """The digits after whatever was said; then the end."""
+        if self.is_shown:
+            return Turn(reward=float(reply["content"].strip() == self.label), done=True)
         self.is_shown = True
         return Turn(({"role": "user", "content": self.digits},))
 
