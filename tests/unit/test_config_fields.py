@@ -188,6 +188,15 @@ FIELD_PROOF: dict[str, str] = {
     "reward_running_norm_minus_mean": UNIT
     + "trainer_algorithms.py::test_a_run_with_critic_and_running_norm_resumes_bit_identically",
     "reward_clip": UNIT + "trainer_algorithms.py::test_option_reaches_the_step",
+    # environment
+    "name": UNIT + "environments_job.py::test_rows_are_the_conversation_token_by_token",
+    "options": UNIT
+    + "environments_job.py::test_an_environment_that_fails_is_counted_and_teaches_nothing",
+    "max_turns": UNIT + "environments_job.py::test_fewer_turns_and_another_weight",
+    "environment_timeout": UNIT
+    + "environments_hosting.py::test_what_hangs_is_killed_and_the_others_are_made_again",
+    "environment_workers": UNIT + "environments_hosting.py::test_many_episodes_share_few_processes",
+    "environment_weight": UNIT + "environments_job.py::test_fewer_turns_and_another_weight",
     # parallel
     "zero_stage": UNIT + "parallel_zero.py::test_stages_shard_differently_and_train_alike",
     "fsdp": UNIT + "parallel_zero.py::test_fsdp_shards_fully",

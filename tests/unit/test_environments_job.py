@@ -121,6 +121,16 @@ def test_an_environment_that_fails_is_counted_and_teaches_nothing(tmp_path):
     assert record["reward/environment/status/done"] == pytest.approx(1 - len(bad) / len(rows))
 
 
+def test_fewer_turns_and_another_weight(tmp_path):
+    tiny_job.run(tmp_path, **OPTIONS | {"max_turns": 2, "environment_weight": -0.5, "max_steps": 1})
+    (record,) = records(tmp_path)
+    assert record["reward/environment/turns"] == 2.0
+    assert record["reward/environment/status/turns"] == 1.0
+    for row in rollout(tmp_path, 1):
+        assert row["reward"] == pytest.approx(-0.5 * row["reward_parts"]["environment"])
+        assert len(row["branches"][0]["turn_ends"]) == 2
+
+
 def test_what_cannot_go_together():
     served = {"engine_type": "vllm", "engine_tp_size": 2, "mixed_mm_data": True}
     with pytest.raises(ConfigError) as fault:
