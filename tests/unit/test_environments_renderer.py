@@ -207,6 +207,22 @@ def test_stop_tokens_are_those_that_the_template_writes_and_the_tokenizers_and_t
     assert stops("llama3") == ["<|eot_id|>"]
     assert stops("mistral") == ["</s>"]
     assert stops("gpt_oss") == ["<|return|>", "<|call|>"]
+    # The last token that is written is what ends a reply.
+    template = "{{ messages[-1].content }}<|im_start|><|im_end|>"
+    renderer = ChatRenderer(chat_families.tokenizer("chatml", template))
+    assert renderer.tokenizer.decode(renderer.get_stop_token_ids()) == "<|im_end|>"
+
+
+def test_a_template_that_writes_nothing_behind_a_reply():
+    template = "{% for m in messages %}{{ m.role[0] + ':' + m.content | trim + '\n' }}{% endfor %}"
+    template += "{% if add_generation_prompt %}a:{% endif %}"
+    renderer = ChatRenderer(chat_families.tokenizer("chatml", template))
+    prompt = renderer.render_ids([ASKED], add_generation_prompt=True)
+    # The text of the stop token, letter by letter, and a space that the template takes away.
+    ids = [id for letter in " <|im_end|>b" for id in renderer.tokenizer.encode(letter)]
+    told = [ASKED, renderer.parse_response(ids).message()]
+    following = renderer.bridge_to_next_turn(prompt, ids, [NEXT], messages=told)
+    assert renderer.tokenizer.decode(following[len(prompt) + len(ids) :]) == "u:And in Oslo?\na:"
 
 
 def test_qwen3_drops_thinking_when_a_user_speaks_and_keeps_it_when_a_tool_answers(renderers):
@@ -319,6 +335,10 @@ def test_gpt_oss_drops_thinking_and_the_return_token_of_final_messages(renderers
         )
         final = "<|channel|>final<|message|>Sunny.<|return|>"
         assert bridged(gpt, before + final, [NEXT], TOOLS) is None
+    # The template's key for thinking is its own.
+    thinking = {"role": "assistant", "content": "", "reasoning_content": "Hm."}
+    told = [ASKED, {**thinking, "tool_calls": [call(place="Rome")]}, FOUND]
+    assert "analysis<|message|>Hm.<|end|>" in gpt.tokenizer.decode(gpt.render_ids(told))
     # Cut off: the template's own closing.
     assert bridged(gpt, "<|channel|>final<|message|>Sunny", [NEXT]) == (
         "<|end|><|start|>user<|message|>And in Oslo?<|end|><|start|>assistant"
