@@ -11,8 +11,8 @@ import torch
 from torchrft.models.loader import load_tokenizer
 from torchrft.rollout.native import kv_cache
 from torchrft.rollout.native.engine import NativeEngine
-from torchrft.rollout.native.generation import Generation, _Active
 from torchrft.rollout.native.kv_cache import SlotCache
+from torchrft.rollout.native.scheduler import Request, Sample
 from torchrft.rollout.weight_sync import named_full_tensors
 from torchrft.types import Prompt, SamplingParams
 
@@ -299,8 +299,8 @@ def test_longer_than_one_step_of_the_cache(monkeypatch):
     capacities = []
     reserve = SlotCache.reserve
 
-    def spy(cache, length, used, like):
-        reserve(cache, length, used, like)
+    def spy(cache, length):
+        reserve(cache, length)
         assert cache.capacity >= length
         capacities.append(cache.capacity)
 
@@ -513,9 +513,9 @@ def test_a_prompt_whose_samples_are_more_than_the_slots_is_prefilled_once():
 
 def test_prefill_is_bounded(monkeypatch):
     """Long prompts do not share one pass beyond the bound of padded tokens."""
-    from torchrft.rollout.native import generation
+    from torchrft.rollout.native import scheduler
 
-    monkeypatch.setattr(generation, "_PREFILL_TOKENS", 30)
+    monkeypatch.setattr(scheduler, "_PREFILL_TOKENS", 30)
     engine, model = make()
     prefills, _ = watch(engine)
     token_ids = [[7] * 10, [8] * 9, [9] * 12, [10] * 40, [11], [12, 13]]
@@ -716,18 +716,23 @@ def test_the_example_of_the_docs(capsys, monkeypatch):
 )
 def test_the_last_sequences_fill_the_holes(flat, finished, order):
     """Of those that end, by hand: state and cache move alike, and no more than must."""
-    engine = flat[0]
-    generation = Generation(
-        engine.model, prompts(RAGGED), SamplingParams(n=2), (EOS,), len(finished), str
-    )
-    numbers = torch.arange(len(finished))
-    generation.active = _Active(*(numbers + 10 * i for i in range(6)))
-    generation.active.length = torch.ones_like(numbers)
-    generation.cache.keys = [numbers.view(-1, 1, 1, 1).clone()]
-    generation.retire(torch.tensor(finished).bool())
-    assert generation.active.request.tolist() == order
-    assert generation.active.seed.tolist() == [50 + row for row in order]
-    assert generation.cache.keys[0].flatten()[: len(order)].tolist() == order
+    slots, engine = len(finished), flat[0]
+    sampling = SamplingParams(n=slots)
+    requests = [Request(0, prompts(RAGGED)[0], range(slots), budget=9)]
+    scheduler = engine._scheduler(requests, 12, sampling)
+    scheduler.samples = {slot: Sample(requests[0], slot) for slot in range(slots)}
+    state, cache, numbers = scheduler.state, scheduler.step.cache, torch.arange(slots)
+    state.live[:] = ~torch.tensor(finished).bool()
+    state.seed[:], state.length[:], state.generated[:] = numbers + 50, 1, 2
+    state.out_token[:, 1] = numbers
+    cache.keys = [numbers.view(-1, 1, 1, 1).clone()]
+    ended = scheduler._retire()
+    assert [sample.tokens for sample in ended] == [[0, i] for i in range(slots) if finished[i]]
+    assert scheduler._fit() == len(order)
+    assert [scheduler.samples[slot].index for slot in range(len(order))] == order
+    assert state.seed[: len(order)].tolist() == [50 + row for row in order]
+    assert state.live.tolist() == [slot < len(order) for slot in range(slots)]
+    assert cache.keys[0].flatten()[: len(order)].tolist() == order
 
 
 @pytest.mark.slow
