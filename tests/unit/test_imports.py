@@ -143,7 +143,7 @@ def code_lines(source: str) -> int:
 
 
 # Code lines that a room may have; docs/design.md: why not 10,200 in sum.
-LINES = {"rollout": 2500, "rewards": 2380, "models": 1540, "config": 1400, "tools": 1005}
+LINES = {"rollout": 2425, "rewards": 2380, "models": 1540, "config": 1400, "tools": 1005}
 LINES |= {"the loop": 950, "checkpoint": 775, "data": 625, "parallel": 605, "algorithms": 595}
 LINES |= {"learn": 570, "build": 560, "metrics": 470, "optim": 130}
 # Rooms that no other job imports.
@@ -188,8 +188,7 @@ LARGE = {
     # DeepSpeed's own interfaces.
     *("DeepSpeedEngine", "initialize", "init_distributed", "FusedAdam", "DeepSpeedCPUAdam", "Init"),
     "attention",  # transformers' interface of attention functions
-    # Engines: requests, slots, caches and graphs in one state. To be one scheduler.
-    *("Generation", "GraphGeneration", "_SlotAttention", "RemoteVllmEngine", "VllmEngine"),
+    *("RemoteVllmEngine", "VllmEngine"),  # engines: requests, servers and weights in one state
     "Trainer",  # what a run is made of
 }
 RECORDS = {"dataclass", "Section", "NamedTuple", "Protocol", "BaseModel"}

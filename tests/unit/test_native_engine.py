@@ -1,6 +1,8 @@
 """The native engine against transformers: tokens, log-probs, limits, batching, weights."""
 
 import dataclasses
+import gc
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -9,10 +11,11 @@ import tiny
 import torch
 
 from torchrft.models.loader import load_tokenizer
+from torchrft.rollout.native import engine as engine_module
 from torchrft.rollout.native import kv_cache
 from torchrft.rollout.native.engine import NativeEngine
 from torchrft.rollout.native.kv_cache import SlotCache
-from torchrft.rollout.native.scheduler import Request, Sample
+from torchrft.rollout.native.scheduler import Request, Sample, Scheduler
 from torchrft.rollout.weight_sync import named_full_tensors
 from torchrft.types import Prompt, SamplingParams
 
@@ -733,6 +736,47 @@ def test_the_last_sequences_fill_the_holes(flat, finished, order):
     assert state.seed[: len(order)].tolist() == [50 + row for row in order]
     assert state.live.tolist() == [slot < len(order) for slot in range(slots)]
     assert cache.keys[0].flatten()[: len(order)].tolist() == order
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_requests_come_and_go_while_others_run(flat, monkeypatch, captured):
+    """Added one by one at different looks: each sample is what it is beside all others."""
+    monkeypatch.setattr(engine_module, "supports", lambda *_: captured)
+    engine, sampling = flat[0], SamplingParams(n=2, max_new_tokens=20, seeds=seeds(4, 2))
+    wanted = {
+        key: list(tokens)
+        for key, tokens in by_key(engine.generate(prompts(RAGGED), sampling)).items()
+    }
+    requests = engine._requests(prompts(RAGGED), sampling)
+    scheduler, got = engine._scheduler(requests[:1], 40, sampling), {}
+    with torch.inference_mode():
+        for request in requests:
+            scheduler.add(request)
+            for sample in scheduler.advance():
+                got[sample.request.number, sample.index] = sample.tokens
+        while scheduler.busy:
+            for sample in scheduler.advance():
+                got[sample.request.number, sample.index] = sample.tokens
+    assert got == wanted
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_the_cache_is_freed_without_a_garbage_collection(flat, monkeypatch, captured):
+    monkeypatch.setattr(engine_module, "supports", lambda *_: captured)
+    schedulers, init = [], Scheduler.__init__
+
+    def spy(scheduler, *arguments):
+        init(scheduler, *arguments)
+        schedulers.append(weakref.ref(scheduler.step.cache))
+
+    monkeypatch.setattr(Scheduler, "__init__", spy)
+    gc.collect()
+    gc.disable()
+    try:
+        flat[0].generate(prompts(RAGGED), SamplingParams(max_new_tokens=3))
+        assert [cache() for cache in schedulers] == [None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.slow

@@ -23,7 +23,7 @@ from torchrft.rollout.native.slots import Slots
 from torchrft.rollout.native.step import Decoder, EagerRunner, Step
 from torchrft.rollout.weight_sync import copy_weights
 from torchrft.tools import progress
-from torchrft.types import Completion, Prompt, SamplingParams
+from torchrft.types import Completion, FinishReason, Prompt, SamplingParams
 
 
 class NativeEngine:
@@ -114,55 +114,40 @@ class NativeEngine:
             samples += scheduler.advance()
             progress.at(len(samples), len(prompts) * sampling.n, "samples")
         samples.sort(key=lambda sample: (sample.request.number, sample.index))
-        return self._completions(sampling, samples)
+        return [self._completion(sample, sampling) for sample in samples]
 
     def _requests(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Request]:
         n, seeds = sampling.n, sampling.seeds
         if seeds is None:  # greedily nothing is drawn: the generators stay as they are
-            flat = torch.zeros if sampling.temperature == 0 else partial(torch.randint, 2**62)
-            seeds = flat((len(prompts) * n,)).long().view(-1, n).tolist()
-        shift = self.vision.shift if self.vision is not None else lambda _: 0
-        return [
-            Request(
-                number, prompt, seeds[number], sampling.budget(len(prompt.token_ids)), shift(prompt)
-            )
-            for number, prompt in enumerate(prompts)
-        ]
+            draw = torch.zeros if sampling.temperature == 0 else partial(torch.randint, 2**62)
+            seeds = draw((len(prompts) * n,), dtype=torch.long).view(-1, n).tolist()
+        budgets = [sampling.budget(len(prompt.token_ids)) for prompt in prompts]
+        shifts = [0 if self.vision is None else self.vision.shift(prompt) for prompt in prompts]
+        return list(map(Request, range(len(prompts)), prompts, seeds, budgets, shifts))
 
     def _scheduler(
         self, requests: Sequence[Request], longest: int, sampling: SamplingParams
     ) -> Scheduler:
         slots = min(self.max_num_seqs, len(requests) * sampling.n)
         decoder = Decoder(self.model, self.vision, self.fp32_head)
-        captured = supports(self.model, sampling)
+        budget = max(request.budget for request in requests)
+        has_images = any(request.prompt.images for request in requests)
+        state = Slots.empty(slots, budget, self.device, has_images)
+        stop_ids = self.stop_token_ids + sampling.stop_token_ids
         # One more than the longest sequence, since a slot is reserved for a token and the next.
         cache = SlotCache(slots, longest + 1)
-        if captured:
+        if captured := supports(self.model, sampling):
             heads = self.model.config.get_text_config().num_attention_heads
             cache = FixedCache(slots, longest + 1, heads, self.compiled)
-        most = max(request.budget for request in requests)
-        shifted = any(request.prompt.images for request in requests)
-        state = Slots.empty(slots, most, self.device, shifted)
-        stop_ids = self.stop_token_ids + sampling.stop_token_ids
         step = Step(decoder, cache, state, sampling, stop_ids, captured and self.compiled)
         runner: Runner = GraphRunner(step, self.warm) if captured else EagerRunner(step)
         return Scheduler(runner, partial(decode, self.tokenizer))
 
-    def _completions(self, sampling: SamplingParams, samples: Sequence[Sample]) -> list[Completion]:
-        assert self.version is not None
+    def _completion(self, sample: Sample, sampling: SamplingParams) -> Completion:
         stop_ids = self.stop_token_ids + sampling.stop_token_ids
-        all_tokens = [sample.tokens for sample in samples]
-        all_texts = texts(self.tokenizer, all_tokens, sampling.stop, stop_ids)
-        return [
-            Completion(
-                prompt_index=sample.request.number,
-                sample_index=sample.index,
-                token_ids=tuple(sample.tokens),
-                logprobs=tuple(sample.logprobs),
-                text=text,
-                finish_reason="stop" if sample.stopped else "length",
-                policy_version=self.version,
-                kept=sample.kept,
-            )
-            for sample, text in zip(samples, all_texts, strict=True)
-        ]
+        (text,) = texts(self.tokenizer, [sample.tokens], sampling.stop, stop_ids)
+        reason: FinishReason = "stop" if sample.stopped else "length"
+        tokens, logprobs = tuple(sample.tokens), tuple(sample.logprobs)
+        place = sample.request.number, sample.index
+        assert self.version is not None
+        return Completion(*place, tokens, logprobs, text, reason, self.version, sample.kept)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchrft.rollout.native.kv_cache import Prefill, SlotCache, attend_masked
+from torchrft.rollout.native.kv_cache import Prefill, SlotCache
 from torchrft.rollout.native.step import Step
 from torchrft.types import SamplingParams
 
@@ -30,19 +30,16 @@ def supports(model: Any, sampling: SamplingParams) -> bool:
     draws were among has no fixed size."""
     text = model.config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    has_window_off = getattr(text, "use_sliding_window", None) is False
     weight = model.get_output_embeddings().weight
     return (
         weight.is_cuda
         and weight.dtype in (torch.bfloat16, torch.float16)
         and kinds == {"full_attention"}
-        and (getattr(text, "sliding_window", None) is None or _is_off(text))
+        and (getattr(text, "sliding_window", None) is None or has_window_off)
         and not (sampling.stop or sampling.replay)
         and not any(hasattr(text, name) for name in ("kv_lora_rank", "v_head_dim"))
     )
-
-
-def _is_off(text: Any) -> bool:
-    return getattr(text, "use_sliding_window", None) is False
 
 
 class FixedCache(SlotCache):
@@ -70,7 +67,7 @@ class FixedCache(SlotCache):
 
 
 class SlotAttention:
-    """Attention layout of one new token for each of the first slots.
+    """Attention layout of one new token for each of the first slots, live or not.
 
     keys, values: [layers, slots, T, Hkv, D]; least: keys of the smallest part. `begin` is called at
     the start of every step. The layer is a number, or its row of `handles` where a compiled layer
@@ -89,7 +86,7 @@ class SlotAttention:
         self.cuts = list(range(0, room, self.size))  # a list's length is constant to compile
         layers = torch.arange(count, device=keys.device)[:, None, None]
         places = torch.arange(batch + 1, device=keys.device)
-        self.places = places[:-1]
+        self.places = self.slots = places[:-1]
         self.starts = torch.tensor(self.cuts, device=keys.device)
         self.sizes = (room - self.starts).clamp(max=self.size)
         first = (layers * slots + places[:, None]) * room + self.starts
@@ -107,7 +104,7 @@ class SlotAttention:
 
     def __call__(
         self,
-        layer: int | Tensor,
+        layer: Any,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -124,12 +121,9 @@ class SlotAttention:
         # The query heads of a group become query tokens, so that keys are read once per group.
         grouped = query.view(batch, kv_heads, group, dim)
         if not query.is_cuda:
-            width = int(self.lengths.max()) + 1
-            keys, values = (
-                held[int(layer)][:batch, :width].transpose(1, 2)
-                for held in (self.keys, self.values)
-            )
-            out = attend_masked(grouped, keys, values, self.lengths, scale)
+            keys, values = (x[layer[0], :batch].transpose(1, 2) for x in (self.keys, self.values))
+            inside = torch.arange(keys.shape[2]) <= self.lengths[:, None, None, None]
+            out = F.scaled_dot_product_attention(grouped, keys, values, inside, scale=scale)
             return out.reshape(batch, 1, heads, dim)
         queries = grouped[:, None].expand(-1, parts, -1, -1, -1).transpose(2, 3)
         out, lse, *_ = torch.ops.aten._flash_attention_forward(

@@ -106,13 +106,13 @@ def _sums_bags(tensor: Tensor) -> bool:
 
 
 class Decode:
-    """Attention layout of one new token for each of the first slots.
+    """Attention layout of one new token for each of the first slots, which are all live.
 
     `begin` is called at the start of every step.
     """
 
     def __init__(self, cache: SlotCache, batch: int) -> None:
-        self.cache = cache
+        self.cache, self.slots = cache, slice(0, batch)
         self.places = torch.arange(batch, device=cache.keys[0].device)
         self.outside: dict[int | None, Tensor] = {}  # bool [B, 1, 1, width], by window
 
@@ -179,11 +179,3 @@ def _outside(columns: Tensor, last: Tensor, window: int | None) -> Tensor:
     if window is not None:
         outside |= columns <= last[:, None] - window
     return outside[:, None, None]
-
-
-def attend_masked(
-    query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float
-) -> Tensor:
-    """Attention of query [B, Hkv, G, D] to keys [B, Hkv, T, D] up to and with column `lengths`."""
-    inside = ~_outside(torch.arange(keys.shape[2], device=keys.device), lengths, None)
-    return F.scaled_dot_product_attention(query, keys, values, attn_mask=inside, scale=scale)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,9 +56,9 @@ class Replay:
     sets: Sequence[Tensor] = ()  # int32, by row of the last call
 
     def __call__(
-        self, logits: Tensor, seeds: Tensor, positions: Tensor, temperature: float, *more, **options
+        self, logits: Tensor, seeds: Tensor, positions: Tensor, temperature: float, *options: Any
     ) -> tuple[Tensor, Tensor]:
-        token, _, drawn = sample_among(logits, seeds, positions, temperature, *more, **options)
+        token, _, drawn = sample_among(logits, seeds, positions, temperature, *options)
         kept = (drawn > 0).scatter_(1, token[:, None], True)
         self.sets = kept.nonzero()[:, 1].int().cpu().split(kept.sum(1).tolist())
         scaled = (logits.float() / temperature).masked_fill(~kept, -torch.inf)
@@ -89,14 +89,7 @@ def record(
         forbidden = torch.zeros_like(logits, dtype=torch.bool)
         forbidden[:, stop_ids] = early[:, None]
     token, logprob = draw(
-        logits,
-        state.seed[slots],
-        generated,
-        temperature,
-        top_p,
-        top_k,
-        forbidden,
-        draw_temperature=draw_temperature,
+        logits, state.seed[slots], generated, temperature, top_p, top_k, forbidden, draw_temperature
     )
     place = generated.clamp(max=state.out_token.shape[1] - 1)
     for log, new in ((state.out_token, token), (state.out_logprob, logprob)):

@@ -57,8 +57,6 @@ class Decoder:
 class Step:
     """One token for each of the first slots."""
 
-    is_full = False  # whether all slots of every step are live
-
     def __init__(
         self,
         decoder: Decoder,
@@ -74,7 +72,7 @@ class Step:
         ids = torch.tensor(known, dtype=torch.long, device=decoder.device)
         is_stop[ids] = True
         self.stops = (ids, is_stop)
-        self.compiled, self.record = compiled, torch.compile(record) if compiled else record
+        self.record = torch.compile(record) if compiled else record
         self.draw: Any = Replay() if sampling.replay else sample
 
     def __call__(self, layout: Any) -> None:
@@ -86,7 +84,7 @@ class Step:
         logits = self.decoder.decode(state.token[:batch, None], positions[:, None], layout)
         # The token that was read is in the cache now; sequences that ended stay where they are.
         state.length[:batch] += state.live[:batch]
-        self.take(slice(0, batch) if self.is_full else layout.places, layout.places, logits)
+        self.take(layout.slots, layout.places, logits)
 
     def take(
         self, slots: Tensor | slice, rows: Tensor, logits: Tensor, temperature: float | None = None
@@ -101,7 +99,7 @@ class EagerRunner:
     """Looks after every step, and runs it for just the slots that are used."""
 
     def __init__(self, step: Step) -> None:
-        self.step, step.is_full = step, True
+        self.step = step
         # A sixteenth of the slots at once, since every time costs some calls.
         self.least_free = len(step.state.token) // 16
 
