@@ -143,11 +143,11 @@ def code_lines(source: str) -> int:
 
 
 # Code lines that a room may have; docs/design.md: why not 10,200 in sum.
-LINES = {"rollout": 2495, "rewards": 2380, "models": 1540, "config": 1400, "tools": 1010}
-LINES |= {"the loop": 950, "checkpoint": 775, "data": 625, "parallel": 605, "algorithms": 595}
-LINES |= {"learn": 570, "build": 560, "metrics": 470, "optim": 130}
+LINES = {"rollout": 2425, "rewards": 2380, "models": 1540, "config": 1410, "tools": 1016}
+LINES |= {"the loop": 975, "checkpoint": 775, "data": 620, "parallel": 602, "algorithms": 590}
+LINES |= {"learn": 600, "build": 565, "metrics": 475, "optim": 126}
 # Rooms that no other job imports.
-APART = {"deepspeed": 1750, "code rewards": 840, "reward server": 445, "environments": 1100}
+APART = {"deepspeed": 1750, "code rewards": 840, "reward server": 445, "environments": 1370}
 
 
 def room_of(path: Path) -> str:
@@ -170,7 +170,7 @@ def test_rooms_stay_small():
     for path, source in sources.items():
         lines[room_of(path)] += code_lines(source)
     assert not {room: n for room, n in lines.items() if n > (LINES | APART)[room]}
-    assert sum(LINES.values()) < 14_110
+    assert sum(LINES.values()) < 14_100
     assert max(source.count("\n") for source in sources.values()) <= 400
 
 
@@ -190,8 +190,7 @@ LARGE = {
     # DeepSpeed's own interfaces.
     *("DeepSpeedEngine", "initialize", "init_distributed", "FusedAdam", "DeepSpeedCPUAdam", "Init"),
     "attention",  # transformers' interface of attention functions
-    # Engines: requests, slots, caches and graphs in one state. To be one scheduler.
-    *("Generation", "GraphGeneration", "_SlotAttention", "RemoteVllmEngine", "VllmEngine"),
+    *("RemoteVllmEngine", "VllmEngine"),  # engines: requests, servers and weights in one state
     "Trainer",  # what a run is made of
 }
 RECORDS = {"dataclass", "Section", "NamedTuple", "Protocol", "BaseModel"}

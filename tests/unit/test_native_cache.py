@@ -38,14 +38,13 @@ def test_growth_keeps_what_is_there_and_stops_at_the_limit(monkeypatch, dtype):
         tensors[:] = [tensor.to(dtype) for tensor in tensors]
     cache = SlotCache(3, limit=600)
     assert cache.capacity == 0
-    cache.reserve(6, 0, prompts)
+    cache.admit(torch.tensor([0, 1]), prompts, torch.tensor([1, 0]))
     assert cache.capacity == 256  # the smallest step
-    cache.admit(0, prompts, torch.tensor([1, 0]))
     before = [x.clone() for x in (*cache.keys, *cache.values)]
-    cache.reserve(256, 2, prompts)
+    cache.reserve(256)
     assert cache.capacity == 256
     for length, capacity in ((257, 384), (385, 576), (577, 600)):
-        cache.reserve(length, 2, prompts)
+        cache.reserve(length)
         assert cache.capacity == capacity
     for old, new in zip(before, (*cache.keys, *cache.values), strict=True):
         assert new.shape == (3, HEADS, 600, DIM)
@@ -57,7 +56,7 @@ def test_growth_keeps_what_is_there_and_stops_at_the_limit(monkeypatch, dtype):
 
 def test_no_more_than_the_limit_from_the_start():
     cache = SlotCache(1, limit=10)
-    cache.reserve(6, 0, prefill(1, 5))
+    cache.admit(torch.tensor([0]), prefill(1, 5), torch.tensor([0]))
     assert cache.capacity == 10
 
 
@@ -65,8 +64,7 @@ def test_admit_and_move(monkeypatch):
     poison(monkeypatch)
     prompts = prefill(3, 4)
     cache = SlotCache(4, limit=8)
-    cache.reserve(5, 0, prompts)
-    cache.admit(0, prompts, torch.tensor([1, 2, 0]))
+    cache.admit(torch.tensor([0, 1, 2]), prompts, torch.tensor([1, 2, 0]))
     for layer in range(2):
         assert torch.equal(cache.keys[layer][1, :, :4], prompts.keys[layer][2])
         assert torch.equal(cache.values[layer][2, :, :4], prompts.values[layer][0])
@@ -109,7 +107,7 @@ def test_decode_against_a_loop(window, dtype):
     cache = SlotCache(3, limit=20)
     like = Prefill()
     like.keys = like.values = [torch.zeros(1, HEADS, 1, DIM, dtype=dtype)]
-    cache.reserve(9, 0, like)
+    cache.admit(torch.tensor([0]), like, torch.tensor([0]))
     cache.keys[0].normal_()
     cache.values[0].normal_()
     lengths = torch.tensor([5, 0])
@@ -118,7 +116,9 @@ def test_decode_against_a_loop(window, dtype):
     query = torch.randn(2, 4, 1, DIM, dtype=dtype)
     key, value = (torch.randn(2, HEADS, 1, DIM, dtype=dtype) for _ in range(2))
     keys, values = cache.keys[0].clone(), cache.values[0].clone()
-    out = Decode(cache, lengths)(0, query, key, value, 0.4, window)
+    layout = Decode(cache, 2)
+    layout.begin(lengths)
+    out = layout(0, query, key, value, 0.4, window)
     assert out.shape == (2, 1, 4, DIM)
     for row, length in enumerate(lengths.tolist()):
         keys[row, :, length], values[row, :, length] = key[row, :, 0], value[row, :, 0]

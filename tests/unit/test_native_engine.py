@@ -1,6 +1,8 @@
 """The native engine against transformers: tokens, log-probs, limits, batching, weights."""
 
 import dataclasses
+import gc
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -9,10 +11,11 @@ import tiny
 import torch
 
 from torchrft.models.loader import load_tokenizer
+from torchrft.rollout.native import engine as engine_module
 from torchrft.rollout.native import kv_cache
 from torchrft.rollout.native.engine import NativeEngine
-from torchrft.rollout.native.generation import Generation, _Active
 from torchrft.rollout.native.kv_cache import SlotCache
+from torchrft.rollout.native.scheduler import Request, Sample, Scheduler
 from torchrft.rollout.weight_sync import named_full_tensors
 from torchrft.types import Prompt, SamplingParams
 
@@ -299,8 +302,8 @@ def test_longer_than_one_step_of_the_cache(monkeypatch):
     capacities = []
     reserve = SlotCache.reserve
 
-    def spy(cache, length, used, like):
-        reserve(cache, length, used, like)
+    def spy(cache, length):
+        reserve(cache, length)
         assert cache.capacity >= length
         capacities.append(cache.capacity)
 
@@ -513,9 +516,9 @@ def test_a_prompt_whose_samples_are_more_than_the_slots_is_prefilled_once():
 
 def test_prefill_is_bounded(monkeypatch):
     """Long prompts do not share one pass beyond the bound of padded tokens."""
-    from torchrft.rollout.native import generation
+    from torchrft.rollout.native import scheduler
 
-    monkeypatch.setattr(generation, "_PREFILL_TOKENS", 30)
+    monkeypatch.setattr(scheduler, "_PREFILL_TOKENS", 30)
     engine, model = make()
     prefills, _ = watch(engine)
     token_ids = [[7] * 10, [8] * 9, [9] * 12, [10] * 40, [11], [12, 13]]
@@ -716,18 +719,64 @@ def test_the_example_of_the_docs(capsys, monkeypatch):
 )
 def test_the_last_sequences_fill_the_holes(flat, finished, order):
     """Of those that end, by hand: state and cache move alike, and no more than must."""
-    engine = flat[0]
-    generation = Generation(
-        engine.model, prompts(RAGGED), SamplingParams(n=2), (EOS,), len(finished), str
-    )
-    numbers = torch.arange(len(finished))
-    generation.active = _Active(*(numbers + 10 * i for i in range(6)))
-    generation.active.length = torch.ones_like(numbers)
-    generation.cache.keys = [numbers.view(-1, 1, 1, 1).clone()]
-    generation.retire(torch.tensor(finished).bool())
-    assert generation.active.request.tolist() == order
-    assert generation.active.seed.tolist() == [50 + row for row in order]
-    assert generation.cache.keys[0].flatten()[: len(order)].tolist() == order
+    slots, engine = len(finished), flat[0]
+    sampling = SamplingParams(n=slots)
+    requests = [Request(0, prompts(RAGGED)[0], range(slots), budget=9)]
+    scheduler = engine._scheduler(requests, 12, sampling)
+    scheduler.samples = {slot: Sample(requests[0], slot) for slot in range(slots)}
+    state, cache, numbers = scheduler.state, scheduler.step.cache, torch.arange(slots)
+    state.live[:] = ~torch.tensor(finished).bool()
+    state.seed[:], state.length[:], state.generated[:] = numbers + 50, 1, 2
+    state.out_token[:, 1] = numbers
+    cache.keys = [numbers.view(-1, 1, 1, 1).clone()]
+    ended = scheduler._retire()
+    assert [sample.tokens for sample in ended] == [[0, i] for i in range(slots) if finished[i]]
+    assert scheduler._fit() == len(order)
+    assert [scheduler.samples[slot].index for slot in range(len(order))] == order
+    assert state.seed[: len(order)].tolist() == [50 + row for row in order]
+    assert state.live.tolist() == [slot < len(order) for slot in range(slots)]
+    assert cache.keys[0].flatten()[: len(order)].tolist() == order
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_requests_come_and_go_while_others_run(flat, monkeypatch, captured):
+    """Added one by one at different looks: each sample is what it is beside all others."""
+    monkeypatch.setattr(engine_module, "supports", lambda *_: captured)
+    engine, sampling = flat[0], SamplingParams(n=2, max_new_tokens=20, seeds=seeds(4, 2))
+    wanted = {
+        key: list(tokens)
+        for key, tokens in by_key(engine.generate(prompts(RAGGED), sampling)).items()
+    }
+    requests = engine._requests(prompts(RAGGED), sampling)
+    scheduler, got = engine._scheduler(requests[:1], 40, sampling), {}
+    with torch.inference_mode():
+        for request in requests:
+            scheduler.add(request)
+            for sample in scheduler.advance():
+                got[sample.request.number, sample.index] = sample.tokens
+        while scheduler.busy:
+            for sample in scheduler.advance():
+                got[sample.request.number, sample.index] = sample.tokens
+    assert got == wanted
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_the_cache_is_freed_without_a_garbage_collection(flat, monkeypatch, captured):
+    monkeypatch.setattr(engine_module, "supports", lambda *_: captured)
+    schedulers, init = [], Scheduler.__init__
+
+    def spy(scheduler, *arguments):
+        init(scheduler, *arguments)
+        schedulers.append(weakref.ref(scheduler.step.cache))
+
+    monkeypatch.setattr(Scheduler, "__init__", spy)
+    gc.collect()
+    gc.disable()
+    try:
+        flat[0].generate(prompts(RAGGED), SamplingParams(max_new_tokens=3))
+        assert [cache() for cache in schedulers] == [None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.slow

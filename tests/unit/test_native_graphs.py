@@ -1,4 +1,4 @@
-"""The steps that a GPU captures, run one by one on the CPU: the same tokens as `Generation`'s."""
+"""The steps that a GPU captures, run one by one on the CPU: the same tokens as one step by one."""
 
 import dataclasses
 from functools import partial
@@ -8,12 +8,14 @@ import tiny
 import torch
 from tiny_job import MODEL
 
+from torchrft.models import attention
 from torchrft.models.loader import load_tokenizer
 from torchrft.rollout.native import engine as engine_module
-from torchrft.rollout.native import generation as generation_module
+from torchrft.rollout.native import step as step_module
 from torchrft.rollout.native.engine import NativeEngine
-from torchrft.rollout.native.graphs import GraphGeneration, merged, supports
+from torchrft.rollout.native.graphs import merged, supports
 from torchrft.rollout.native.sampler import draw
+from torchrft.rollout.native.step import Step
 from torchrft.rollout.weight_sync import named_full_tensors
 from torchrft.types import Prompt, SamplingParams
 
@@ -30,7 +32,8 @@ def generate(monkeypatch, captured, sampling, family="qwen2", slots=8, compiled=
     engine = NativeEngine(model.config, load_tokenizer(MODEL), (1,), max_num_seqs=slots)
     engine.compiled = compiled
     if compiled:  # layers run by themselves, as on a GPU
-        monkeypatch.setattr(generation_module, "is_plain", lambda _: False)
+        monkeypatch.setattr(step_module, "is_plain", lambda _: False)
+        engine.model.get_decoder().set_attn_implementation(attention.TRACED)
     for module in engine.model.modules() if compiled else []:  # as the engine does on a GPU
         if hasattr(module, "layer_idx"):
             module.register_buffer("layer_index", None, persistent=False)
@@ -59,7 +62,7 @@ def seeded(**options):
     ],
     ids=str,
 )
-def test_completions_are_those_of_generation(monkeypatch, options, slots):
+def test_completions_are_those_of_single_steps(monkeypatch, options, slots):
     """Ended sequences, waiting ones, other slots and fewer slots change nothing."""
     sampling = seeded(**options)
     mine = generate(monkeypatch, True, sampling, slots=slots)
@@ -87,13 +90,13 @@ def test_a_step_is_compiled_as_a_whole(monkeypatch):
 
 def test_fewer_slots_as_sequences_end(monkeypatch):
     batches = []
-    step = GraphGeneration.step
+    step = Step.__call__
 
-    def spy(self, batch, *rest):
-        batches.append(batch)
-        return step(self, batch, *rest)
+    def spy(self, layout):
+        batches.append(len(layout.places))
+        step(self, layout)
 
-    monkeypatch.setattr(GraphGeneration, "step", spy)
+    monkeypatch.setattr(Step, "__call__", spy)
     sampling = seeded(stop_token_ids=tuple(range(2, 6)), max_new_tokens=200)
     sampling = dataclasses.replace(
         sampling, n=20, seeds=tuple(tuple(range(20 * i, 20 * i + 20)) for i in range(6))
@@ -131,7 +134,7 @@ def test_attention_to_parts_of_the_keys_is_attention_to_all(parts):
 def test_which_models_are_captured(monkeypatch):
     for family in ("qwen2", "mistral"):
         model = tiny.model(family)
-        assert not supports(model, False)  # on a CPU
+        assert not supports(model, BASE)  # on a CPU
 
 
 @pytest.mark.parametrize("vocabulary", [56, 128, 1000, 151936, 7])

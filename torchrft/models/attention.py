@@ -29,7 +29,7 @@ from transformers import AttentionInterface
 from torchrft.parallel.sequence_parallel import Split
 
 NAME = "torchrft"
-TRACED = "torchrft_traced"  # the same, for a layout that torch.compile may look into
+TRACED = "torchrft_traced"  # the same, where torch.compile may look into some layouts
 Layout = Callable[[int, Tensor, Tensor, Tensor, float, int | None], Tensor]
 
 # torch 2.13 has grouped queries here, 2.11 has not.
@@ -94,14 +94,19 @@ def attention(
 def traced(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """`attention` with the layer as the tensor `layer_index`, if the module has one: its number
-    would be part of a compiled graph, so that layers could not share it."""
-    layer = getattr(module, "layer_index", None)
-    return attention(module, query, key, value, mask, layer=layer, **kwargs)
+    """`attention` for compiled layers, which look into a layout that has `traced`.
+
+    That one gets the layer as the tensor `layer_index` of the module: its number would be part of
+    the compiled graph, so that layers could not share it.
+    """
+    if not getattr(kwargs.get("layout"), "traced", False):
+        return untraced(module, query, key, value, mask, **kwargs)
+    return attention(module, query, key, value, mask, layer=module.layer_index, **kwargs)
 
 
 # Layouts are Python objects that differ from batch to batch, so they stay out of compiled graphs.
-AttentionInterface.register(NAME, torch.compiler.disable(attention))
+untraced = torch.compiler.disable(attention)
+AttentionInterface.register(NAME, untraced)
 AttentionInterface.register(TRACED, traced)
 
 

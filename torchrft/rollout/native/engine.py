@@ -1,6 +1,6 @@
 """torchrft's own rollout engine: continuous batching in plain PyTorch, on any device."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -8,17 +8,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from torchrft.models import attention
 from torchrft.models.loader import empty_model
 from torchrft.models.support import check_length, refuse_unsupported
 from torchrft.models.tokenizer import decode
 from torchrft.models.vision import Vision
 from torchrft.parallel.compile import apply_compile
 from torchrft.rollout.engine import check_prompts, texts
-from torchrft.rollout.native.generation import Generation
-from torchrft.rollout.native.graphs import GraphGeneration, supports
+from torchrft.rollout.native.graphs import FixedCache, GraphRunner, supports
 from torchrft.rollout.native.joined import join_projections
+from torchrft.rollout.native.kv_cache import SlotCache
+from torchrft.rollout.native.scheduler import Request, Runner, Sample, Scheduler
+from torchrft.rollout.native.slots import Slots
+from torchrft.rollout.native.step import Decoder, EagerRunner, Step
 from torchrft.rollout.weight_sync import copy_weights
-from torchrft.types import Completion, FinishReason, Kept, Prompt, SamplingParams
+from torchrft.tools import progress
+from torchrft.types import Completion, FinishReason, Prompt, SamplingParams
 
 
 class NativeEngine:
@@ -51,13 +56,15 @@ class NativeEngine:
         self.model = model.eval().requires_grad_(False)
         join_projections(self.model.get_decoder())
         self.compiled = compile and self.device.type == "cuda"
-        self.warm: set[tuple[float, ...]] = set()  # see GraphGeneration
+        self.warm: set[tuple[float, ...]] = set()  # see GraphRunner
         if self.compiled:
-            for module in self.model.modules():
-                if hasattr(module, "layer_idx"):  # filled in by GraphGeneration
+            decoder = self.model.get_decoder()
+            decoder.set_attn_implementation(attention.TRACED)
+            for module in decoder.modules():
+                if hasattr(module, "layer_idx"):  # filled in by GraphRunner
                     module.register_buffer("layer_index", None, persistent=False)
             apply_compile(self.model)
-            for name, module in self.model.get_decoder().named_children():
+            for name, module in decoder.named_children():
                 if name in ("rotary_emb", "norm"):  # many small kernels
                     module.compile(dynamic=True)
         storages = [parameter.untyped_storage() for parameter in self.model.parameters()]
@@ -96,48 +103,51 @@ class NativeEngine:
         check_prompts(prompts, sampling, self.version, self.vision is not None, vocabulary)
         if not prompts:
             return []
-        longest = max(len(p.token_ids) + sampling.budget(len(p.token_ids)) for p in prompts)
+        requests = self._requests(prompts, sampling)
+        longest = max(len(r.prompt.token_ids) + r.budget for r in requests)
         check_length(longest, self.limit, type(self.model).__name__)
-        kind: Callable[..., Generation] = Generation
-        # What draws were among has no fixed size, which a captured step needs.
-        if supports(self.model, bool(sampling.stop) or sampling.replay):
-            kind = partial(GraphGeneration, compiled=self.compiled, warm=self.warm)
-        generation = kind(
-            self.model,
-            prompts,
-            sampling,
-            stop_ids=self.stop_token_ids + sampling.stop_token_ids,
-            max_num_seqs=self.max_num_seqs,
-            decode=partial(decode, self.tokenizer),
-            vision=self.vision,
-        )
-        generation.fp32_head = self.fp32_head
-        tokens, logprobs, stopped = generation.run()
-        return self._completions(sampling, tokens, logprobs, stopped, generation.kept_tokens())
+        scheduler = self._scheduler(requests, longest, sampling)
+        for request in requests:
+            scheduler.add(request)
+        samples: list[Sample] = []
+        while scheduler.busy:
+            samples += scheduler.advance()
+            progress.at(len(samples), len(prompts) * sampling.n, "samples")
+        samples.sort(key=lambda sample: (sample.request.number, sample.index))
+        return [self._completion(sample, sampling) for sample in samples]
 
-    def _completions(
-        self,
-        sampling: SamplingParams,
-        tokens: list[list[int]],
-        logprobs: list[list[float]],
-        stopped: list[bool],
-        kept: Sequence[Kept | None],
-    ) -> list[Completion]:
-        completions = []
+    def _requests(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Request]:
+        n, seeds = sampling.n, sampling.seeds
+        if seeds is None:  # greedily nothing is drawn: the generators stay as they are
+            draw = torch.zeros if sampling.temperature == 0 else partial(torch.randint, 2**62)
+            seeds = draw((len(prompts) * n,), dtype=torch.long).view(-1, n).tolist()
+        budgets = [sampling.budget(len(prompt.token_ids)) for prompt in prompts]
+        shifts = [0 if self.vision is None else self.vision.shift(prompt) for prompt in prompts]
+        return list(map(Request, range(len(prompts)), prompts, seeds, budgets, shifts))
+
+    def _scheduler(
+        self, requests: Sequence[Request], longest: int, sampling: SamplingParams
+    ) -> Scheduler:
+        slots = min(self.max_num_seqs, len(requests) * sampling.n)
+        decoder = Decoder(self.model, self.vision, self.fp32_head)
+        budget = max(request.budget for request in requests)
+        has_images = any(request.prompt.images for request in requests)
+        state = Slots.empty(slots, budget, self.device, has_images)
         stop_ids = self.stop_token_ids + sampling.stop_token_ids
-        for request, text in enumerate(texts(self.tokenizer, tokens, sampling.stop, stop_ids)):
-            reason: FinishReason = "stop" if stopped[request] else "length"
-            assert self.version is not None
-            completions.append(
-                Completion(
-                    prompt_index=request // sampling.n,
-                    sample_index=request % sampling.n,
-                    token_ids=tuple(tokens[request]),
-                    logprobs=tuple(logprobs[request]),
-                    text=text,
-                    finish_reason=reason,
-                    policy_version=self.version,
-                    kept=kept[request],
-                )
-            )
-        return completions
+        # One more than the longest sequence, since a slot is reserved for a token and the next.
+        cache = SlotCache(slots, longest + 1)
+        if captured := supports(self.model, sampling):
+            heads = self.model.config.get_text_config().num_attention_heads
+            cache = FixedCache(slots, longest + 1, heads, self.compiled)
+        step = Step(decoder, cache, state, sampling, stop_ids, captured and self.compiled)
+        runner: Runner = GraphRunner(step, self.warm) if captured else EagerRunner(step)
+        return Scheduler(runner, partial(decode, self.tokenizer))
+
+    def _completion(self, sample: Sample, sampling: SamplingParams) -> Completion:
+        stop_ids = self.stop_token_ids + sampling.stop_token_ids
+        (text,) = texts(self.tokenizer, [sample.tokens], sampling.stop, stop_ids)
+        reason: FinishReason = "stop" if sample.stopped else "length"
+        tokens, logprobs = tuple(sample.tokens), tuple(sample.logprobs)
+        place = sample.request.number, sample.index
+        assert self.version is not None
+        return Completion(*place, tokens, logprobs, text, reason, self.version, sample.kept)

@@ -1,6 +1,9 @@
 """Keys and values of the sequences being decoded: one slot per sequence, active slots in front."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +24,7 @@ class Prefill:
         self.row = Packed.of([(length, ()) for length in lengths]).to(torch.device(device))
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        self.logits = torch.empty(0)  # after each prompt [P, V]
 
     def __call__(
         self,
@@ -43,6 +47,7 @@ class SlotCache:
 
     def __init__(self, slots: int, limit: int) -> None:
         self.slots, self.limit = slots, limit
+        self.used = 0  # slots in front that may hold something
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
@@ -51,20 +56,37 @@ class SlotCache:
         """Tokens a slot holds."""
         return self.keys[0].shape[2] if self.keys else 0
 
-    def reserve(self, length: int, used: int, like: Prefill) -> None:
-        """Room for `length` tokens in every slot; what the first `used` slots hold stays."""
+    def reserve(self, length: int) -> None:
+        """Room for `length` tokens in every slot; what the used slots hold stays."""
         room = self.capacity
-        if length > room:
-            length = min(max(length, int(room * 1.5), _GROWTH), self.limit)
-            self.keys = _grown(self.keys, like.keys, used, self.slots, length)
-            self.values = _grown(self.values, like.values, used, self.slots, length)
+        if length <= room:
+            return
+        length = min(max(length, int(room * 1.5), _GROWTH), self.limit)
+        for held in (self.keys, self.values):
+            for layer, old in enumerate(held):
+                # A CPU touches memory only as far as sequences come; others multiply what is behind
+                # their ends by zero, so it must not be NaN.
+                make = old.new_empty if _sums_bags(old) else old.new_zeros
+                held[layer] = make(*old.shape[:2], length, old.shape[3])
+                held[layer][: self.used, :, :room] = old[: self.used]
 
-    def admit(self, first_slot: int, prompts: Prefill, rows: Tensor) -> None:
-        """Copies the prompts `rows` (int64 [k]) into the slots from `first_slot` on."""
-        end = first_slot + rows.shape[0]
+    def allocate(self, prompts: Prefill) -> None:
+        """Slots without room, which `reserve` makes."""
+        self.keys, self.values = (
+            [x.new_empty(self.slots, x.shape[1], 0, x.shape[3]) for x in layers]
+            for layers in (prompts.keys, prompts.values)
+        )
+
+    def admit(self, slots: Tensor, prompts: Prefill, rows: Tensor) -> None:
+        """Copies the prompts `rows` (int64 [k]) into `slots`."""
+        if not self.keys:
+            self.allocate(prompts)
+        length = prompts.keys[0].shape[2]
+        self.reserve(length + 1)
         for cache, source in ((self.keys, prompts.keys), (self.values, prompts.values)):
-            for slot, tensor in zip(cache, source, strict=True):
-                slot[first_slot:end, :, : tensor.shape[2]] = tensor[rows]
+            for held, new in zip(cache, source, strict=True):
+                held[slots, :, :length] = new[rows]
+        self.used = max(self.used, int(slots.max()) + 1)
 
     def move(self, source: Tensor, target: Tensor, length: int) -> None:
         """Copies `length` tokens of the slots `source` to `target` (int64 [k] each), reading all
@@ -73,22 +95,9 @@ class SlotCache:
             held = tensor[:, :, :length]
             held[target] = held[source]
 
-
-def _grown(
-    old: list[Tensor], like: list[Tensor], used: int, slots: int, length: int
-) -> list[Tensor]:
-    """Layer by layer, [slots, Hkv, length, D]; the old memory is freed meanwhile."""
-    new = []
-    for layer, tensor in enumerate(like):
-        _, heads, _, dim = tensor.shape
-        # A CPU touches memory only as far as sequences come; others multiply what is behind their
-        # ends by zero, so it must not be NaN.
-        make = tensor.new_empty if _sums_bags(tensor) else tensor.new_zeros
-        new.append(make(slots, heads, length, dim))
-        if old:
-            new[layer][:used, :, : old[layer].shape[2]] = old[layer][:used]
-            old[layer] = tensor.new_empty(0)
-    return new
+    def layout(self, batch: int) -> Any:
+        """The attention layout of a step of the first slots."""
+        return Decode(self, batch)
 
 
 def _sums_bags(tensor: Tensor) -> bool:
@@ -97,17 +106,23 @@ def _sums_bags(tensor: Tensor) -> bool:
 
 
 class Decode:
-    """Attention layout of one new token for each of the first B slots.
+    """Attention layout of one new token for each of the first slots, which are all live.
 
-    `lengths` int64 [B] are the tokens a slot already holds: the new one is written there.
+    `begin` is called at the start of every step.
     """
 
-    def __init__(self, cache: SlotCache, lengths: Tensor) -> None:
-        self.cache, self.lengths = cache, lengths
-        self.slots = torch.arange(lengths.shape[0], device=lengths.device)
-        self.width = int(lengths.max()) + 1
-        self.columns = torch.arange(self.width, device=lengths.device)
+    def __init__(self, cache: SlotCache, batch: int) -> None:
+        self.cache, self.slots = cache, slice(0, batch)
+        self.places = torch.arange(batch, device=cache.keys[0].device)
         self.outside: dict[int | None, Tensor] = {}  # bool [B, 1, 1, width], by window
+
+    def begin(self, lengths: Tensor) -> None:
+        """`lengths` int64 [B] are the tokens a slot already holds: the new one is written there."""
+        self.lengths, self.width = lengths, int(lengths.max()) + 1
+        self.cache.used = len(lengths)
+        self.cache.reserve(self.width)
+        self.columns = torch.arange(self.width, device=lengths.device)
+        self.outside.clear()
         self.rows = torch.empty(0)
 
     def __call__(
@@ -122,8 +137,8 @@ class Decode:
         batch, heads, _, dim = query.shape
         kv_heads = key.shape[1]
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[self.slots, :, self.lengths] = key[:, :, 0]
-        values[self.slots, :, self.lengths] = value[:, :, 0]
+        keys[self.places, :, self.lengths] = key[:, :, 0]
+        values[self.places, :, self.lengths] = value[:, :, 0]
         # The query heads of a group become query tokens, so that keys are read once per group.
         query = query.reshape(batch, kv_heads, heads // kv_heads, dim)
         if window not in self.outside:  # once per step, not once per layer
@@ -164,11 +179,3 @@ def _outside(columns: Tensor, last: Tensor, window: int | None) -> Tensor:
     if window is not None:
         outside |= columns <= last[:, None] - window
     return outside[:, None, None]
-
-
-def attend_masked(
-    query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float
-) -> Tensor:
-    """Attention of query [B, Hkv, G, D] to keys [B, Hkv, T, D] up to and with column `lengths`."""
-    inside = ~_outside(torch.arange(keys.shape[2], device=keys.device), lengths, None)
-    return F.scaled_dot_product_attention(query, keys, values, attn_mask=inside, scale=scale)
