@@ -117,7 +117,8 @@ class NativeEngine:
         return [self._completion(sample, sampling) for sample in samples]
 
     def _requests(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Request]:
-        n, seeds = sampling.n, sampling.seeds
+        n = sampling.n
+        seeds: Sequence[Sequence[int]] | None = sampling.seeds
         if seeds is None:  # greedily nothing is drawn: the generators stay as they are
             draw = torch.zeros if sampling.temperature == 0 else partial(torch.randint, 2**62)
             seeds = draw((len(prompts) * n,), dtype=torch.long).view(-1, n).tolist()

@@ -191,7 +191,8 @@ class GraphRunner:
         for module in step.decoder.base.modules():
             if hasattr(module, "layer_index"):
                 module.layer_index = layout.handles[module.layer_idx]
-        replay = once = partial(step, layout)
+        once = partial(step, layout)
+        self.replays[batch] = once
         if step.decoder.device.type == "cuda":
             self._warm_up(batch, once)
             graph = torch.cuda.CUDAGraph()
@@ -202,8 +203,8 @@ class GraphRunner:
             def replay(_holds: object = once) -> None:  # a graph does not keep its tensors alive
                 graph.replay()
 
-        self.replays[batch] = replay
-        return replay
+            self.replays[batch] = replay
+        return self.replays[batch]
 
     def _warm_up(self, batch: int, once: Callable[[], None]) -> None:
         """The first run of a step compiles and allocates, which cannot be captured."""
@@ -211,7 +212,8 @@ class GraphRunner:
         kind = (how.temperature, how.top_p, how.top_k, how.min_new_tokens)
         # A first token of its own temperature compiles something else.
         first = how.first_token_temperature or 0.0
-        shape = (*self.step.cache.whole[0].shape, state.out_token.shape[1])
+        keys = self.step.cache.keys
+        shape = (len(keys), *keys[0].shape, state.out_token.shape[1])
         key = (batch, *shape, len(self.step.stops[0]), first, *kind)
         if key in self.warm:
             return

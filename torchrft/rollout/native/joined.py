@@ -6,6 +6,8 @@ copied into as before.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ def join_projections(model: nn.Module) -> None:
     """
     for module in list(model.modules()):
         for names in _SIBLINGS:
-            linears = [getattr(module, name, None) for name in names]
+            linears: list[Any] = [getattr(module, name, None) for name in names]
             if not all(type(linear) is nn.Linear for linear in linears):
                 continue
             if len({linear.bias is None for linear in linears}) == 1:

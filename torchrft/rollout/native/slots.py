@@ -33,8 +33,8 @@ class Slots(NamedTuple):
             return torch.zeros(*size, dtype=dtype, device=device)
 
         return cls(
-            *(zeros(slots) for _ in range(5)),
-            *(zeros(slots, dtype=torch.bool) for _ in range(2)),
+            *(zeros(slots), zeros(slots), zeros(slots), zeros(slots), zeros(slots)),
+            *(zeros(slots, dtype=torch.bool), zeros(slots, dtype=torch.bool)),
             zeros(slots, longest),
             zeros(slots, longest, dtype=torch.float32),
             zeros(slots) if shifted else None,
