@@ -581,6 +581,7 @@ def test_the_jobs_that_come_with_torchrft_are_valid(name):
     loaded = load(words, world_size=4)
     assert loaded.warnings == ()
     rewards = {
+        "debug_environment": [],  # its environment's
         "debug_model": ["exact_match"],
         "debug_vlm": ["exact_match"],
         "gsm8k": ["gsm8k", "format"],

@@ -1,7 +1,5 @@
 """The `[environment]` section."""
 
-from typing import Any
-
 from torchrft.config.field_types import Count, Number, PositiveInt, Seconds, Section, Text
 
 
@@ -9,8 +7,8 @@ class Environment(Section):
     """Episodes of several turns in place of single responses."""
 
     name: Text | None = None
-    """path/to/file.py:Class, package.module:Class or library:name; none for single responses."""
-    options: dict[str, Any] = {}
+    """my_env.py:Class, package.module:Class or library:name; left out, responses are single."""
+    options: dict[str, bool | int | float | str | list[str]] = {}
     """Keyword arguments of the environment."""
     max_turns: PositiveInt = 8
     """Replies of the policy after which an episode ends."""
