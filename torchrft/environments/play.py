@@ -56,9 +56,15 @@ class _Row:
     def branch(self) -> Branch:
         """The row up to its last sampled token."""
         end = self.turn_ends[-1]
-        tokens = (self.token_ids[:end], self.sampled[:end], self.logprobs[:end])
-        turns = (self.turn_ends, self.turn_rewards, self.versions)
-        return Branch(self.prompt, *map(tuple, (*tokens, *turns)))
+        return Branch(
+            self.prompt,
+            tuple(self.token_ids[:end]),
+            tuple(self.sampled[:end]),
+            tuple(self.logprobs[:end]),
+            tuple(self.turn_ends),
+            tuple(self.turn_rewards),
+            tuple(self.versions),
+        )
 
 
 @dataclass(frozen=True)
