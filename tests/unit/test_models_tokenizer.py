@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, LlamaTokenizer
 from torchrft.models.tokenizer import decode, encode, render_chat, template_variables
 from torchrft.rollout.engine import texts
 from torchrft.rollout.native.engine import NativeEngine
+from torchrft.rollout.native.scheduler import Request, Sample
 from torchrft.rollout.remote import RemoteVllmEngine
 from torchrft.rollout.sglang import SglangEngine
 from torchrft.rollout.vllm import VllmEngine, sampling_options
@@ -39,7 +40,8 @@ def made(kind, tokenizer, ids, sampling):
     engine.stop_token_ids = (tokenizer.eos_token_id,)
     logprobs = [-0.5] * len(ids)
     if kind is NativeEngine:
-        return engine._completions(sampling, [ids], [logprobs], [True], [None])[0]
+        request = Request(0, Prompt(0, "", (1,)), seeds=[0], budget=len(ids))
+        return engine._completion(Sample(request, 0, list(ids), logprobs, True), sampling)
     if kind is SglangEngine:
         rows = [(logprob, token, None) for logprob, token in zip(logprobs, ids, strict=True)]
         return engine._completion(0, 0, (rows, {"type": "stop"}), sampling)
