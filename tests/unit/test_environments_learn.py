@@ -9,6 +9,8 @@ from test_learner import SAMPLES, assert_same_step, step
 from test_parallel_layouts import OPTIONS, PACKED, SP, TP, assert_equal
 from tiny_policy import full_weights, make_episodes, make_learner, with_advantages
 
+from torchrft.learn.packing import build
+
 
 @pytest.fixture(scope="module")
 def whole_episodes():
@@ -59,6 +61,19 @@ def test_episodes_take_the_same_step_however_they_are_cut(whole_episodes, packed
     assert_same_step(result, whole_episodes)
 
 
+def test_what_branches_share_is_computed_once():
+    """The packed row holds each beginning of the branches of a group once, and nothing else."""
+    batch = with_advantages(make_episodes())
+    rows = list(range(SAMPLES))
+    beginnings, whole = set(), 0
+    for row in rows:
+        for branch in batch.branches[row]:
+            ids = (branch.prompt + branch.token_ids)[:-1]  # the last one is a label alone
+            beginnings |= {(int(batch.group[row]), ids[:end]) for end in range(1, len(ids) + 1)}
+            whole += len(ids)
+    assert build(batch, rows, packed=True).input_ids.numel() == len(beginnings) < 0.6 * whole
+
+
 LAYOUTS = {"dp2": {}, "tp2": TP, "sp2": SP, "padded sp2": {"packing_samples": False} | SP}
 LLAMA = {"family": "llama"}
 
@@ -76,14 +91,17 @@ def two_steps(rank, world_size, options):
     return found, full_weights(learner)
 
 
-def all_layouts(rank):
-    return {name: two_steps(rank, 2, options) for name, options in LAYOUTS.items()}
+def all_layouts(rank, world_size, layouts):
+    return {name: two_steps(rank, world_size, options) for name, options in layouts.items()}
 
 
 @pytest.mark.slow
-def test_layouts_take_the_same_steps():
+@pytest.mark.parametrize(
+    ("world_size", "layouts"), [(2, LAYOUTS), (4, {"dp4": {}, "tp2 sp2": TP | SP})]
+)
+def test_layouts_take_the_same_steps(world_size, layouts):
     alone = two_steps(0, 1, {})
     assert all(found["grad_norm"] > 0.1 for found in alone[0])
-    for ranks in run_ranks(all_layouts, 2):
+    for ranks in run_ranks(all_layouts, world_size, world_size, layouts):
         for layout, found in ranks.items():
             assert_equal(found, alone, layout)

@@ -18,12 +18,14 @@ def all_rows(batch):
     return list(range(len(batch)))
 
 
-def cost(batch, rows):
-    """Tokens of one pass: every prompt once, every response whole."""
-    prompts = {tuple(batch.sequences[r][: batch.prompt_lens[r]].tolist()) for r in rows}
-    return sum(map(len, prompts)) + sum(
-        len(batch.sequences[r]) - int(batch.prompt_lens[r]) for r in rows
-    )
+def cost(batch, rows, last=0):
+    """Tokens of one pass, those that sequences of one prompt begin with once; less the `last`."""
+    beginnings = set()
+    for row in rows:
+        ids, prompt = batch.sequences[row].tolist(), int(batch.prompt_lens[row])
+        ends = range(1, len(ids) - last + 1)
+        beginnings |= {(tuple(ids[:prompt]), tuple(ids[:end])) for end in ends}
+    return len(beginnings)
 
 
 def test_padded_plan_goes_in_order():
@@ -57,7 +59,7 @@ def test_token_budget():
         sizes.append(len(bins))
         for rows in bins:  # what runs is what was counted, less the last token of every sample
             micro = build(batch, rows, True)
-            assert micro.input_ids.numel() == cost(batch, rows) - len(rows)
+            assert micro.input_ids.numel() == cost(batch, rows, last=1)
     assert sizes == sorted(sizes, reverse=True)
     assert (sizes[0], sizes[-1]) == (7, 1)
 
@@ -116,7 +118,7 @@ def test_packed_build_by_hand():
     assert micro.targets.tolist() == [1, 4, 5, 1, 2, 3]
     assert micro.cells.tolist() == [0, 3, 4, 6, 7, 8]
     assert isinstance(micro.layout, Packed)
-    assert micro.layout.cu_queries.tolist() == [0, 2, 4, 5, 6]
+    assert micro.layout.cu_queries.tolist() == [0, 4, 6]
     scattered = micro.scatter(torch.tensor([1.0, 2, 3, 4, 5, 6]))
     assert scattered.tolist() == [[1, 0, 0], [2, 3, 0], [4, 5, 6]]
 
@@ -148,9 +150,9 @@ GROUPS = {
 }
 
 
-def step(batch, bins, packed, weights):
+def step(batch, bins, packed, weights, dtype=torch.float32):
     """Log-probs [B, T] and the gradients of their weighted sum, micro-batch by micro-batch."""
-    model = tiny.model("qwen2", tie_word_embeddings=True)
+    model = tiny.model("qwen2", tie_word_embeddings=True).to(dtype)
     policy = PolicyModel(model, temperature=0.8)
     logprobs = torch.zeros(batch.mask.shape)
     for rows in bins:
@@ -162,12 +164,13 @@ def step(batch, bins, packed, weights):
     return logprobs, [p.grad for p in model.parameters()]
 
 
-def check_equal(batch, bins, packed):
+def check_equal(batch, bins, packed, dtype=torch.float32):
     """These passes and one padded sample at a time give the same numbers."""
     generator = torch.Generator().manual_seed(1)
     weights = torch.randn(batch.mask.shape, generator=generator) / batch.mask.sum()
-    logprobs, grads = step(batch, bins, packed, weights)
-    wanted, wanted_grads = step(batch, [[row] for row in all_rows(batch)], False, weights)
+    logprobs, grads = step(batch, bins, packed, weights, dtype)
+    alone = [[row] for row in all_rows(batch)]
+    wanted, wanted_grads = step(batch, alone, False, weights, dtype)
     assert torch.equal(wanted != 0, batch.mask)
     torch.testing.assert_close(logprobs, wanted, rtol=1e-6, atol=2e-6)
     norm = torch.cat([g.flatten() for g in wanted_grads]).norm()
@@ -199,7 +202,7 @@ def test_samples_of_one_prompt_need_not_be_neighbors():
     check_equal(shuffled, [all_rows(shuffled)], packed=True)
     micro = build(shuffled, all_rows(shuffled), True)
     # 3 + 6 + 2 prompt tokens, each once, and 28 response tokens less 8 last ones.
-    assert micro.input_ids.numel() == 3 + 6 + 2 + 28 - 8
+    assert micro.input_ids.numel() == cost(shuffled, order, last=1) == 3 + 6 + 2 + 28 - 8
     check_equal(batch, [[6, 1, 4], [0, 7, 3], [5, 2]], packed=True)
 
 
@@ -215,5 +218,20 @@ def test_equal_prompts_of_two_groups_are_shared():
         group=torch.tensor([0, 1]),
         rollout_logprobs=torch.zeros(2, 4),
     )
-    assert build(both, [0, 1], True).input_ids.numel() == 3 + 1 + 3
+    assert torch.equal(first.sequences[0], second.sequences[0][:5])  # one response begins the other
+    assert build(both, [0, 1], True).input_ids.numel() == 3 + 3
     check_equal(both, [[0, 1]], packed=True)
+
+
+def test_responses_that_begin_alike_are_shared():
+    """Tokens 33 and 24 come in two and three responses, and are computed once."""
+    rows = [[11, 42, 33, 24, 15], [11, 42, 33, 24, 46], [11, 42, 33, 17], [11, 42, 28]]
+    batch = tiny.batch([(2, [3, 3, 2, 1])])
+    batch = replace(batch, sequences=tuple(map(torch.tensor, rows)))
+    micro = build(batch, [0, 1, 2, 3], packed=True)
+    assert micro.input_ids.tolist() == [[11, 42, 33, 24]]
+    assert micro.targets.tolist() == [1, 2, 3, 1, 2, 3, 1, 2, 1]
+    assert micro.labels.tolist() == [33, 24, 15, 33, 24, 46, 33, 17, 28]
+    assert plan(batch, [0, 1, 2, 3], packed=True, samples=1, max_tokens=8) == [[0, 1, 2, 3]]
+    assert plan(batch, [0, 1, 2, 3], packed=True, samples=1, max_tokens=7) == [[0, 1, 2], [3]]
+    check_equal(batch, [[0, 1, 2, 3]], packed=True, dtype=torch.float64)

@@ -157,6 +157,49 @@ def test_packed_by_hand():
     )
 
 
+@st.composite
+def trees(draw):
+    """Segments of a row: the earlier one that each continues or -1, and its length."""
+    count = draw(st.integers(1, 7))
+    return [(draw(st.integers(-1, k - 1)), draw(st.integers(1, 4))) for k in range(count)]
+
+
+def allowed_in_tree(segments, window):
+    """bool [N, N] by the definition: a token sees those before it on the way from its root."""
+    ways = []  # of each segment: the positions of its tokens and of all that it continues
+    start = 0
+    for parent, length in segments:
+        ways.append((ways[parent] if parent >= 0 else []) + list(range(start, start + length)))
+        start += length
+    allowed = torch.zeros(start, start, dtype=torch.bool)
+    for way, (_, length) in zip(ways, segments, strict=True):
+        for place in range(len(way) - length, len(way)):
+            first = 0 if window is None else max(0, place - window + 1)
+            allowed[way[place], way[first : place + 1]] = True
+    return allowed
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(segments=trees(), window=st.none() | st.integers(1, 6))
+def test_packed_rows_of_any_tree(segments, window):
+    """Branches of branches, on the CPU's way and on the kernel's."""
+    layout = Packed.tree(segments)
+    allowed = allowed_in_tree(segments, window)
+    assert layout.positions.tolist() == (allowed_in_tree(segments, None).sum(1) - 1).tolist()
+    tensors = qkv(len(allowed), seed=len(allowed))
+    wanted = with_gradients(lambda q, k, v: dense(q, k, v, allowed), tensors)
+    check(with_gradients(lambda q, k, v: layout(0, q, k, v, SCALE, window), tensors), wanted)
+
+    def kernel(q, k, v):
+        rows = (x[0].transpose(0, 1) for x in (q, k, v))
+        return layout._varlen(*rows, SCALE, window)[None]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "varlen_attn", fake_varlen(True))
+        patch.setattr(attention, "_VARLEN_HAS_GQA", True)
+        check(with_gradients(kernel, tensors), wanted)
+
+
 def fake_varlen(has_gqa):
     """Variable-length attention from its documentation: causal is aligned at the end."""
 

@@ -1,10 +1,12 @@
 """From samples to micro-batches: packed rows under a token budget, or padded rows.
 
-Both give the same log-probs, losses and gradients. A packed row holds a prompt once for all its
-samples that are in it: with n samples per prompt the prompt is computed once, not n times. The
-last token of a sample is a label only and never goes through the model.
+Both give the same log-probs, losses and gradients. A packed row holds once what the samples of a
+prompt that are in it begin with alike: with n samples per prompt the prompt is computed once, not n
+times; so is what the branches of episodes share. The last token of a sequence is a label only and
+never goes through the model.
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -12,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from torchrft.models.attention import Layout, Packed
+from torchrft.models.attention import Layout
+from torchrft.models.prefix_tree import PrefixTree
 from torchrft.models.vision import ImageBatch, Vision
-from torchrft.types import Kept, RolloutBatch
+from torchrft.types import Kept, Prompt, RolloutBatch
 
 
 @dataclass(frozen=True)
@@ -60,21 +63,24 @@ def plan(
     """
     if not packed:
         return [rows[start : start + samples] for start in range(0, len(rows), samples)]
+    groups: dict[Hashable, list[int]] = {}
+    for row in rows:
+        groups.setdefault(_group(batch, row), []).append(row)
     pieces: list[tuple[int, list[int]]] = []  # (tokens, rows)
-    for members in _by_prompt(batch, rows):
-        prompt = int(batch.prompt_lens[members[0]])
-        tokens = prompt
+    for members in groups.values():
+        tree, tokens = PrefixTree(), 0
         piece: list[int] = []
         for row in members:
-            lengths = [sequence.ids.numel() for sequence in _sequences(batch, row)]
-            if max(lengths) > max_tokens:
-                longest = max(lengths)
+            sequences = _sequences(batch, row)
+            longest = max(sequence.ids.numel() for sequence in sequences)
+            if longest > max_tokens:
                 raise ValueError(f"a sample of {longest} tokens exceeds the budget of {max_tokens}")
-            whole = sum(lengths)
-            if tokens + whole - prompt > max_tokens:
+            added = sum(tree.add(sequence.ids) for sequence in sequences)
+            if piece and tokens + added > max_tokens:
                 pieces.append((tokens, piece))
-                tokens, piece = prompt, []
-            tokens += whole - prompt
+                tree, piece, tokens = PrefixTree(), [], 0
+                added = sum(tree.add(sequence.ids) for sequence in sequences)
+            tokens += added
             piece.append(row)
         pieces.append((tokens, piece))
     bins: list[list[int]] = []
@@ -94,35 +100,37 @@ def build(
 ) -> MicroBatch:
     """The micro-batch of the samples `rows`; `vision` is given where samples may have images."""
     sequences = [(i, one) for i, row in enumerate(rows) for one in _sequences(batch, row)]
+    groups = [_group(batch, row) for row in rows]
     layout = None
     if packed:
-        ids, positions, starts, bounds, layout = _packed_row(batch, rows, sequences)
+        tree = PrefixTree()
+        for i, one in sequences:
+            tree.add(one.ids[:-1], groups[i])
+        ids, layout, places = tree.pack()
+        ids, positions = ids[None], layout.positions[None]
     else:
         ids = pad_sequence([one.ids[:-1] for _, one in sequences], batch_first=True)
-        length = ids.shape[1]
-        positions = torch.arange(length).expand_as(ids)
-        starts = [
-            (k * length + one.prompt - 1, k * length + one.prompt)
-            for k, (_, one) in enumerate(sequences)
-        ]
-        bounds = [(rows[i], k * length, (k + 1) * length) for k, (i, _) in enumerate(sequences)]
-    # Response token 0 is predicted at the prompt's last position, token t at response token t - 1.
+        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        places = list(torch.arange(ids.numel()).view_as(ids))
+    # A token is predicted at the one before it.
+    targets = [at[one.places - 1] for at, (_, one) in zip(places, sequences, strict=True)]
+    labels = [one.ids[one.places] for _, one in sequences]
     repeats = torch.tensor([one.places.numel() for _, one in sequences])
-    step = torch.cat([one.places - one.prompt for _, one in sequences])
-    first, rest = torch.tensor(starts).repeat_interleave(repeats, dim=0).unbind(1)
-    targets = torch.where(step == 0, first, rest + step - 1)
-    labels = torch.cat([one.ids[one.places] for _, one in sequences])
     owner = torch.tensor([i for i, _ in sequences]).repeat_interleave(repeats)
     counts = owner.bincount(minlength=len(rows))
     column = torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner]
     cells = owner * batch.mask.shape[1] + column
     images = None
     if vision is not None:
-        known = batch.prompts
-        spans = [] if known is None else [(known[row], a, b) for row, a, b in bounds]
-        positions, images = vision.see(positions, spans)
+        spans: dict[Hashable, tuple[Prompt, int, int]] = {}  # rows, or groups of the packed row
+        for k, (i, _) in enumerate(sequences if batch.prompts else ()):
+            key, prompt = groups[i] if packed else k, batch.prompts[rows[i]]
+            begin, end = int(places[k][0]), int(places[k][-1]) + 1
+            _, first, last = spans.get(key, (prompt, begin, end))
+            spans[key] = (prompt, min(first, begin), max(last, end))
+        positions, images = vision.see(positions, spans.values())
     kept = None if batch.kept is None else Kept.join([batch.kept[row] for row in rows])
-    inputs = (ids, positions, layout, targets, labels, cells, images, kept)
+    inputs = (ids, positions, layout, torch.cat(targets), torch.cat(labels), cells, images, kept)
     device = batch.mask.device
     on_device: list[Any] = [None if value is None else value.to(device) for value in inputs]
     return MicroBatch(rows, batch.select(rows), *on_device)
@@ -148,44 +156,7 @@ def _sequences(batch: RolloutBatch, row: int) -> list[_Sequence]:
     ]
 
 
-def _packed_row(
-    batch: RolloutBatch, rows: list[int], sequences: list[tuple[int, _Sequence]]
-) -> tuple[Tensor, Tensor, list[tuple[int, int]], list[tuple[int, int, int]], Packed]:
-    """Token ids and positions [1, N], where each sequence's prompt ends and its response begins
-    (position of the prompt's last token, of the response's first), each prompt's bounds (a sample
-    of it, where the prompt begins, where the last token after it ends), and the layout."""
-    starts: dict[int, tuple[int, int]] = {}
-    ids: list[Tensor] = []
-    groups: list[tuple[int, list[int]]] = []
-    bounds: list[tuple[int, int, int]] = []
-    position = 0
-    prompts: dict[object, list[int]] = {}
-    for k, (i, one) in enumerate(sequences):
-        prompts.setdefault(_key(batch, rows[i], one.ids[: one.prompt]), []).append(k)
-    for members in prompts.values():
-        owner, first = sequences[members[0]]
-        begin, prompt = position, first.prompt
-        responses = [sequences[k][1].ids[prompt:-1] for k in members]
-        ids += [first.ids[:prompt], *responses]
-        position += prompt
-        for k, response in zip(members, responses, strict=True):
-            starts[k] = (begin + prompt - 1, position)
-            position += response.numel()
-        groups.append((prompt, [response.numel() for response in responses]))
-        bounds.append((rows[owner], begin, position))
-    layout, order = Packed.of(groups), range(len(sequences))
-    return torch.cat(ids)[None], layout.positions[None], [starts[k] for k in order], bounds, layout
-
-
-def _by_prompt(batch: RolloutBatch, rows: list[int]) -> list[list[int]]:
-    """`rows` in lists of equal prompts, in order of first appearance."""
-    groups: dict[object, list[int]] = {}
-    for row in rows:
-        prompt = batch.sequences[row][: int(batch.prompt_lens[row])]
-        groups.setdefault(_key(batch, row, prompt), []).append(row)
-    return list(groups.values())
-
-
-def _key(batch: RolloutBatch, row: int, prompt: Tensor) -> object:
-    """Equal for prompts that are computed once."""
+def _group(batch: RolloutBatch, row: int) -> Hashable:
+    """Equal for samples that may share prefixes: those of equal prompts."""
+    prompt = batch.sequences[row][: int(batch.prompt_lens[row])]
     return prompt.numpy().tobytes(), () if batch.prompts is None else batch.prompts[row].images

@@ -18,12 +18,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 
 from torchrft.parallel.sequence_parallel import Split
@@ -141,27 +143,27 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale:
 class Packed:
     """Attention within each of several sequences in one row that holds shared prefixes once.
 
-    The row is a series of groups: a prefix (a prompt), then branches (responses to it). A prefix
-    attends causally to itself, a branch to its group's prefix and causally to itself. Without
-    branches this is ordinary sequence packing. On CUDA it is one variable-length kernel. Elsewhere
-    prefixes and branches are unfolded into padded rows, which costs rows x longest^2 where a mask
-    over the whole row would cost (sum of lengths)^2.
+    The row is a series of segments: a prefix begins a sequence (a prompt), a branch continues an
+    earlier segment (a response, a later turn). A segment attends causally to itself and to all that
+    it continues. Without branches this is ordinary sequence packing. On CUDA it is one
+    variable-length kernel. Elsewhere segments are unfolded into padded rows, which costs
+    rows x longest^2 where a mask over the whole row would cost (sum of lengths)^2.
     """
 
     positions: Tensor  # int64 [N]: position of each token in its sequence
-    cu_queries: Tensor  # int32 [segments + 1], boundaries in the row; a segment is one of either
+    cu_queries: Tensor  # int32 [segments + 1], boundaries of the segments in the row
     cu_keys: Tensor  # int32 [segments + 1], boundaries in `keys`
     keys: Tensor  # int64: position in the row of every segment's keys, segment by segment
     longest: tuple[int, int]  # queries and keys of the longest segment
     prefixes: Tensor  # int64 [G, longest prefix]: position in the row of each cell (0 if padding)
     branches: Tensor  # int64 [S, longest branch], as prefixes; S may be 0
-    branch_keys: Tensor  # int64 [S, longest prefix + branch], as prefixes
-    branch_starts: Tensor  # int64 [S]: length of each branch's prefix
+    branch_keys: Tensor  # int64 [S, longest path], as prefixes
+    branch_starts: Tensor  # int64 [S]: tokens before each branch in its sequence
     fold: Tensor  # int64 [N]: cell of each position, counting prefix cells, then branch cells
 
     @classmethod
     def of(cls, groups: Sequence[tuple[int, Sequence[int]]]) -> Packed:
-        """The layout of groups (prefix length > 0, branch lengths >= 0), in the row's order.
+        """The layout of groups (prefix length > 0, lengths >= 0 of what continues it), in order.
 
         >>> layout = Packed.of([(2, [1, 3])])
         >>> layout.positions.tolist()
@@ -169,31 +171,46 @@ class Packed:
         >>> layout.keys.tolist()
         [0, 1, 0, 1, 2, 0, 1, 3, 4, 5]
         """
-        rows = []  # a segment: start and length of the prefix it looks back to, its own length
-        start = 0
+        segments: list[tuple[int, int]] = []
         for prefix, branches in groups:
-            rows.append((start, 0, prefix))
-            rows += [(start, prefix, length) for length in branches if length]
-            start += prefix + sum(branches)
-        before_start, before, own = torch.tensor(rows).unbind(1)
-        own_start = own.cumsum(0) - own
-        queries, inside = _cells(own_start, own, own_start, torch.zeros_like(own))
-        keys, keys_inside = _cells(own_start, own, before_start, before)
-        columns = torch.arange(queries.shape[1])
-        is_prefix = before == 0
-        prefixes, branches_ = _trim(queries, own, is_prefix), _trim(queries, own, ~is_prefix)
+            root = len(segments)
+            segments.append((-1, prefix))
+            segments += [(root, length) for length in branches if length]
+        return cls.tree(segments)
+
+    @classmethod
+    def tree(cls, segments: Sequence[tuple[int, int]]) -> Packed:
+        """The layout of segments (the earlier one that it continues or -1, length > 0), in order.
+
+        >>> Packed.tree([(-1, 2), (0, 1), (1, 2), (0, 1)]).positions.tolist()
+        [0, 1, 2, 3, 4, 2]
+        """
+        paths: list[Tensor] = []  # positions in the row, from a sequence's start to a segment's end
+        ends = accumulate(length for _, length in segments)
+        for (parent, length), end in zip(segments, ends, strict=True):
+            own_tokens = torch.arange(end - length, end)
+            paths.append(own_tokens if parent < 0 else torch.cat([paths[parent], own_tokens]))
+        parents, own = torch.tensor(segments).unbind(1)
+        seen = torch.tensor([len(path) for path in paths])
+        before, start = seen - own, own.cumsum(0) - own
+        columns = torch.arange(int(own.max()))
+        inside = columns < own[:, None]
+        queries = (start[:, None] + columns).where(inside, 0)
+        keys = pad_sequence(paths, batch_first=True)
+        is_prefix = parents < 0
+        prefixes, branches = _trim(queries, own, is_prefix), _trim(queries, own, ~is_prefix)
         nth = is_prefix.cumsum(0)  # prefixes so far; what else came before are branches
-        branch_cell = prefixes.numel() + (torch.arange(len(rows)) - nth) * branches_.shape[1]
+        branch_cell = prefixes.numel() + (torch.arange(len(own)) - nth) * branches.shape[1]
         first_cell = torch.where(is_prefix, (nth - 1) * prefixes.shape[1], branch_cell)
         return cls(
             positions=(before[:, None] + columns)[inside],
             cu_queries=F.pad(own.cumsum(0), (1, 0)).to(torch.int32),
-            cu_keys=F.pad((before + own).cumsum(0), (1, 0)).to(torch.int32),
-            keys=keys[keys_inside],
+            cu_keys=F.pad(seen.cumsum(0), (1, 0)).to(torch.int32),
+            keys=torch.cat(paths),
             longest=(queries.shape[1], keys.shape[1]),
             prefixes=prefixes,
-            branches=branches_,
-            branch_keys=_trim(keys, before + own, ~is_prefix),
+            branches=branches,
+            branch_keys=_trim(keys, seen, ~is_prefix),
             branch_starts=before[~is_prefix],
             fold=(first_cell[:, None] + columns)[inside],
         )
@@ -252,18 +269,6 @@ class Packed:
         out = varlen_attn(q, k, v, self.cu_queries, self.cu_keys, *self.longest, **options)
         assert isinstance(out, Tensor)
         return out[..., :width]
-
-
-def _cells(
-    own_start: Tensor, own: Tensor, before_start: Tensor, before: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Positions of each segment's tokens, those it looks back to first, as int64 [R, longest]
-    padded with 0; and bool [R, longest], which of them are not padding."""
-    columns = torch.arange(int((before + own).max()))
-    inside = columns < (before + own)[:, None]
-    looking_back = columns < before[:, None]
-    first = torch.where(looking_back, before_start[:, None], (own_start - before)[:, None])
-    return (first + columns).where(inside, 0), inside
 
 
 def _trim(table: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from torchrft.config.job_config import Parallel
 from torchrft.models import attention
 from torchrft.models.loader import read_config, read_weights
+from torchrft.models.prefix_tree import PrefixTree
 from torchrft.models.sharded import ShardedWeights
 from torchrft.models.support import from_config, refuse_unsupported
 from torchrft.parallel import ParallelDims, parallelize
@@ -51,32 +51,21 @@ class RewardModel(nn.Module):
         return self._packed(groups) if self.packs else self._padded([s for g in groups for s in g])
 
     def _packed(self, groups: Sequence[Group]) -> Tensor:
-        row: list[int] = []
-        ends: list[int] = []
-        spans: list[tuple[int, list[int]]] = []
-        for group in groups:
-            samples = [scored_part(sample, self.pad) for sample in group]
-            shared = commonprefix(samples)  # noqa: RUF071  # of lists
-            parts = [samples] if shared else [[sample] for sample in samples]
-            for part in parts:
-                prefix = shared or part[0]
-                start = len(row)
-                row += prefix
-                for sample in part:
-                    row += sample[len(prefix) :]
-                    is_prefix = len(sample) == len(prefix)
-                    ends.append(start + len(prefix) - 1 if is_prefix else len(row) - 1)
-                spans.append((len(prefix), [len(sample) - len(prefix) for sample in part]))
-        layout = attention.Packed.of(spans).to(self.device)
+        tree = PrefixTree()
+        for number, group in enumerate(groups):
+            for sample in group:
+                tree.add(scored_part(sample, self.pad), number)
+        ids, layout, places = tree.pack()
+        layout, ends = layout.to(self.device), torch.stack([place[-1] for place in places])
         with attention.handed():
             hidden = self.model.base_model(
-                input_ids=torch.tensor([row], device=self.device),
+                input_ids=ids[None].to(self.device),
                 position_ids=layout.positions[None],
                 use_cache=False,
                 layout=layout,
             ).last_hidden_state
         head: Any = self.model.score
-        return head(hidden[0, torch.tensor(ends, device=self.device)])[:, 0].float()
+        return head(hidden[0, ends.to(self.device)])[:, 0].float()
 
     def _padded(self, samples: Group) -> Tensor:
         pad = self.pad
