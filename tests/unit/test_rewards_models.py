@@ -115,7 +115,7 @@ def test_siblings_share_what_they_begin_with(tmp_path):
         found = model(groups)
     expected = tiny_classifiers.reference(str(tmp_path), [s for group in groups for s in group])
     assert found.tolist() == pytest.approx(expected, abs=1e-5)
-    assert seen == [2 + (1 + 2 + 1) + 3 + 2]  # of 15 tokens
+    assert seen == [(4 + 1) + (1 + 2) + 2]  # of 15 tokens
 
 
 def test_a_model_that_padding_changes_is_refused(tmp_path):

@@ -123,7 +123,9 @@ def build(
     images = None
     if vision is not None:
         spans: dict[Hashable, tuple[Prompt, int, int]] = {}  # rows, or groups of the packed row
-        for k, (i, _) in enumerate(sequences if batch.prompts else ()):
+        for k, (i, _) in enumerate(sequences):
+            if batch.prompts is None:
+                break
             key, prompt = groups[i] if packed else k, batch.prompts[rows[i]]
             begin, end = int(places[k][0]), int(places[k][-1]) + 1
             _, first, last = spans.get(key, (prompt, begin, end))
