@@ -10,10 +10,11 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-GROUPS = {
-    "plain packing": [(70, []), (1, []), (33, [])],
-    "shared prefixes": [(40, [30, 1, 0, 65]), (3, [128, 5]), (20, [])],
-    "groups of one": [(129, [64]), (1, [7])],
+LAYOUTS = {
+    "plain packing": Packed.of([(70, []), (1, []), (33, [])]),
+    "shared prefixes": Packed.of([(40, [30, 1, 0, 65]), (3, [128, 5]), (20, [])]),
+    "groups of one": Packed.of([(129, [64]), (1, [7])]),
+    "a tree": Packed.tree([(-1, 40), (0, 3), (1, 70), (1, 1), (3, 9), (0, 65), (-1, 5), (6, 2)]),
 }
 
 
@@ -26,14 +27,13 @@ def run(layout, tensors, window, weights):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kv_heads", [8, 2, 1])
 @pytest.mark.parametrize("window", [None, 16, 3])
-@pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
-def test_kernel_equals_the_dense_path(groups, window, kv_heads, dtype):
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_kernel_equals_the_dense_path(layout, window, kv_heads, dtype):
     """Values and gradients, up to the rounding of 16-bit numbers."""
     torch.manual_seed(0)
-    length = sum(prefix + sum(branches) for prefix, branches in groups)
+    length = layout.positions.numel()
     exact = [torch.randn(1, heads, length, 64).to(dtype) for heads in (8, kv_heads, kv_heads)]
     weights = torch.randn(1, length, 8, 64).to(dtype)
-    layout = Packed.of(groups)
     wanted = run(layout, [x.double() for x in exact], window, weights.double())
     device = torch.device("cuda")
     got = run(layout.to(device), [x.to(device) for x in exact], window, weights.to(device))
