@@ -1,6 +1,9 @@
 """The job's prompts: those to train on, in their order, and those held out."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerBase
 
@@ -8,10 +11,12 @@ from torchrft.build.rewards import with_source_key
 from torchrft.config.job_config import JobConfig
 from torchrft.data.loader import PromptLoader
 from torchrft.data.prompts import PromptDataset, load_prompts
-from torchrft.models.vision import Vision
 from torchrft.rewards.scorer import Scorer
 from torchrft.tools.distributed import DataRanks, World, on_all
 from torchrft.types import Prompt
+
+if TYPE_CHECKING:
+    from torchrft.models.vision import Vision
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,9 @@
 """The job's learner: policy, reference and critic, their optimizers, and what they maximize."""
 
+from __future__ import annotations
+
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,13 +19,15 @@ from torchrft.config.needs import CRITIC_FIELDS, is_chosen
 from torchrft.config.start import optimizer_steps
 from torchrft.learn.learner import Learner, Objective
 from torchrft.learn.optimizer_step import OptimizerStep
-from torchrft.models.vision import Vision
 from torchrft.optim.lr_scheduler import build_scheduler
 from torchrft.optim.optimizer import build_optimizer
 from torchrft.parallel import ParallelDims
 from torchrft.parallel.zero import sharding
 from torchrft.rewards.shaping import RewardShaper
 from torchrft.tools.distributed import World
+
+if TYPE_CHECKING:
+    from torchrft.models.vision import Vision
 
 
 def build_learner(

@@ -1,8 +1,10 @@
 """The job's models: loaded, wrapped and spread over ranks."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -13,12 +15,13 @@ from torchrft.data.image_prompts import images_column
 from torchrft.models.heads import ValueModel
 from torchrft.models.loader import cast_buffers, load_config, load_model, load_tokenizer
 from torchrft.models.policy import PolicyModel
-from torchrft.models.sharded import ShardedWeights
 from torchrft.models.support import refuse_unsupported, sees_images
-from torchrft.models.vision import Vision, freeze_vision
 from torchrft.parallel import ParallelDims, parallelize
 from torchrft.tools.distributed import World
 from torchrft.tools.hub import trust_code_of
+
+if TYPE_CHECKING:
+    from torchrft.models.vision import Vision
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -31,6 +34,8 @@ def load_vision(config: JobConfig) -> Vision | None:
     model, data = config.model, config.data
     if images_column(data) is None:
         return None
+    from torchrft.models.vision import Vision
+
     return Vision.load(model.pretrain, data.processor, data.min_pixels, data.max_pixels)
 
 
@@ -102,7 +107,11 @@ class ModelBuilder:
         """The model of `source` inside `wrap`, spread over the ranks."""
         training, device = self.config.training, self.world.device
         several = self.world.world_size > 1 and init != "random"
-        sharded = ShardedWeights.of(source) if several else None
+        sharded = None
+        if several:
+            from torchrft.models.sharded import ShardedWeights
+
+            sharded = ShardedWeights.of(source)
         if sharded is None:
             loaded: Any = load_model(source, init, dtype, training.seed, use)
         else:
@@ -123,6 +132,8 @@ class ModelBuilder:
         if self.config.model.freeze_vision:
             if not sees_images(loaded.config):
                 raise ValueError(f'freeze_vision: "{source}" has no image tower')
+            from torchrft.models.vision import freeze_vision
+
             freeze_vision(loaded)
         cast_buffers(loaded, self.dtype)
         model = wrap(loaded.eval())

@@ -1,6 +1,8 @@
 """The job's engines: the policy's and the judges'; and how the policy's samples."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -8,10 +10,12 @@ from torchrft.config.job_config import JobConfig
 from torchrft.config.reward_config import Judge
 from torchrft.models.loader import load_config
 from torchrft.models.support import refuse_unsupported
-from torchrft.models.vision import Vision
 from torchrft.rollout import RolloutEngine, build_engine
 from torchrft.rollout.native.engine import NativeEngine
 from torchrft.types import SamplingParams
+
+if TYPE_CHECKING:
+    from torchrft.models.vision import Vision
 
 
 def policy_engine(

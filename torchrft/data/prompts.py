@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase
@@ -19,10 +19,12 @@ from torchrft.config.job_config import Data
 from torchrft.data.image_prompts import RowImages, images_column, parts_of
 from torchrft.data.sources import Columns, Row, RowSource, describe_columns, open_source
 from torchrft.models.tokenizer import affixes, encode, render_chat, template_variables
-from torchrft.models.vision import Vision
 from torchrft.tools.images import Image, ImageError
 from torchrft.tools.logging import logger
 from torchrft.types import Prompt
+
+if TYPE_CHECKING:
+    from torchrft.models.vision import Vision
 
 Messages = list[dict[str, Any]]
 _ROWS_PER_BATCH = 1000

@@ -1,10 +1,12 @@
 """Optimizer steps of one model on a rollout, cut into micro-batches and spread over ranks."""
 
+from __future__ import annotations
+
 import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +16,15 @@ from torchrft.algorithms.aggregation import Denominators
 from torchrft.config.job_config import Rollout, Training
 from torchrft.learn.metrics import StepMetrics
 from torchrft.learn.packing import MicroBatch, build, plan
-from torchrft.models.vision import Vision
 from torchrft.optim.offload import StateOffload
 from torchrft.optim.optimizer import clip_gradients
 from torchrft.parallel import reshard, set_gradient_sync
 from torchrft.tools.distributed import DataRanks, all_reduce_max, get_world_size
 from torchrft.tools.progress import each
 from torchrft.types import RolloutBatch
+
+if TYPE_CHECKING:
+    from torchrft.models.vision import Vision
 
 
 @dataclass
@@ -65,8 +69,7 @@ class OptimizerStep:
         if self.offload is not None:
             self.offload.wait()
         model, optimizer = get_state_dict(self.model, self.optimizer)
-        schedule = self.scheduler.state_dict()
-        return {"model": model, "optimizer": optimizer, "scheduler": schedule}
+        return {"model": model, "optimizer": optimizer, "scheduler": self.scheduler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned; options are those of this run.
@@ -159,8 +162,7 @@ class OptimizerStep:
             self.optimizer.step()
         with warnings.catch_warnings():
             # When the very first step is skipped, torch misses the call of optimizer.step.
-            warnings.filterwarnings("ignore", module="torch.optim.lr_scheduler")
-            warnings.filterwarnings("ignore", message=".*`lr_scheduler.step")
+            warnings.simplefilter("ignore", UserWarning)
             self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         return replace(metrics, grad_norm=norm, lr=lr, skipped=not applies)

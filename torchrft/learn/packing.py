@@ -6,9 +6,11 @@ times; so is what the branches of episodes share. The last token of a sequence i
 never goes through the model.
 """
 
+from __future__ import annotations
+
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -16,8 +18,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from torchrft.models.attention import Layout
 from torchrft.models.prefix_tree import PrefixTree
-from torchrft.models.vision import ImageBatch, Vision
 from torchrft.types import Kept, Prompt, RolloutBatch
+
+if TYPE_CHECKING:
+    from torchrft.models.vision import ImageBatch, Vision
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,8 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 
-from torchrft.parallel.sequence_parallel import Split
+if TYPE_CHECKING:  # jobs without sequence parallelism do without it
+    from torchrft.parallel.sequence_parallel import Split
 
 NAME = "torchrft"
 TRACED = "torchrft_traced"  # the same, where torch.compile may look into some layouts

@@ -1,20 +1,24 @@
 """The policy: a transformers causal LM whose forward returns token log-probs instead of logits."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 from types import MethodType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
-from torchrft.models.attention import Layout
+from torchrft.models.attention import Layout, handed, padded
 from torchrft.models.logprobs import Head, fused_linear_logprob, head_logprob, linear_logprob
 from torchrft.models.split import joined, local_vocabulary, part_of, shared
 from torchrft.models.support import check_length, refuse_unsupported
-from torchrft.models.vision import ImageBatch, hidden_states
 from torchrft.parallel.mesh import ModelMesh
 from torchrft.types import Kept
+
+if TYPE_CHECKING:
+    from torchrft.models.vision import ImageBatch
 
 
 class Inputs(Protocol):
@@ -27,6 +31,26 @@ class Inputs(Protocol):
     labels: Tensor  # int64 [M]: those next tokens
     images: ImageBatch | None
     kept: Kept | None  # of the M targets: log-probs are over these tokens alone
+
+
+def hidden_states(
+    model: nn.Module,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    layout: Layout | None,
+    images: ImageBatch | None,
+) -> Tensor:
+    """The language model's last hidden states [B, L, D]; see `Vision.see` for the arguments."""
+    whole: Any = model
+    decoder = whole.get_decoder()
+    inputs: dict[str, Any] = {"input_ids": input_ids}
+    if images is not None:
+        from torchrft.models.vision import embedded
+
+        inputs = embedded(whole, decoder, input_ids, images)
+    options: dict[str, Any] = {"use_cache": False, "layout": layout or padded}
+    with handed():
+        return decoder(**inputs, position_ids=position_ids, **options).last_hidden_state
 
 
 def target_states(

@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoProcessor, PreTrainedConfig, PreTrainedModel
 
-from torchrft.models.attention import Layout, handed, padded
 from torchrft.models.loader import load_config
 from torchrft.models.support import from_config, sees_images
 from torchrft.models.tokenizer import without_second_bos
@@ -336,25 +335,7 @@ def freeze_vision(model: PreTrainedModel) -> None:
             parameter.requires_grad_(False)
 
 
-def hidden_states(
-    model: nn.Module,
-    input_ids: Tensor,
-    position_ids: Tensor,
-    layout: Layout | None,
-    images: ImageBatch | None,
-) -> Tensor:
-    """The language model's last hidden states [B, L, D]; see `Vision.see` for the arguments."""
-    whole: Any = model
-    decoder = whole.get_decoder()
-    inputs: dict[str, Any] = {"input_ids": input_ids}
-    if images is not None:
-        inputs = _embedded(whole, decoder, input_ids, images)
-    options: dict[str, Any] = {"use_cache": False, "layout": layout or padded}
-    with handed():
-        return decoder(**inputs, position_ids=position_ids, **options).last_hidden_state
-
-
-def _embedded(model: Any, decoder: Any, input_ids: Tensor, images: ImageBatch) -> dict[str, Any]:
+def embedded(model: Any, decoder: Any, input_ids: Tensor, images: ImageBatch) -> dict[str, Any]:
     """The decoder's arguments: embedded tokens, images among them, and what DeepStack
     (arXiv:2406.04334) adds in its first layers."""
     out = model.get_image_features(**images.tensors)

@@ -5,14 +5,9 @@ import torch.distributed as dist
 from torch import nn
 
 from torchrft.config.job_config import Parallel
-from torchrft.parallel.activation_checkpoint import apply_activation_checkpointing
-from torchrft.parallel.compile import apply_compile
 from torchrft.parallel.fsdp import apply_fsdp, check_shardable, reshard, set_gradient_sync
 from torchrft.parallel.mesh import ParallelDims
 from torchrft.parallel.modules import decoder_layers
-from torchrft.parallel.plain import prepare_plain
-from torchrft.parallel.sequence_parallel import apply_sequence_parallel
-from torchrft.parallel.tensor_parallel import apply_tensor_parallel
 from torchrft.parallel.zero import sharding
 
 __all__ = ["ParallelDims", "parallelize", "reshard", "set_gradient_sync"]
@@ -56,24 +51,37 @@ def parallelize(
     if device == "meta":  # the weights come later, to where this job computes
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dims.model_ranks > 1:
-        plain = not hasattr(model, "mesh")
-        if plain:
-            prepare_plain(model, dims.tp)
-        ranks = dims.model_mesh(device)
-        if dims.tp > 1:
-            apply_tensor_parallel(model, dims.sharding_mesh(device)["tp"])
-        apply_sequence_parallel(model, ranks, plain)
-        if not plain:
-            setattr(model, "mesh", ranks)  # noqa: B010
+        _split(model, dims, device)
     if gradient_checkpointing is not None:
+        from torchrft.parallel.activation_checkpoint import apply_activation_checkpointing
+
         apply_activation_checkpointing(model, selective=gradient_checkpointing == "selective")
     if compile:
+        from torchrft.parallel.compile import apply_compile
+
         apply_compile(model)
     if shards:
         names = ("dp_replicate", "fsdp") if dims.dp_replicate > 1 else "fsdp"
         mesh = dims.sharding_mesh(device)[names]
         apply_fsdp(model, mesh, sharding(config), dtype, config.fsdp_cpu_offload)
     return model
+
+
+def _split(model: nn.Module, dims: ParallelDims, device: str) -> None:
+    """Applies tensor and sequence parallelism."""
+    from torchrft.parallel.plain import prepare_plain
+    from torchrft.parallel.sequence_parallel import apply_sequence_parallel
+    from torchrft.parallel.tensor_parallel import apply_tensor_parallel
+
+    plain = not hasattr(model, "mesh")
+    if plain:
+        prepare_plain(model, dims.tp)
+    ranks = dims.model_mesh(device)
+    if dims.tp > 1:
+        apply_tensor_parallel(model, dims.sharding_mesh(device)["tp"])
+    apply_sequence_parallel(model, ranks, plain)
+    if not plain:
+        setattr(model, "mesh", ranks)  # noqa: B010
 
 
 def _check_layers(model: nn.Module, mode: str | None, compile: bool, tp: int) -> None:

@@ -29,6 +29,8 @@ BATCH_ARGUMENTS = {
 }
 """Names that make a function one of many samples; it gets lists, also for the other names."""
 
+GRACE = 1.0  # seconds beyond its deadline in which an async function returns what it has
+
 REWARDS: Registry[RewardCallable] = Registry("reward function")
 
 

@@ -8,14 +8,21 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torchrft.config.reward_config import Reward, RewardFunction
-from torchrft.rewards.registry import LabelError, MissingPackage, Rule, RuleFault, make_rule
+from torchrft.rewards.registry import (
+    GRACE,
+    LabelError,
+    MissingPackage,
+    Rule,
+    RuleFault,
+    make_rule,
+)
 from torchrft.rewards.rules import BUILT_IN, BuiltIn
 from torchrft.rewards.source import RewardError, RewardRequest, RewardResult, SampleError
-from torchrft.rewards.workers import GRACE, Task, WorkerPool
 from torchrft.tools.logging import logger
 
 if TYPE_CHECKING:
     from torchrft.rewards.sandbox import Isolation
+    from torchrft.rewards.workers import WorkerPool
     from torchrft.types import Prompt
 
 _GETTERS: dict[str, Callable[[RewardRequest], Any]] = {
@@ -94,6 +101,8 @@ def rule_sources(reward: Reward) -> list[RuleSource]:
     isolated = [entry for entry in reward.functions if _is_isolated(entry)]
     timeout, pool = reward.reward_timeout, None
     if isolated:
+        from torchrft.rewards.workers import Task, WorkerPool  # which other jobs do without
+
         tasks = [Task(e.name, e.options, e.name in BUILT_IN, isolation) for e in isolated]
         count = reward.reward_workers or _share_of_cores()
         memory, most = int(reward.reward_memory * 2**30), reward.max_reward_failures

@@ -11,8 +11,6 @@ from typing import Any
 from torchrft.rewards.answer import TAIL, answer_part, last_box
 from torchrft.rewards.choice import chosen_letter, label_letter
 from torchrft.rewards.labels import label_text
-from torchrft.rewards.math_equal import is_equal, is_readable, plain
-from torchrft.rewards.program import program_of
 from torchrft.rewards.registry import LabelError, MissingPackage, register
 
 
@@ -208,6 +206,8 @@ def _needs_math_verify(**options: Any) -> None:
 
 
 def _gold(label: Any, mark: str = "\0") -> str:
+    from torchrft.rewards.math_equal import is_readable, plain  # which other jobs do without
+
     text = label_text(label).rpartition(mark)[2]
     box = last_box(text)
     text = text if box is None else box
@@ -231,6 +231,8 @@ def _answer(text: str) -> str:
     """The answer in an answer part, as `plain` gives it: its last box, or what it states."""
     from math_verify import parse
 
+    from torchrft.rewards.math_equal import plain
+
     box = last_box(text)
     if box is not None:
         return plain(box)
@@ -247,6 +249,12 @@ def _answer(text: str) -> str:
     return plain(next((each for each in reversed(read) if isinstance(each, str)), ""))
 
 
+def _is_equal(gold: str, text: str) -> float:
+    from torchrft.rewards.math_equal import is_equal
+
+    return float(is_equal(gold, _answer(text)))
+
+
 @_built_in("math", bounded=False, check=_needs_math_verify, label=_gold)
 def math(response: str, label: Any) -> float:
     """1 if the response's answer equals the label as mathematics.
@@ -254,7 +262,7 @@ def math(response: str, label: Any) -> float:
     The answer is the last \\boxed{...} of the answer part, else what math-verify finds in its last
     4,000 characters. Both may be LaTeX or plain. Raises LabelError for a label without an answer.
     """
-    return float(is_equal(_gold(label), _answer(answer_part(response))))
+    return _is_equal(_gold(label), answer_part(response))
 
 
 @_built_in("gsm8k", bounded=False, check=_needs_math_verify, label=_gold_gsm8k)
@@ -263,7 +271,7 @@ def gsm8k(response: str, label: Any) -> float:
 
     A response without that mark is looked at as a whole.
     """
-    return float(is_equal(_gold_gsm8k(label), _answer(answer_part(response).rpartition("####")[2])))
+    return _is_equal(_gold_gsm8k(label), answer_part(response).rpartition("####")[2])
 
 
 def _takes_time(seconds: float = 5.0, **options: Any) -> None:
@@ -297,6 +305,7 @@ def code(
     in its interpreter, where it can make them pass.
     """
     from torchrft.rewards.code_tests import passed_tests
+    from torchrft.rewards.program import program_of
 
     tests = _tests(label, allow_forgeable_tests)
     passed = passed_tests(program_of(answer_part(response)), tests, seconds)

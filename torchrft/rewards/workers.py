@@ -28,7 +28,6 @@ from torchrft.rewards.source import RewardError, RewardResult
 
 Rows = Sequence[Mapping[str, Any]]
 
-GRACE = 1.0  # seconds beyond the deadline in which an async function returns what it has
 _START_SECONDS = 120.0
 _FLUSH = 0.05  # seconds for which a worker may keep results, so that quick ones travel together
 _MOST = 32  # samples that travel together

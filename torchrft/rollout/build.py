@@ -1,16 +1,20 @@
 """From `[rollout] engine_type` to an engine."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from torchrft.config.availability import engine_missing
 from torchrft.config.job_config import Rollout
 from torchrft.models.loader import load_config, load_model, load_tokenizer, stop_token_ids
-from torchrft.models.vision import Vision
 from torchrft.rollout.engine import RolloutEngine
 from torchrft.rollout.native.engine import NativeEngine
 from torchrft.rollout.weight_sync import named_full_tensors
+
+if TYPE_CHECKING:
+    from torchrft.models.vision import Vision
 
 
 def build_engine(

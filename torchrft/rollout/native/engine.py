@@ -1,8 +1,10 @@
 """torchrft's own rollout engine: continuous batching in plain PyTorch, on any device."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,7 +14,6 @@ from torchrft.models import attention
 from torchrft.models.loader import empty_model
 from torchrft.models.support import check_length, refuse_unsupported
 from torchrft.models.tokenizer import decode
-from torchrft.models.vision import Vision
 from torchrft.parallel.compile import apply_compile
 from torchrft.rollout.engine import check_prompts, texts
 from torchrft.rollout.native.graphs import FixedCache, GraphRunner, supports
@@ -24,6 +25,9 @@ from torchrft.rollout.native.step import Decoder, EagerRunner, Step
 from torchrft.rollout.weight_sync import copy_weights
 from torchrft.tools import progress
 from torchrft.types import Completion, FinishReason, Prompt, SamplingParams
+
+if TYPE_CHECKING:
+    from torchrft.models.vision import Vision
 
 
 class NativeEngine:

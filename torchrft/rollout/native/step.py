@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from torchrft.models.logprobs import product
-from torchrft.models.vision import Vision, hidden_states
+from torchrft.models.policy import hidden_states
 from torchrft.rollout.native.kv_cache import Prefill, SlotCache
 from torchrft.rollout.native.lean import is_plain, lean_step
 from torchrft.rollout.native.sampler import sample
 from torchrft.rollout.native.slots import Replay, Slots, record
 from torchrft.types import Prompt, SamplingParams
+
+if TYPE_CHECKING:
+    from torchrft.models.vision import Vision
 
 
 class Decoder:
