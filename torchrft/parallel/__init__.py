@@ -5,6 +5,7 @@ import torch.distributed as dist
 from torch import nn
 
 from torchrft.config.job_config import Parallel
+from torchrft.parallel.compile import apply_compile
 from torchrft.parallel.fsdp import apply_fsdp, check_shardable, reshard, set_gradient_sync
 from torchrft.parallel.mesh import ParallelDims
 from torchrft.parallel.modules import decoder_layers
@@ -57,8 +58,6 @@ def parallelize(
 
         apply_activation_checkpointing(model, selective=gradient_checkpointing == "selective")
     if compile:
-        from torchrft.parallel.compile import apply_compile
-
         apply_compile(model)
     if shards:
         names = ("dp_replicate", "fsdp") if dims.dp_replicate > 1 else "fsdp"
