@@ -32,7 +32,9 @@ class Sessions:
         self.room, self.used = room, 0
         self.held: OrderedDict[Hashable, Held] = OrderedDict()
 
-    def keep(self, session: Hashable, token_ids: Sequence[int], cache: SlotCache, slot: int) -> None:
+    def keep(
+        self, session: Hashable, token_ids: Sequence[int], cache: SlotCache, slot: int
+    ) -> None:
         """Copies a conversation out of the slot that it was decoded in."""
         self.drop(session)
         length = len(token_ids)
