@@ -237,8 +237,8 @@ ERRORS: tuple[Rule, ...] = (
          "is an environment, whose episodes need engine_tp_size = 1 with SGLang, not "
          "{engine_tp_size}: its ranks ask together; set that, or engine_type = \"vllm\""),
     Rule("episode_schedule", lambda job: job.episode_schedule == "free" and job.deterministic,
-         'is "free", by which what is computed together depends on time, and deterministic = true '
-         'excludes that; use "rounds", or leave one out'),
+         "lets what is computed together depend on time, which deterministic = true excludes; use "
+         '"rounds", or leave one out'),
     Rule("name", lambda job: job.name and job.sees_images,
          "is an environment, whose episodes have no images yet; leave images_key and mixed_mm_data "
          "out"),
