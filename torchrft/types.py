@@ -6,9 +6,10 @@ data --Prompt--> rollout --Completion--> reward --Sample--> trainer --RolloutBat
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -186,6 +187,47 @@ class Sampler(Protocol):
 
     def close(self) -> None:
         """Gives back what it holds."""
+        ...
+
+
+class Serving(Protocol):
+    """An engine as it answers single requests, while others come; all are sampled alike.
+
+    Where several ranks share the engine, each of them calls `advance` as often as the others, and
+    `close` in the end.
+    """
+
+    def submit(
+        self, prompt: Prompt, seed: int | None, session: Hashable = None
+    ) -> Future[Completion]:
+        """Asks for one completion, with prompt and sample number 0.
+
+        A `session` is a conversation: the engine may keep what it has computed of it until its next
+        request. Raises ValueError for a prompt that leaves no room for a response.
+        """
+        ...
+
+    def advance(self) -> bool:
+        """Runs the engine on for a moment, if it runs in the calling thread and has work."""
+        ...
+
+    def release(self, session: Hashable) -> None:
+        """Drops what is kept of a session that has ended."""
+        ...
+
+    def close(self, failed: bool = False) -> None:
+        """Ends what is under way; ranks that share the engine first end their own, unless one of
+        them has `failed`."""
+        ...
+
+
+@runtime_checkable
+class Serves(Protocol):
+    """An engine that takes single requests."""
+
+    def serve(self, sampling: SamplingParams, at_once: int) -> Serving:
+        """Opens it for about `at_once` requests at a time; `n` and `seeds` of `sampling` have no
+        effect. Close it before anything else is asked of the engine."""
         ...
 
 

@@ -193,6 +193,7 @@ FIELD_PROOF: dict[str, str] = {
     "options": UNIT
     + "environments_job.py::test_an_environment_that_fails_is_counted_and_teaches_nothing",
     "max_turns": UNIT + "environments_job.py::test_fewer_turns_and_another_weight",
+    "episode_schedule": UNIT + "environments_serving.py::test_the_schedule_of_a_job",
     "environment_timeout": UNIT
     + "environments_hosting.py::test_what_hangs_is_killed_and_the_others_are_made_again",
     "environment_workers": UNIT + "environments_hosting.py::test_many_episodes_share_few_processes",

@@ -365,6 +365,7 @@ NEED_CASES = {
     "rollout_correction_cap": (2.0, {"rollout_correction": "token_tis"}, {}),
     "options": ({"highest": 9}, {"name": "my_env.py:Guess"}, {}),
     "max_turns": (3, {"name": "my_env.py:Guess"}, {}),
+    "episode_schedule": ("free", {"name": "my_env.py:Guess"}, {}),
     "environment_timeout": (5.0, {"name": "my_env.py:Guess"}, {}),
     "environment_workers": (2, {"name": "my_env.py:Guess"}, {}),
     "environment_weight": (0.5, {"name": "my_env.py:Guess"}, {}),

@@ -4,6 +4,7 @@ import asyncio
 import os
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from torchrft.config.job_config import JobConfig
@@ -33,7 +34,11 @@ def build_sampler(
     limits = Limits(section.max_turns, config.data.max_len)
     stops, options = config.rollout.stop_token_ids, config.data.chat_template_kwargs
     renderer = ChatRenderer(tokenizer, stops, **options)
-    return Player(engine, pool, renderer, limits, row_of, config.training.seed)
+    # What is set where a run is to be the same to the last bit; servers are not.
+    exact = torch.are_deterministic_algorithms_enabled() and not config.rollout.server_urls
+    schedule = section.episode_schedule or ("rounds" if exact else "free")
+    in_rounds, seed = schedule == "rounds", config.training.seed
+    return Player(engine, pool, renderer, limits, row_of, seed, in_rounds)
 
 
 def row_of(prompt: Prompt) -> dict[str, Any]:

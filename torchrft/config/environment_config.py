@@ -1,5 +1,7 @@
 """The `[environment]` section."""
 
+from typing import Literal
+
 from torchrft.config.field_types import Count, Number, PositiveInt, Seconds, Section, Text
 
 
@@ -12,6 +14,9 @@ class Environment(Section):
     """Keyword arguments of the environment."""
     max_turns: PositiveInt = 8
     """Replies of the policy after which an episode ends."""
+    episode_schedule: Literal["rounds", "free"] | None = None
+    """Episodes wait for each other (rounds), or ask the engine as they come (free); by default
+    rounds where a run is bit-identical: on a CPU or with deterministic, without server_urls."""
     environment_timeout: Seconds = 30.0
     """Seconds that a call of the environment may take; then its episode has no reward."""
     environment_workers: Count | None = None

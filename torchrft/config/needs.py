@@ -118,7 +118,7 @@ NEEDS: tuple[Need, ...] = (
     *_need("a rollout_correction", lambda job: job.corrects, "rollout_correction_cap"),
     *_on("dynamic_sampling", "dynamic_sampling_max_rounds"),
     *_on("name", "options", "max_turns", "environment_timeout", "environment_workers"),
-    *_on("name", "environment_weight"),
+    *_on("name", "environment_weight", "episode_schedule"),
     *_on("overlong_buffer_len", "overlong_penalty_factor"),
     *_on("reward_running_norm", "reward_running_norm_minus_mean"),
     *_on("functions", "reward_timeout", "reward_workers", "reward_memory"),

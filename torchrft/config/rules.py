@@ -232,9 +232,13 @@ ERRORS: tuple[Rule, ...] = (
     Rule("n_samples_per_prompt",
          lambda job: job.n_samples_per_prompt == 1 and job.advantage_estimator == "rloo",
          _ALONE + "; use 2 or more"),
-    Rule("name", lambda job: job.name and job.engine_tp_size > 1,
-         "is an environment, whose episodes need engine_tp_size = 1, not {engine_tp_size}: all "
-         "ranks of an engine ask it at once"),
+    Rule("name", lambda job: (job.name and job.engine_type == "sglang"
+                              and job.engine_tp_size > 1),
+         "is an environment, whose episodes need engine_tp_size = 1 with SGLang, not "
+         "{engine_tp_size}: its ranks ask together; set that, or engine_type = \"vllm\""),
+    Rule("episode_schedule", lambda job: job.episode_schedule == "free" and job.deterministic,
+         "lets what is computed together depend on time, which deterministic = true excludes; use "
+         '"rounds", or leave one out'),
     Rule("name", lambda job: job.name and job.sees_images,
          "is an environment, whose episodes have no images yet; leave images_key and mixed_mm_data "
          "out"),

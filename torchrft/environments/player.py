@@ -1,26 +1,28 @@
 """Many episodes at once on an engine: `Player.generate` is the engine's `generate`, by episodes.
 
 Episodes go in rounds: when each one that is under way has asked for a reply or has ended, the
-engine gets all requests in one call, in the order of their prompts. So what the engine computes
-together does not depend on how long environments take, and a run is the same every time.
+engine gets all requests together, in the order of their prompts. So what the engine computes
+together does not depend on how long environments take, and a run is the same every time, to the
+last bit. Or they go freely: the engine gets each request at once, beside what it decodes.
 """
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
 from typing import Any, get_args
 
+from torchrft.environments.batches import Batches
 from torchrft.environments.play import Episode, play
 from torchrft.environments.pool import EnvironmentPool, Seat
 from torchrft.environments.protocol import Limits, Message, Opening, Renderer, Status, Turn
 from torchrft.tools import progress
 from torchrft.tools.seeds import derive_seed
-from torchrft.types import Branch, Completion, Prompt, Sampler, SamplingParams
+from torchrft.types import Branch, Completion, Prompt, Sampler, SamplingParams, Serves, Serving
 
 _STATUSES = get_args(Status)
 _ENVIRONMENT = 1_000_003  # sets the environment's seed apart from those of replies
+_PASSES = 3  # of the event loop, in which a reply reaches its environment, or an answer the engine
 
 
 @dataclass
@@ -36,7 +38,8 @@ class Player:
     """Plays `n` episodes for each prompt, whose rows the environment gets.
 
     Args: engine; environments, as an EnvironmentPool; renderer, of the policy's chat template;
-        row_of, what an environment gets of a prompt; seed, of environments where sampling has none.
+        row_of, what an environment gets of a prompt; seed, of environments where sampling has none;
+        in_rounds, whether episodes wait for each other.
     """
 
     def __init__(
@@ -47,13 +50,29 @@ class Player:
         limits: Limits,
         row_of: Callable[[Prompt], Mapping[str, Any]],
         seed: int = 0,
+        in_rounds: bool = True,
     ) -> None:
         self.engine, self.environments = engine, environments
         self.renderer, self.limits, self.row_of, self.seed = renderer, limits, row_of, seed
+        self.in_rounds = in_rounds
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
         """One completion an episode, in the order of prompts and samples."""
-        return asyncio.run(_Rounds(self, sampling).play(prompts))
+        serving, failed = self._serving(len(prompts), sampling), True
+        try:
+            completions = asyncio.run(_Episodes(self, serving, sampling).play(prompts))
+            failed = False
+        finally:
+            serving.close(failed)
+        return completions
+
+    def _serving(self, prompts: int, sampling: SamplingParams) -> Serving:
+        stops = {*sampling.stop_token_ids, *self.renderer.get_stop_token_ids()}
+        at_once = prompts * sampling.n
+        sampling = replace(sampling, n=1, seeds=None, stop_token_ids=tuple(sorted(stops)))
+        if isinstance(self.engine, Serves):
+            return self.engine.serve(sampling, at_once)
+        return Batches(self.engine, sampling)
 
     def close(self) -> None:
         """Ends the environments and the engine."""
@@ -61,28 +80,29 @@ class Player:
         self.engine.close()
 
 
-class _Rounds:
+class _Episodes:
     """The episodes of one call and what they wait for, by prompt and sample."""
 
-    def __init__(self, player: Player, sampling: SamplingParams) -> None:
-        self.player, self.sampling = player, sampling
+    def __init__(self, player: Player, serving: Serving, sampling: SamplingParams) -> None:
+        self.player, self.serving, self.sampling = player, serving, sampling
         self.waiting: dict[tuple[int, int], _Request] = {}
+        self.under_way = 0  # episodes
+        self.unanswered = 0  # requests that the engine has
+        self.failure: BaseException | None = None
         self.changed = asyncio.Event()
 
     async def play(self, prompts: Sequence[Prompt]) -> list[Completion]:
         keys = [(i, j) for i in range(len(prompts)) for j in range(self.sampling.n)]
         tasks = [asyncio.create_task(self._episode(prompts[i], i, j)) for i, j in keys]
         for task in tasks:
-            task.add_done_callback(lambda _: self.changed.set())
+            task.add_done_callback(self._end)
+        self.under_way = len(tasks)
         try:
-            while under_way := [task for task in tasks if not task.done()]:
-                progress.at(len(tasks) - len(under_way), len(tasks), "episodes")
-                if len(self.waiting) == len(under_way):
-                    self._reply()
-                    await asyncio.sleep(0)
-                else:
-                    await self.changed.wait()
-                    self.changed.clear()
+            while self.under_way:
+                progress.at(len(tasks) - self.under_way, len(tasks), "episodes")
+                await self._advance()
+                if self.failure is not None:
+                    raise self.failure
             episodes = [task.result() for task in tasks]
         finally:
             for task in tasks:
@@ -97,7 +117,7 @@ class _Rounds:
         # Equal for the samples of a prompt, which are compared with each other.
         first = derive_seed(player.seed, prompt.row) if seeds is None else seeds[i][0]
         ask = partial(self._ask, (i, j), prompt, None if seeds is None else seeds[i][j])
-        return await play(
+        episode = await play(
             _Hosted(player.environments, prompt.row),
             player.row_of(prompt),
             derive_seed(first, _ENVIRONMENT),
@@ -105,6 +125,8 @@ class _Rounds:
             player.renderer,
             player.limits,
         )
+        self.serving.release((i, j))
+        return episode
 
     async def _ask(
         self, key: tuple[int, int], row: Prompt, seed: int | None, ids: Sequence[int], turn: int
@@ -116,22 +138,43 @@ class _Rounds:
         self.changed.set()
         return await reply
 
-    def _reply(self) -> None:
-        """Has the engine answer all requests. Equal prompts that are neighbors share a prefill."""
-        requests = [self.waiting.pop(key) for key in sorted(self.waiting)]
-        groups = [list(group) for _, group in groupby(requests, lambda r: r.prompt.token_ids)]
-        if len({len(group) for group in groups}) > 1:
-            groups = [[request] for request in requests]
-        seeds = None
-        if self.sampling.seeds is not None:
-            seeds = tuple(tuple(r.seed or 0 for r in group) for group in groups)
-        stops = {*self.sampling.stop_token_ids, *self.player.renderer.get_stop_token_ids()}
-        sampling = replace(
-            self.sampling, n=len(groups[0]), seeds=seeds, stop_token_ids=tuple(sorted(stops))
-        )
-        replies = self.player.engine.generate([group[0].prompt for group in groups], sampling)
-        for reply in replies:
-            groups[reply.prompt_index][reply.sample_index].reply.set_result(reply)
+    async def _advance(self) -> None:
+        """Has the engine go on, or waits for a request where it cannot."""
+        in_rounds = self.player.in_rounds
+        if not in_rounds or len(self.waiting) == self.under_way:
+            self._submit()
+        if (not in_rounds or self.unanswered) and self.serving.advance():
+            for _ in range(_PASSES):
+                await asyncio.sleep(0)
+        else:
+            await self.changed.wait()
+        self.changed.clear()
+
+    def _submit(self) -> None:
+        """Gives the engine what waits, in the order of the prompts."""
+        for key in sorted(self.waiting):
+            request = self.waiting.pop(key)
+            answer = self.serving.submit(request.prompt, request.seed, session=key)
+            self.unanswered += 1
+            asyncio.wrap_future(answer).add_done_callback(partial(self._answer, request.reply))
+
+    def _answer(
+        self, reply: asyncio.Future[Completion], answer: asyncio.Future[Completion]
+    ) -> None:
+        self.unanswered -= 1
+        self.changed.set()
+        if reply.done() or answer.cancelled():
+            return
+        if (failure := answer.exception()) is not None:
+            reply.set_exception(failure)
+        else:
+            reply.set_result(answer.result())
+
+    def _end(self, task: asyncio.Task[Episode]) -> None:
+        self.under_way -= 1
+        self.changed.set()
+        if not task.cancelled():
+            self.failure = self.failure or task.exception()
 
 
 class _Hosted:

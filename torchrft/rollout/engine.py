@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Protocol, cast
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -83,6 +84,11 @@ def check_prompts(
                 f"prompt {position} (row {prompt.row}) and its response may have {length} tokens, "
                 f"more than the {longest} that the engine was built for: raise max_len"
             )
+
+
+def random_seed(sampling: SamplingParams) -> int:
+    """One for a request that brought none; greedily nothing is drawn."""
+    return 0 if sampling.temperature == 0 else int(torch.randint(2**62, ()))
 
 
 def neighbors(tp_size: int) -> DataRanks:

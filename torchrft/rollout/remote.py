@@ -23,7 +23,8 @@ from torchrft.config.job_config import Rollout
 from torchrft.models.loader import expected_model
 from torchrft.rollout.canary import Canary, WeightSyncError
 from torchrft.rollout.engine import check_prompts, completion
-from torchrft.rollout.vllm import sampling_options
+from torchrft.rollout.remote_serving import RemoteServing
+from torchrft.rollout.vllm_serving import sampling_options
 from torchrft.rollout.weight_files import WeightFiles
 from torchrft.rollout.weight_sync import layout
 from torchrft.tools import distributed
@@ -268,20 +269,28 @@ class RemoteVllmEngine:
     # ---------------------------------------------------------------- generation
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
+        self.check(prompts, sampling)
+        if not prompts:
+            return []
+        limit = max(1, self.rollout.max_num_seqs // sampling.n) * len(self.group.servers)
+        with self.scaled(sampling.temperature or 1.0) as oldest:
+            complete = partial(self.complete, sampling, oldest)
+            responses = run_all(complete, list(enumerate(prompts)), limit, "prompts")
+        return [completion for samples in responses for completion in samples]
+
+    def serve(self, sampling: SamplingParams, at_once: int) -> RemoteServing:
+        """See `torchrft.types.Serves`."""
+        return RemoteServing(self, sampling)
+
+    def check(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> None:
+        """Raises ValueError for what the servers cannot do."""
         if sampling.first_token_temperature is not None:
             raise ValueError("vLLM has no first_token_temperature; use the native engine")
         with self._control:  # not in the middle of a weight update
             check_prompts(prompts, sampling, self.version)
-        if not prompts:
-            return []
-        limit = max(1, self.rollout.max_num_seqs // sampling.n) * len(self.group.servers)
-        with self._scaled(sampling.temperature or 1.0) as oldest:
-            complete = partial(self._complete, sampling, oldest)
-            responses = run_all(complete, list(enumerate(prompts)), limit, "prompts")
-        return [completion for samples in responses for completion in samples]
 
     @contextmanager
-    def _scaled(self, temperature: float) -> Iterator[int]:
+    def scaled(self, temperature: float) -> Iterator[int]:
         """Meanwhile all servers divide their logits by `temperature`.
 
         Yields the oldest policy version that may make a completion.
@@ -307,8 +316,12 @@ class RemoteVllmEngine:
         if (await self._ask(server, "/weight_info"))["weight_version"] != tag:  # by another rank
             await self._change(server, self.version)
 
-    async def _complete(
-        self, sampling: SamplingParams, oldest: int, numbered_prompt: tuple[int, Prompt]
+    async def complete(
+        self,
+        sampling: SamplingParams,
+        oldest: int,
+        numbered_prompt: tuple[int, Prompt],
+        preferred: Server | None = None,
     ) -> list[Completion]:
         """The completions of one prompt, from the first server that makes them."""
         place, prompt = numbered_prompt
@@ -330,7 +343,8 @@ class RemoteVllmEngine:
         subject = f"prompt row {prompt.row}"
         while True:
             try:
-                return await self.group.answer(subject, ask, Deadline(math.inf))
+                forever = Deadline(math.inf)
+                return await self.group.answer(subject, ask, forever, preferred=preferred)
             except _Rescaled:  # all ranks rescale, to the same: soon it stays
                 continue
 

@@ -21,6 +21,7 @@ from torchrft.models.vision import Vision
 from torchrft.rollout.engine import check_prompts, completion, neighbors
 from torchrft.rollout.fused_weights import Places
 from torchrft.rollout.vllm_model import head_dtypes, load, scale_logits
+from torchrft.rollout.vllm_serving import VllmServing, sampling_options
 from torchrft.tools.distributed import DataRanks
 from torchrft.tools.hub import trusts_code_of
 from torchrft.tools.logging import logger
@@ -166,15 +167,7 @@ class VllmEngine:
     # ---------------------------------------------------------------- generation
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
-        if sampling.first_token_temperature is not None:
-            raise ValueError("vLLM has no first_token_temperature; use the native engine")
-        if sampling.stop and not self.stops_at_strings:
-            raise ValueError(
-                f"this engine does not stop at {list(sampling.stop)}: it was built without "
-                "[rollout] stop, which gives it a tokenizer"
-            )
-        sees = self.vision is not None
-        check_prompts(prompts, sampling, self.version, sees, self.vocabulary, self.max_len)
+        self.check(prompts, sampling)
         requests = [
             (prompt, sampling_options(place, prompt, sampling, self.stop_token_ids))
             for place, prompt in enumerate(prompts)
@@ -185,38 +178,51 @@ class VllmEngine:
         if not everything:
             return []
         outputs = self._run(everything, sampling.temperature)
-        for (prompt, _), output in zip(everything, outputs, strict=True):
-            if prompt.images and tuple(output.prompt_token_ids) != prompt.token_ids:
-                raise RuntimeError(
-                    f"vLLM makes {len(output.prompt_token_ids)} tokens of prompt row {prompt.row}, "
-                    f"the trainer {len(prompt.token_ids)}: their processors differ"
-                )
         first = sum(len(part) for part in parts[: self.ranks.rank])
+        mine = zip(prompts, outputs[first : first + len(prompts)], strict=True)
         return [
-            self._completion(place, output, sampling)
-            for place, request in enumerate(outputs[first : first + len(prompts)])
-            for output in sorted(request.outputs, key=lambda output: output.index)
+            completion
+            for place, (prompt, output) in enumerate(mine)
+            for completion in self.completions(place, prompt, output, sampling)
         ]
 
+    def check(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> None:
+        """Raises ValueError for what this engine cannot do."""
+        if sampling.first_token_temperature is not None:
+            raise ValueError("vLLM has no first_token_temperature; use the native engine")
+        if sampling.stop and not self.stops_at_strings:
+            raise ValueError(
+                f"this engine does not stop at {list(sampling.stop)}: it was built without "
+                "[rollout] stop, which gives it a tokenizer"
+            )
+        sees = self.vision is not None
+        check_prompts(prompts, sampling, self.version, sees, self.vocabulary, self.max_len)
+
     def _run(self, requests: Sequence[_Request], temperature: float) -> list[Any]:
+        parameters = [self.parameters(options, temperature) for _, options in requests]
+        inputs = [self.input(prompt) for prompt, _ in requests]
+        self.cached = True
+        try:
+            return self.llm.generate(inputs, parameters, use_tqdm=Counted)
+        except BaseException:
+            self.abort()
+            raise
+
+    def parameters(self, options: dict[str, Any], temperature: float) -> Any:
+        """vLLM's SamplingParams; the temperature is that of all that is under way."""
         import vllm
 
         self.temperature = temperature or 1.0
         sampled = 1.0 if temperature else 0.0
-        parameters = [
-            vllm.SamplingParams(temperature=sampled, flat_logprobs=True, **options)
-            for _, options in requests
-        ]
-        inputs = [self._input(prompt) for prompt, _ in requests]
-        self.cached = True
-        try:
-            return self.llm.generate(inputs, parameters, use_tqdm=Counted)
-        except BaseException:  # what an interrupt leaves would be part of the next call
-            engine = self.llm.llm_engine
-            engine.abort_request(list(engine.output_processor.request_states), internal=True)
-            raise
+        return vllm.SamplingParams(temperature=sampled, flat_logprobs=True, **options)
 
-    def _input(self, prompt: Prompt) -> dict[str, Any]:
+    def abort(self) -> None:
+        """Ends what is under way: after an interrupt it would be part of the next call."""
+        engine = self.llm.llm_engine
+        engine.abort_request(list(engine.output_processor.request_states), internal=True)
+
+    def input(self, prompt: Prompt) -> dict[str, Any]:
+        """The prompt as vLLM takes it."""
         if not prompt.images:
             return {"prompt_token_ids": list(prompt.token_ids)}
         assert self.vision is not None
@@ -228,35 +234,29 @@ class VllmEngine:
     def _temperature(self) -> float:
         return self.temperature
 
-    def _completion(self, place: int, output: Any, sampling: SamplingParams) -> Completion:
-        rows = zip(output.token_ids, output.logprobs.logprobs, strict=True)
-        reason, version, tokenizer = output.finish_reason, self.version, self.tokenizer
-        ends = self.stop_token_ids
-        return completion(place, output.index, rows, reason, version, sampling, tokenizer, ends)
+    def completions(
+        self, place: int, prompt: Prompt, output: Any, sampling: SamplingParams
+    ) -> list[Completion]:
+        """What vLLM's `output` for prompt number `place` is for the caller.
 
+        Raises RuntimeError if vLLM has made other tokens of its pictures than the trainer.
+        """
+        if prompt.images and tuple(output.prompt_token_ids) != prompt.token_ids:
+            raise RuntimeError(
+                f"vLLM makes {len(output.prompt_token_ids)} tokens of prompt row {prompt.row}, "
+                f"the trainer {len(prompt.token_ids)}: their processors differ"
+            )
+        stops, tokenizer = self.stop_token_ids, self.tokenizer
+        found = []
+        for one in sorted(output.outputs, key=lambda one: one.index):
+            rows, reason = zip(one.token_ids, one.logprobs.logprobs, strict=True), one.finish_reason
+            how = (reason, self.version, sampling, tokenizer, stops)
+            found.append(completion(place, one.index, rows, *how))
+        return found
 
-def sampling_options(
-    place: int, prompt: Prompt, sampling: SamplingParams, stop_token_ids: tuple[int, ...]
-) -> dict[str, Any]:
-    """vLLM's sampling parameters for prompt number `place`, without the temperature."""
-    # Sample j has the seed of sample 0 plus j: vLLM takes one seed for a request.
-    seed = sampling.seeds[place][0] % 2**62 if sampling.seeds is not None else None
-    return {
-        "n": sampling.n,
-        "top_p": sampling.top_p,
-        "top_k": sampling.top_k,
-        "seed": seed,
-        "max_tokens": sampling.budget(len(prompt.token_ids)),
-        "min_tokens": sampling.min_new_tokens,
-        "stop": list(sampling.stop),
-        "stop_token_ids": sorted({*stop_token_ids, *sampling.stop_token_ids}),
-        "ignore_eos": True,  # the end-of-sequence tokens are among the stop ids
-        "detokenize": bool(sampling.stop),
-        # Stop strings are looked for in the text that rewards see.
-        "skip_special_tokens": False,
-        "spaces_between_special_tokens": False,
-        "logprobs": 0,  # of the sampled token
-    }
+    def serve(self, sampling: SamplingParams, at_once: int) -> VllmServing:
+        """See `torchrft.types.Serves`."""
+        return VllmServing(self, sampling)
 
 
 def start(

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -173,15 +174,21 @@ class ServerGroup:
     turn: int = 0
 
     async def answer(
-        self, subject: str, ask: ServerCall[Result], deadline: Deadline, tries: int = sys.maxsize
+        self,
+        subject: str,
+        ask: ServerCall[Result],
+        deadline: Deadline,
+        tries: int = sys.maxsize,
+        preferred: Server | None = None,
     ) -> Result:
-        """The first answer that `ask` gets from a server about `subject`.
+        """The first answer that `ask` gets from a server about `subject`, if it can the `preferred`
+        one.
 
         `ask` raises OSError or a transient ServerError for a failure that may pass. Any other
         ServerError is a refusal, which ends all tries as the end of the deadline does.
         """
         for _ in range(tries):
-            server = await self._next_server(subject, deadline)
+            server = await self._next_server(subject, deadline, preferred)
             failures = server.failures
             server.outstanding += 1
             try:
@@ -201,13 +208,17 @@ class ServerGroup:
                 server.outstanding -= 1
         raise self.given_up(f"{subject} found no answer in {tries} tries")
 
-    async def _next_server(self, subject: str, deadline: Deadline) -> Server:
+    async def _next_server(
+        self, subject: str, deadline: Deadline, preferred: Server | None
+    ) -> Server:
         while True:
             now, soonest = time.monotonic(), min(s.rests_until for s in self.servers)
             if max(now, soonest) >= deadline.at:  # a wait that is too long is not begun
                 limit = f"before {self.until}" if soonest == math.inf else f"within {deadline}"
                 raise self.given_up(f"{subject} found no answer {limit}")
             if usable := [server for server in self.servers if server.rests_until <= now]:
+                if preferred in usable:
+                    return preferred
                 first = self.turn % len(usable)
                 self.turn += 1
                 return min(usable[first:] + usable[:first], key=lambda s: s.outstanding)
@@ -252,9 +263,14 @@ class ServerGroup:
         return "; ".join(f"{s.url}: {s.fault}" for s in self.servers if s.fault is not None)
 
 
+def start(requests: Coroutine[Any, Any, Result]) -> Future[Result]:
+    """Starts a coroutine that makes requests."""
+    return asyncio.run_coroutine_threadsafe(requests, _event_loop())
+
+
 def run(requests: Coroutine[Any, Any, Result]) -> Result:
     """The result of a coroutine that makes requests. What interrupts this thread cancels it."""
-    future = asyncio.run_coroutine_threadsafe(requests, _event_loop())
+    future = start(requests)
     try:
         # Not one endless wait: a signal that comes just before it begins would not be heard in it.
         while not future.done():

@@ -20,6 +20,8 @@ from torchrft.rollout.native.graphs import FixedCache, GraphRunner, supports
 from torchrft.rollout.native.joined import join_projections
 from torchrft.rollout.native.kv_cache import SlotCache
 from torchrft.rollout.native.scheduler import Request, Runner, Sample, Scheduler
+from torchrft.rollout.native.serving import NativeServing
+from torchrft.rollout.native.sessions import Sessions
 from torchrft.rollout.native.slots import Slots
 from torchrft.rollout.native.step import Decoder, EagerRunner, Step
 from torchrft.rollout.weight_sync import copy_weights
@@ -76,16 +78,19 @@ class NativeEngine:
         self.version: int | None = None  # None: no weights yet
         self.fp32_head = False  # whether 16-bit hidden states and weights make float32 logits
         self.asleep = False
+        self.serving: NativeServing | None = None
 
     def update_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         if self.asleep:
             raise ValueError("the engine sleeps: call wake before update_weights")
+        self._forget()
         self.version = None
         copy_weights(self.model, named_tensors)
         self.version = version
 
     def sleep(self) -> None:
-        """Frees the weights; the KV cache lives only while `generate` runs."""
+        """Frees the weights; the KV cache lives only while `generate` runs or it serves."""
+        self._forget()
         self.version, self.asleep = None, True
         for storage, _ in self.storages:
             storage.resize_(0)
@@ -100,6 +105,15 @@ class NativeEngine:
     def close(self) -> None:
         self.sleep()
 
+    def serve(self, sampling: SamplingParams, at_once: int) -> NativeServing:
+        """See `torchrft.types.Serves`."""
+        self.serving = NativeServing(self, sampling, min(self.max_num_seqs, at_once))
+        return self.serving
+
+    def _forget(self) -> None:
+        if self.serving is not None:
+            self.serving.forget()
+
     @torch.inference_mode()
     @torch._dynamo.config.patch(recompile_limit=64)  # shapes of caches differ
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
@@ -110,7 +124,10 @@ class NativeEngine:
         requests = self._requests(prompts, sampling)
         longest = max(len(r.prompt.token_ids) + r.budget for r in requests)
         check_length(longest, self.limit, type(self.model).__name__)
-        scheduler = self._scheduler(requests, longest, sampling)
+        slots = min(self.max_num_seqs, len(requests) * sampling.n)
+        budget = max(request.budget for request in requests)
+        has_images = any(request.prompt.images for request in requests)
+        scheduler = self.scheduler(sampling, slots, longest, budget, has_images)
         for request in requests:
             scheduler.add(request)
         samples: list[Sample] = []
@@ -118,7 +135,7 @@ class NativeEngine:
             samples += scheduler.advance()
             progress.at(len(samples), len(prompts) * sampling.n, "samples")
         samples.sort(key=lambda sample: (sample.request.number, sample.index))
-        return [self._completion(sample, sampling) for sample in samples]
+        return [self.completion(sample, sampling) for sample in samples]
 
     def _requests(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Request]:
         n = sampling.n
@@ -130,13 +147,17 @@ class NativeEngine:
         shifts = [0 if self.vision is None else self.vision.shift(prompt) for prompt in prompts]
         return list(map(Request, range(len(prompts)), prompts, seeds, budgets, shifts))
 
-    def _scheduler(
-        self, requests: Sequence[Request], longest: int, sampling: SamplingParams
+    def scheduler(
+        self,
+        sampling: SamplingParams,
+        slots: int,
+        longest: int,
+        budget: int,
+        has_images: bool,
+        sessions: Sessions | None = None,
     ) -> Scheduler:
-        slots = min(self.max_num_seqs, len(requests) * sampling.n)
+        """One for sequences of up to `longest` tokens, `budget` of them sampled."""
         decoder = Decoder(self.model, self.vision, self.fp32_head)
-        budget = max(request.budget for request in requests)
-        has_images = any(request.prompt.images for request in requests)
         state = Slots.empty(slots, budget, self.device, has_images)
         stop_ids = self.stop_token_ids + sampling.stop_token_ids
         # One more than the longest sequence, since a slot is reserved for a token and the next.
@@ -146,9 +167,10 @@ class NativeEngine:
             cache = FixedCache(slots, longest + 1, heads, self.compiled)
         step = Step(decoder, cache, state, sampling, stop_ids, captured and self.compiled)
         runner: Runner = GraphRunner(step, self.warm) if captured else EagerRunner(step)
-        return Scheduler(runner, partial(decode, self.tokenizer))
+        return Scheduler(runner, partial(decode, self.tokenizer), sessions)
 
-    def _completion(self, sample: Sample, sampling: SamplingParams) -> Completion:
+    def completion(self, sample: Sample, sampling: SamplingParams) -> Completion:
+        """What a finished sample is for the caller."""
         stop_ids = self.stop_token_ids + sampling.stop_token_ids
         (text,) = texts(self.tokenizer, [sample.tokens], sampling.stop, stop_ids)
         reason: FinishReason = "stop" if sample.stopped else "length"

@@ -35,11 +35,20 @@ class Prefill:
         scale: float,
         window: int | None,
     ) -> Tensor:
-        if layer != len(self.keys):
-            raise ValueError(f"the model runs layer {layer} where {len(self.keys)} was expected")
+        self.check(layer)
         for kept, row in ((self.keys, key), (self.values, value)):
             kept.append(row[0][:, self.row.prefixes].transpose(0, 1))
         return self.row(layer, query, key, value, scale, window)
+
+    @property
+    def positions(self) -> Tensor:
+        """int64 [N], of each token of the row in its prompt."""
+        return self.row.positions
+
+    def check(self, layer: int) -> None:
+        """Raises ValueError if the layers do not run one after the other."""
+        if layer != len(self.keys):
+            raise ValueError(f"the model runs layer {layer} where {len(self.keys)} was expected")
 
 
 class SlotCache:
@@ -55,6 +64,11 @@ class SlotCache:
     def capacity(self) -> int:
         """Tokens a slot holds."""
         return self.keys[0].shape[2] if self.keys else 0
+
+    @property
+    def is_even(self) -> bool:
+        """Whether the layers are alike in their heads and widths."""
+        return all(len({x.shape for x in layers}) == 1 for layers in (self.keys, self.values))
 
     def reserve(self, length: int) -> None:
         """Room for `length` tokens in every slot; what the used slots hold stays."""

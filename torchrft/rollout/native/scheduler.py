@@ -7,7 +7,7 @@ tokens for each of them; sequences that ended then leave, and waiting ones take 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from torchrft.rollout.native.kv_cache import Prefill
+from torchrft.rollout.native.sessions import Held, Sessions
 from torchrft.rollout.native.step import Step
 from torchrft.types import Kept, Prompt
 
@@ -30,6 +31,7 @@ class Request:
     seeds: Sequence[int]
     budget: int
     shift: int = 0  # of the positions after the prompt, by its images
+    session: Hashable = None  # the conversation that it is a turn of
 
 
 @dataclass(eq=False)
@@ -72,9 +74,12 @@ class Scheduler:
     ...         print(sample.index, sample.tokens)
     """
 
-    def __init__(self, runner: Runner, decode: Callable[[list[int]], str]) -> None:
+    def __init__(
+        self, runner: Runner, decode: Callable[[list[int]], str], sessions: Sessions | None = None
+    ) -> None:
         self.runner, self.step, self.state = runner, runner.step, runner.step.state
-        self.decode = decode
+        self.decode, self.sessions = decode, sessions or Sessions(0)
+        self.prefilled = 0  # prompt tokens that were run
         self.requests: deque[Request] = deque()
         self.prefill = Prefill()
         self.waiting: deque[tuple[int, Sample]] = deque()  # by row of the prefill
@@ -133,18 +138,35 @@ class Scheduler:
         return True
 
     def _prefill(self, slots: int) -> None:
-        """Runs the next prompts, as many as fill all slots, and keeps their keys."""
+        """Runs the next prompts, as many as fill all slots, and keeps their keys.
+
+        Equal prompts are run once. Those that continue a session run by themselves.
+        """
+        rows: dict[int | tuple[int, ...], int] = {}  # by what is equal
         prompts: list[Prompt] = []
+        pasts: list[Held] = []
         longest = 0
         while self.requests and len(self.waiting) < slots:
-            longest = max(longest, len(self.requests[0].prompt.token_ids))
-            if prompts and longest * (len(prompts) + 1) > _PREFILL_TOKENS:
+            request = self.requests[0]
+            prompt = request.prompt
+            past = self.sessions.find(request.session, prompt.token_ids)
+            if prompts and (past is None) == bool(pasts):
                 break
-            request = self.requests.popleft()
+            key = id(prompt) if prompt.images or past else prompt.token_ids
+            if key not in rows:
+                longest = max(longest, len(prompt.token_ids))
+                if prompts and longest * (len(prompts) + 1) > _PREFILL_TOKENS:
+                    break
+                rows[key] = len(prompts)
+                prompts.append(prompt)
+                pasts += [past] if past else []
+            self.requests.popleft()
+            self.sessions.drop(request.session)  # its slot has it soon
             samples = [Sample(request, index) for index in range(len(request.seeds))]
-            self.waiting += [(len(prompts), sample) for sample in samples]
-            prompts.append(request.prompt)
-        self.prefill = self.step.decoder.prefill(prompts)
+            self.waiting += [(rows[key], sample) for sample in samples]
+        self.prefill = self.step.decoder.prefill(prompts, pasts)
+        held = sum(len(past.token_ids) for past in pasts)
+        self.prefilled += sum(len(prompt.token_ids) for prompt in prompts) - held
 
     def _note(self, slots: Iterable[int]) -> None:
         """What the host alone keeps of the new tokens: what they were among, the text's end."""
@@ -187,6 +209,10 @@ class Scheduler:
             sample, size = finished[row], sizes[row]
             sample.tokens, sample.logprobs = tokens[row][:size], logprobs[row][:size]
             sample.stopped = stopped
+            if (session := sample.request.session) is not None:
+                # The last token was sampled, but not read.
+                read = (*sample.request.prompt.token_ids, *sample.tokens[:-1])
+                self.sessions.keep(session, read, self.step.cache, ended[row])
         return finished
 
     def _fit(self) -> int:

@@ -15,6 +15,7 @@ from torchrft.models.policy import hidden_states
 from torchrft.rollout.native.kv_cache import Prefill, SlotCache
 from torchrft.rollout.native.lean import is_plain, lean_step
 from torchrft.rollout.native.sampler import sample
+from torchrft.rollout.native.sessions import Continuation, Held
 from torchrft.rollout.native.slots import Replay, Slots, record
 from torchrft.types import Prompt, SamplingParams
 
@@ -31,13 +32,17 @@ class Decoder:
         self.device = self.head.weight.device
         self.plain = is_plain(self.base)
 
-    def prefill(self, prompts: Sequence[Prompt]) -> Prefill:
-        """Keys and values of the prompts, run in one row, and their last logits."""
-        ids = [token for prompt in prompts for token in prompt.token_ids]
-        lengths = [len(prompt.token_ids) for prompt in prompts]
+    def prefill(self, prompts: Sequence[Prompt], pasts: Sequence[Held] = ()) -> Prefill:
+        """Keys and values of the prompts, run in one row, and their last logits.
+
+        With `pasts`, what is held of the beginning of each, only the tokens behind it are run.
+        """
+        starts = [len(past.token_ids) for past in pasts] or [0] * len(prompts)
+        new = [p.token_ids[start:] for p, start in zip(prompts, starts, strict=True)]
+        ids, lengths = [token for tokens in new for token in tokens], [len(x) for x in new]
         ends, images = list(accumulate(lengths)), None
-        layout = Prefill(lengths, self.device)
-        positions = layout.row.positions[None]
+        layout = Continuation(lengths, pasts) if pasts else Prefill(lengths, self.device)
+        positions = layout.positions[None]
         if self.vision is not None and any(prompt.images for prompt in prompts):
             spans = zip(prompts, [0, *ends], ends, strict=False)
             positions, images = self.vision.see(positions.cpu(), spans)
