@@ -17,6 +17,7 @@ import asyncio
 import os
 from dataclasses import replace
 from statistics import median
+from time import process_time
 
 from torchrft.environments import Opening, Turn
 
@@ -55,6 +56,7 @@ def main() -> None:
     from torchrft.environments.renderer import ChatRenderer
     from torchrft.models.loader import load_config, load_tokenizer
     from torchrft.rollout.native.engine import NativeEngine
+    from torchrft.rollout.native.serving import NativeServing
     from torchrft.rollout.native.sessions import Sessions
     from torchrft.rollout.weight_sync import named_full_tensors
     from torchrft.types import Completion, Prompt, SamplingParams
@@ -116,16 +118,20 @@ def main() -> None:
 
     print(machine("torch", "transformers"))
     print(f"{options.episodes} episodes of {turns} turns of {options.tokens} tokens\n")
-    rows = []
-    for name, in_rounds in (("rounds", True), ("free", False)):
-        driver = player(AtOnce(), 0.0, in_rounds)
-        cost = [
-            seconds(lambda: driver.generate(prompts, sampling)) / (options.episodes * turns) * 1e3
-            for _ in range(options.repeats)
-        ]
-        driver.environments.close()
-        rows.append((name, middle(cost)))
-    print(table(("schedule", "driver, ms a turn"), rows), "\n")
+
+    def driver(in_rounds):
+        """The driver's milliseconds a turn: by the clock, and of this process's processor time."""
+        each, count = player(AtOnce(), 0.0, in_rounds), options.episodes * turns
+        costs = []
+        for _ in range(options.repeats):
+            busy = process_time()
+            clock = seconds(lambda: each.generate(prompts, sampling))
+            costs.append((clock / count * 1e3, (process_time() - busy) / count * 1e3))
+        each.environments.close()
+        return [middle(column) for column in zip(*costs, strict=True)]
+
+    rows = [(name, *driver(name == "rounds")) for name in ("rounds", "free")]
+    print(table(("schedule", "driver, ms a turn", "of processor time"), rows), "\n")
 
     players = {
         (name, slow): player(engine, sleep if slow else 0.0, name == "rounds")
@@ -147,31 +153,28 @@ def main() -> None:
     ]
     print(table(("schedule", "tokens/s", f"sleeping {sleep:g} s", "ratio"), rows), "\n")
 
-    rows, find, counts = [], Sessions.find, {}
-    forget = NativeEngine.serve
+    def computed(with_sessions):
+        """Prompt tokens that the engine computed, and the seconds of each run."""
+        find, close, counts = Sessions.find, NativeServing.close, []
 
-    for name in ("with sessions", "without"):
-        Sessions.find = find if name == "with sessions" else (lambda *_: None)
+        def closing(self, failed=False):
+            counts.append(self.scheduler.prefilled)
+            close(self, failed)
 
-        def serve(self, *arguments, name=name):
-            serving = forget(self, *arguments)
-            close = serving.close
+        NativeServing.close = closing
+        if not with_sessions:
+            Sessions.find = lambda *_: None
+        try:
+            taken = [
+                seconds(lambda: players["rounds", False].generate(prompts, sampling))
+                for _ in range(options.repeats)
+            ]
+        finally:
+            Sessions.find, NativeServing.close = find, close
+        return str(counts[0]), middle(taken)
 
-            def closing(failed=False):
-                counts[name] = serving.scheduler.prefilled
-                close(failed)
-
-            serving.close = closing
-            return serving
-
-        NativeEngine.serve = serve
-        taken = [seconds(lambda: players["rounds", False].generate(prompts, sampling))]
-        taken += [
-            seconds(lambda: players["rounds", False].generate(prompts, sampling))
-            for _ in range(options.repeats - 1)
-        ]
-        rows.append((name, str(counts[name]), middle(taken)))
-    print(table(("", "prompt tokens computed", "seconds"), rows))
+    rows = [("with", *computed(True)), ("without", *computed(False))]
+    print(table(("sessions", "prompt tokens computed", "seconds"), rows))
     for each in players.values():
         each.environments.close()
 

@@ -132,10 +132,10 @@ def test_fewer_turns_and_another_weight(tmp_path):
 
 
 def test_what_cannot_go_together():
-    served = {"engine_type": "vllm", "engine_tp_size": 2, "mixed_mm_data": True}
+    served = {"engine_type": "sglang", "engine_tp_size": 2, "mixed_mm_data": True}
     with pytest.raises(ConfigError) as fault:
         tiny_job.tiny_config(2, **OPTIONS | served)
-    assert "is an environment, whose episodes need engine_tp_size = 1, not 2" in str(fault.value)
+    assert "whose episodes need engine_tp_size = 1 with SGLang, not 2" in str(fault.value)
     assert "have no images yet; leave images_key and mixed_mm_data out" in str(fault.value)
 
 
