@@ -42,7 +42,9 @@ def make(name: str, options: Mapping[str, Any]) -> Environment:
     except ModuleNotFoundError as error:
         if library not in ADAPTERS:
             raise
-        raise ValueError(f"{error}: pip install {library.replace('_', '-')}") from error
+        # Without a name it is the library's own sentence about a name of the user's.
+        remedy = f": pip install {library.replace('_', '-')}" if error.name else ""
+        raise ValueError(f"{error}{remedy}") from error
     if callable(getattr(made, "reset", None)):
         if callable(getattr(made, "step", None)):
             return made
@@ -57,10 +59,11 @@ def make(name: str, options: Mapping[str, Any]) -> Environment:
 @cache  # a file that is edited meanwhile stays what it was
 def _component(name: str) -> Callable[..., Any]:
     module, colon, rest = name.partition(":")
+    if module in ADAPTERS and colon:
+        is_class = module == "openenv" and "://" not in rest
+        return partial(ADAPTERS[module], _component(rest) if is_class else rest)
     if name in ENVIRONMENTS.names() or not colon or ".py" in name:
         return ENVIRONMENTS.get(name)
-    if module in ADAPTERS:
-        return partial(ADAPTERS[module], rest)
     try:
         component = getattr(importlib.import_module(module), rest, None)
     except ImportError as error:
