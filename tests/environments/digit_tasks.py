@@ -20,7 +20,7 @@ class DigitTask(vf.Task[DigitData]):
         return 0.25 * (counted.stdout.split()[0] == "1")
 
     @vf.metric
-    async def turns(self, trace: vf.Trace) -> float:
+    async def replies(self, trace: vf.Trace) -> float:
         return float(trace.num_turns)
 
 

@@ -99,5 +99,18 @@ ADAPTERS: dict[str, Callable[..., Any]] = {
 }
 """By the names of their libraries, which are those of packages with "-" for "_"."""
 
-COLUMNS = {"skyrl_gym": ("reward_spec",)}
-"""What an adapter needs of each row beside the prompt."""
+COLUMNS: dict[str, tuple[str, ...]] = {
+    f"skyrl_gym:{name}": ("reward_spec",) for name in ("gsm8k", "gsm8k_multi_turn", "lcb")
+}
+COLUMNS |= {"skyrl_gym:search": ("reward_spec",), "skyrl_gym:searchcode": ("reward_spec",)}
+COLUMNS |= {"skyrl_gym:aime": ("reward_model",)}
+COLUMNS |= {"skyrl_gym:text2sql": ("data", "db_id", "reward_spec")}
+"""What an environment needs of each row beside the prompt, by its name."""
+
+
+def library_of(name: str) -> str | None:
+    """The module of another library that an environment of this name needs, if it needs one."""
+    library, _, rest = name.partition(":")
+    if library == "openenv" and "://" in rest:
+        return "websockets"  # a server is spoken to without OpenEnv itself
+    return library if library in ADAPTERS else None

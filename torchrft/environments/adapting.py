@@ -14,7 +14,10 @@ def from_user(text: str) -> tuple[Message, ...]:
 
 def task_seed(row: Mapping[str, Any], seed: int) -> int:
     """The row's column "seed", else the episode's seed; below 2**31, as old generators take it."""
-    return int(row.get("seed", seed)) % 2**31
+    chosen = row.get("seed", seed)
+    if not isinstance(chosen, int):
+        raise ValueError(f'the column "seed" holds {chosen!r}, no whole number')
+    return chosen % 2**31
 
 
 def known(what: str, name: str, names: Iterable[str]) -> str:

@@ -110,9 +110,11 @@ class _Here:
         if not isinstance(self.environment, self.library.Environment):
             name = getattr(make, "__name__", make)
             raise ValueError(f"{name} makes no Environment of openenv.core.env_server")
-        step, module = type(self.environment).step, sys.modules[type(self.environment).__module__]
-        hinted = get_type_hints(step).get([*inspect.signature(step).parameters][1])
-        self.action = getattr(module, action_class, None) if action_class else hinted
+        step = type(self.environment).step
+        self.action = get_type_hints(step).get([*inspect.signature(step).parameters][1])
+        if action_class is not None:
+            module = sys.modules[type(self.environment).__module__]
+            self.action = getattr(module, known(module.__name__, action_class, vars(module)))
         self.fields = tuple(getattr(self.action, "model_fields", ()))
         if not self.fields:
             raise ValueError(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any, TypeVar
 
-from torchrft.environments.adapters import ADAPTERS
+from torchrft.environments.adapters import ADAPTERS, library_of
 from torchrft.environments.protocol import Environment
 from torchrft.environments.tools import ToolEnvironment
 from torchrft.tools.registry import Registry
@@ -36,11 +36,11 @@ def make(name: str, options: Mapping[str, Any]) -> Environment:
     for the libraries of ADAPTERS; a function that returns an environment does as well as a class.
     Raises ValueError for a name that means nothing.
     """
-    component, library = _component(name), name.partition(":")[0]
+    component, library = _component(name), library_of(name)
     try:
         made = component(**options)
     except ModuleNotFoundError as error:
-        if library not in ADAPTERS:
+        if library is None:
             raise
         # Without a name it is the library's own sentence about a name of the user's.
         remedy = f": pip install {library.replace('_', '-')}" if error.name else ""
@@ -59,7 +59,9 @@ def make(name: str, options: Mapping[str, Any]) -> Environment:
 @cache  # a file that is edited meanwhile stays what it was
 def _component(name: str) -> Callable[..., Any]:
     module, colon, rest = name.partition(":")
-    if module in ADAPTERS and colon:
+    if module in ADAPTERS and not rest:
+        raise ValueError(f"{name!r} does not say which; write {module}:NAME")
+    if module in ADAPTERS:
         is_class = module == "openenv" and "://" not in rest
         return partial(ADAPTERS[module], _component(rest) if is_class else rest)
     if name in ENVIRONMENTS.names() or not colon or ".py" in name:
