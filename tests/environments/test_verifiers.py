@@ -59,7 +59,7 @@ TOOLS = """@classmethod
         ({"data": "prompt='?'", "task": TOOLS}, "has tools"),
         (
             {"data": "prompt='?'", "tasks": "INFINITE = True"},
-            "has no end; take 1000",
+            "has no end",
         ),
     ],
 )
