@@ -1,5 +1,6 @@
 """Environments of other libraries, unchanged: the trainer takes a few steps in each."""
 
+import asyncio
 import json
 import os
 import signal
@@ -11,6 +12,10 @@ from pathlib import Path
 import pytest
 import word_jobs
 from word_jobs import no_faults, replies
+
+from torchrft.environments import EnvironmentFault
+from torchrft.environments.pool import EnvironmentPool
+from torchrft.environments.registry import make
 
 HERE = Path(__file__).parent
 SERVER = HERE / "open_env.py"
@@ -138,32 +143,10 @@ def test_a_server_that_dies_in_mid_episode_costs_the_episodes_of_that_moment(tmp
     assert {len(replies(episode)) for episode in fine} == {3}
 
 
-class Counter:
-    """TRL's style: reset(**row), public methods as tools, get_reward()."""
-
-    def reset(self, target: int, **row):
-        self.target, self.total = target, 0
-        return f" Count to {target}."
-
-    def increment(self, by: int) -> int:
-        """Adds to the count.
-
-        Args:
-            by: How much.
-        """
-        self.total += by
-        return self.total
-
-    def get_reward(self) -> float:
-        return 1.0 if self.total == self.target else self.total / 10
-
-
 def test_a_class_in_trls_style(tmp_path):
     """Calls are made, answered by the tool, and what they did is what the reward says."""
-    from torchrft.environments.registry import make
-
     call = '<tool_call>\n{"name": "increment", "arguments": {"by": %d}}\n</tool_call>'
-    name = f"{HERE / 'test_libraries.py'}:Counter"
+    name = f"{HERE / 'trl_counter.py'}:Counter"
     tools = make(name, {}).specs
     rows = [{"target": number % 3 + 1} for number in range(20)]
     words = [call % number for number in (1, 2)]
@@ -179,3 +162,54 @@ def test_a_class_in_trls_style(tmp_path):
         if episode["messages"][-1]["role"] != "tool":
             assert episode["reward"] == pytest.approx(1.0 if total == target else total / 10)
     assert called > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("reasoning_gym:leg_count", {}, "has no 'leg_count'; it has leg_counting, "),
+        ("reasoning_gym:leg_counting", {"legs": 3}, "unexpected keyword argument 'legs'"),
+        ("reasoning_gym:leg_counting", {"min_animals": 0}, "min_animals must be positive"),
+        ("textarena:FrozenLak", {}, "has no 'FrozenLak'; it has FrozenLake-v0, "),
+        ("textarena:TicTacToe-v0", {}, "number of players has to be 2, received 1"),
+        ("textarena:FrozenLake-v0", {"x": 1}, "unexpected keyword argument 'x'"),
+        ("skyrl_gym:gsm8", {}, "has no 'gsm8'; it has gsm8k, for example"),
+        ("openenv:http://127.0.0.1:1", {}, "no server of OpenEnv answers there"),
+        ("openenv:ftp://localhost", {}, "write its URL as http://host:port"),
+        (f"openenv:{SERVER}:Echoes", {}, "has no function 'Echoes'"),
+        (f"openenv:{SERVER}:Echo", {"action": "say"}, "has no 'say'; it has message, "),
+        (f"openenv:{SERVER}:Echo", {"turn": 3}, "unexpected keyword argument 'turn'"),
+        (f"openenv:{SERVER}:Echo", {"action_class": "Sai"}, "has no 'Sai'; it has Say, "),
+        (f"openenv:{SERVER}:State", {}, "makes no Environment of openenv.core.env_server"),
+    ],
+)
+def test_wrong_names_and_options_are_a_sentence_before_the_start(name, options, said):
+    pool = EnvironmentPool(name, options, 1, 20.0)
+    try:
+        with pytest.raises(ValueError, match=f"^environment {name!r} cannot be made: .*{said}"):
+            asyncio.run(pool.check())
+    finally:
+        pool.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "row", "said"),
+    [
+        (
+            "reasoning_gym:leg_counting",
+            {},
+            {"seed": "7"},
+            "the column \"seed\" holds '7', no whole",
+        ),
+        ("skyrl_gym:gsm8k", {}, {"prompt": "1"}, "reward_spec field is required"),
+        (f"openenv:{SERVER}:Echo", {}, {}, "missing 1 required positional argument: 'word'"),
+        (f"openenv:{SERVER}:Echo", {"observation": "txt"}, {"word": "a"}, "has no 'txt'; it has"),
+    ],
+)
+def test_wrong_rows_cost_their_episode(name, options, row, said):
+    pool = EnvironmentPool(name, options, 1, 20.0)
+    try:
+        with pytest.raises(EnvironmentFault, match=said):
+            asyncio.run(pool.open(row, 1))
+    finally:
+        pool.close()

@@ -30,7 +30,7 @@ class OpenEnv:
         self.field, self.action = observation, action
         place: Callable[..., Any] = _Server if isinstance(source, str) else _Here
         self.session = place(source, **options)
-        known("the environment's action", action, self.session.fields or [action])
+        known("the environment's action", action, self.session.fields)
 
     async def reset(self, row: Mapping[str, Any], seed: int) -> Opening:
         return Opening(self._seen(await self.session.reset({**row, "seed": task_seed(row, seed)})))
@@ -87,16 +87,14 @@ class _Server:
 
 @cache  # a server that is lost later costs the episodes of that time alone
 def _action_fields(url: str) -> tuple[str, ...]:
-    """The fields of an action of a server, none if it does not tell. ValueError if it is away."""
+    """The fields of an action of a server. Raises ValueError if it is away or another one."""
     httpx = importlib.import_module("httpx")
     try:
-        answer = httpx.get(f"{url}/schema", trust_env=False)
-        return tuple(answer.json()["action"]["properties"]) if answer.is_success else ()
-    except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-        why = f"no server answers ({error}); start it, or write its URL as http://host:port"
-        raise ValueError(why) from None
-    except (ValueError, LookupError, TypeError):
-        return ()
+        answer = httpx.get(f"{url}/schema", trust_env=False).raise_for_status()
+        return tuple(answer.json()["action"]["properties"])
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:
+        why = f"no server of OpenEnv answers there ({error!s:.200})"
+        raise ValueError(f"{why}; start it, or write its URL as http://host:port") from None
 
 
 class _Here:
