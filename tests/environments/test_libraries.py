@@ -114,6 +114,10 @@ def check_echo(records, episodes):
         told = [m["content"] for m in episode["messages"] if m["role"] == "user"]
         assert told[1:] == [reply * 2 for reply in said[:2]]
     assert len({episode["reward"] for episode in episodes}) > 1
+    # The samples of a row have one seed, different rows different ones.
+    openings = {(episode["row"], episode["messages"][0]["content"]) for episode in episodes}
+    rows = {row for row, _ in openings}
+    assert len(openings) == len(rows) == len({opening.split()[1] for _, opening in openings})
 
 
 def test_openenv_by_url(tmp_path, url):
