@@ -5,7 +5,9 @@ samples of a prompt get the same task.
 """
 
 import importlib
+import json
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 from torchrft.environments.adapting import from_user, known, task_seed
@@ -48,8 +50,9 @@ class TextArena:
         self.library = importlib.import_module("textarena")
         games = importlib.import_module("textarena.envs.registration").ENV_REGISTRY
         plain = (game.removesuffix("-raw") for game in games if game.endswith("-raw"))
-        self.game = self.library.make(known("textarena", name, plain) + "-raw", **options)
-        self.game.reset(num_players=1, seed=0)  # fails here for games of several players
+        name = known("textarena", name, plain) + "-raw"
+        _open_once(name, json.dumps(options))
+        self.game = self.library.make(name, **options)
 
     def reset(self, row: Mapping[str, Any], seed: int) -> Opening:
         self.game.reset(num_players=1, seed=task_seed(row, seed))
@@ -66,7 +69,14 @@ class TextArena:
     def _observation(self) -> tuple[Message, ...]:
         own = self.library.ObservationType.PLAYER_ACTION
         entries = self.game.get_observation()[1]
-        return from_user("\n".join(text for _, text, kind in entries if kind != own))
+        return from_user("\n".join(str(text) for _, text, kind in entries if kind != own))
+
+
+@cache
+def _open_once(name: str, options: str) -> None:
+    """Raises what a game of textarena raises that one player cannot play, before any episode."""
+    game = importlib.import_module("textarena").make(name, **json.loads(options))
+    game.reset(num_players=1, seed=0)
 
 
 class SkyRLGym:
