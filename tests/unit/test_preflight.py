@@ -226,6 +226,26 @@ def test_wandb_is_installed(monkeypatch):
     assert "needs the package wandb: pip install" in fault
 
 
+def test_libraries_of_environments_are_installed(monkeypatch):
+    monkeypatch.setattr("torchrft.build.preflight.find_spec", lambda name: None)
+    (fault,) = faults(name="reasoning_gym:leg_counting", functions=None)
+    package = "the package reasoning-gym: pip install reasoning-gym"
+    assert fault == f'[environment] name = "reasoning_gym:leg_counting" needs {package}'
+    (fault,) = faults(name="openenv:http://localhost:1", functions=None)
+    assert fault.endswith("needs the package websockets: pip install websockets")
+    assert faults(name="my_env.py:Mine", functions=None) == []
+
+
+def test_columns_that_environments_need(monkeypatch):
+    monkeypatch.setattr("torchrft.build.preflight.find_spec", lambda name: name)
+    (fault,) = faults(name="skyrl_gym:aime", functions=None)
+    needs = 'needs the columns reward_model; name them by [data] metadata_keys = ["reward_model"]'
+    assert fault == f'[environment] name = "skyrl_gym:aime" {needs}'
+    Path("a.jsonl").write_text('{"prompt": "1", "reward_model": {"ground_truth": "1"}}\n')
+    named = {"prompt_data": "a.jsonl", "metadata_keys": "['reward_model']"}
+    assert faults(name="skyrl_gym:aime", functions=None, **named) == []
+
+
 def test_tokens_of_servers(monkeypatch):
     monkeypatch.setenv("FULL", "secret")
     remote = {"remote_rm_url": "http://localhost:1"}

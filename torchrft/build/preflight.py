@@ -3,6 +3,7 @@
 Imports no torch, so that a dry run stays fast. Hub ids are left to the hub.
 """
 
+import json
 import os
 import re
 import tempfile
@@ -32,7 +33,8 @@ _TOKENIZERS = ("tokenizer*", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 def job_faults(config: JobConfig) -> list[str]:
     """A sentence for each file, folder, function and key that the job could not use."""
     faults: list[str] = []
-    for check in (_prompts, _models, _functions, _written, _checkpoint, _wandb, _tokens):
+    checks = (_prompts, _environment, _models, _functions, _written, _checkpoint, _wandb, _tokens)
+    for check in checks:
         faults += _fault(faults.extend, check(config))
     return faults + reward_faults(config.reward)
 
@@ -51,6 +53,20 @@ def _prompts(config: JobConfig) -> Iterator[str]:
     for name, source in sources.items():
         if source is not None:
             yield from (f"{name}: {text}" for text in _fault(glance, source, required))
+
+
+def _environment(config: JobConfig) -> Iterator[str]:
+    """The library that an environment's name begins with, and the columns that it needs."""
+    from torchrft.environments.adapters import COLUMNS, library_of
+
+    name, what = config.environment.name or "", label(config, "name")
+    library = library_of(name)
+    if library is not None and find_spec(library) is None:
+        package = library.replace("_", "-")
+        yield f"{what} needs the package {package}: pip install {package}"
+    if lacking := sorted({*COLUMNS.get(name, ())} - {*config.data.metadata_keys}):
+        keys = f"metadata_keys = {json.dumps(lacking)}"
+        yield f"{what} needs the columns {', '.join(lacking)}; name them by [data] {keys}"
 
 
 def _models(config: JobConfig) -> Iterator[str]:

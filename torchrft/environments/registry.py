@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any, TypeVar
 
-from torchrft.environments.adapters import ADAPTERS
+from torchrft.environments.adapters import ADAPTERS, library_of
 from torchrft.environments.protocol import Environment
 from torchrft.environments.tools import ToolEnvironment
 from torchrft.tools.registry import Registry
@@ -36,13 +36,15 @@ def make(name: str, options: Mapping[str, Any]) -> Environment:
     for the libraries of ADAPTERS; a function that returns an environment does as well as a class.
     Raises ValueError for a name that means nothing.
     """
-    component, library = _component(name), name.partition(":")[0]
+    component, library = _component(name), library_of(name)
     try:
         made = component(**options)
     except ModuleNotFoundError as error:
-        if library not in ADAPTERS:
+        if library is None:
             raise
-        raise ValueError(f"{error}: pip install {library.replace('_', '-')}") from error
+        # Without a name it is the library's own sentence about a name of the user's.
+        remedy = f": pip install {library.replace('_', '-')}" if error.name else ""
+        raise ValueError(f"{error}{remedy}") from error
     if callable(getattr(made, "reset", None)):
         if callable(getattr(made, "step", None)):
             return made
@@ -57,10 +59,13 @@ def make(name: str, options: Mapping[str, Any]) -> Environment:
 @cache  # a file that is edited meanwhile stays what it was
 def _component(name: str) -> Callable[..., Any]:
     module, colon, rest = name.partition(":")
+    if module in ADAPTERS and not rest:
+        raise ValueError(f"{name!r} does not say which; write {module}:NAME")
+    if module in ADAPTERS:
+        is_class = module == "openenv" and "://" not in rest
+        return partial(ADAPTERS[module], _component(rest) if is_class else rest)
     if name in ENVIRONMENTS.names() or not colon or ".py" in name:
         return ENVIRONMENTS.get(name)
-    if module in ADAPTERS:
-        return partial(ADAPTERS[module], rest)
     try:
         component = getattr(importlib.import_module(module), rest, None)
     except ImportError as error:

@@ -86,15 +86,15 @@ class ToolEnvironment:
         tools = [getattr(holder, name) for name in names if callable(getattr(type(holder), name))]
         return cls(
             tools,
-            reward=partial(_called, holder.get_reward),
-            begin=lambda row: _called(holder.reset, **row),
+            reward=partial(call_with, holder.get_reward),
+            begin=lambda row: call_with(holder.reset, **row),
             end=getattr(holder, "close", lambda: None),
         )
 
     async def reset(self, row: Mapping[str, Any], seed: int) -> Opening:
         """The row's prompt, messages or text, with what `begin` adds to it."""
         self.row = row
-        observation = await _value(self.begin(row))
+        observation = await resolved(self.begin(row))
         prompt = row.get("prompt") or []
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
         if observation and messages and messages[-1]["role"] == "user":
@@ -115,7 +115,7 @@ class ToolEnvironment:
             answers.append({"role": "user", "content": f"error: {fault}"})
         if not answers:
             return Turn(
-                reward=await _value(self.reward(row=self.row, messages=self.messages)), done=True
+                reward=await resolved(self.reward(row=self.row, messages=self.messages)), done=True
             )
         self.messages += answers
         return Turn(tuple(answers))
@@ -135,7 +135,7 @@ class ToolEnvironment:
                 arguments = payload.parse(arguments.encode())
             if not isinstance(arguments, Mapping):
                 return f"error: the arguments of {name} must be an object"
-            value = await _value(self.tools[name](**arguments))
+            value = await resolved(self.tools[name](**arguments))
             return value if isinstance(value, str) else json.dumps(value, default=str)
         except ValidationError as error:
             wrong = error.errors()[0]
@@ -146,13 +146,14 @@ class ToolEnvironment:
             return f"error: {type(error).__name__}: {error}"[:_LONGEST_FAULT]
 
 
-async def _value(value: Any) -> Any:
+async def resolved(value: Any) -> Any:
+    """The value, awaited where it must be."""
     return await value if inspect.isawaitable(value) else value
 
 
-def _called(function: Tool, /, **values: Any) -> Any:
-    """Calls a function with those of the values that it has parameters for."""
+def call_with(function: Tool, /, *positional: Any, **values: Any) -> Any:
+    """Calls a function with those of the named values that it has parameters for."""
     parameters = inspect.signature(function).parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         values = {name: value for name, value in values.items() if name in parameters}
-    return function(**values)
+    return function(*positional, **values)
