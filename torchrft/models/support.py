@@ -7,7 +7,7 @@ around the head runs on real numbers. So a model is judged before weights are lo
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from torchrft.models.logit_form import PLAIN, LogitForm
 from torchrft.tools.hub import trusts_code_of
 
 _NAME = "torchrft_probe"
@@ -113,6 +114,8 @@ class _Verdict:
     head_faults: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()  # of all calls of attention, in their order
     limit: int | None = None  # tokens of the longest sequence
+    form: LogitForm = PLAIN
+    changes_scores: bool = False
 
 
 _VERDICTS: dict[tuple[type, str], _Verdict] = {}
@@ -136,11 +139,7 @@ def refuse_unsupported(
     Raises ValueError for a model that would give other log-probs than transformers' own forward of
     each sample alone, and for a max_len beyond the limit.
     """
-    kind = kind or _model_class(config)
-    key = kind, config.to_json_string(use_diff=False)
-    if key not in _VERDICTS:
-        _VERDICTS[key] = _judge(config, kind)
-    verdict = _VERDICTS[key]
+    verdict = _verdict(config, kind)
     faults = [*verdict.faults, *(verdict.head_faults if head else ())]
     if cache and not faults and verdict.layers != tuple(range(len(verdict.layers))):
         faults = ['calls attention several times a layer (engine_type = "vllm" may know it)']
@@ -152,6 +151,24 @@ def refuse_unsupported(
     if max_len is not None:
         check_length(max_len, verdict.limit, verdict.kind, "max_len = ")
     return verdict.limit
+
+
+def logit_form(config: PreTrainedConfig, kind: Any = None) -> LogitForm:
+    """What a supported model does to the logits of its head; `kind` as in `refuse_unsupported`."""
+    return _verdict(config, kind).form
+
+
+def changes_scores(config: PreTrainedConfig, kind: Any = None) -> bool:
+    """Whether attention gets a `ScoreChange` in a supported model."""
+    return _verdict(config, kind).changes_scores
+
+
+def _verdict(config: PreTrainedConfig, kind: Any) -> _Verdict:
+    kind = kind or _model_class(config)
+    key = kind, config.to_json_string(use_diff=False)
+    if key not in _VERDICTS:
+        _VERDICTS[key] = _judge(config, kind)
+    return _VERDICTS[key]
 
 
 def check_length(length: int, limit: int | None, kind: str, name: str = "a sequence of ") -> None:
@@ -193,8 +210,12 @@ def _judge(config: PreTrainedConfig, kind: Any) -> _Verdict:
         return _Verdict(kind.__name__, (what,))
     limits = [rope_limit(text), _table_limit(decoder, model.get_input_embeddings(), text)]
     limit = min((n for n in limits if n is not None), default=None)
-    heads = tuple(_head_faults(model, text))
-    return _Verdict(kind.__name__, faults, heads, tuple(probe.layers), limit)
+    form = _probed_head(model, text)
+    heads = () if isinstance(form, LogitForm) else (form,)
+    form = form if isinstance(form, LogitForm) else PLAIN
+    return _Verdict(
+        kind.__name__, faults, heads, tuple(probe.layers), limit, form, probe.changes_scores
+    )
 
 
 def _zeros(tensor: Tensor) -> Tensor:
@@ -209,6 +230,7 @@ class _Probe:
 
     def __init__(self) -> None:
         self.layers: list[int] = []
+        self.changes_scores = False
 
     @torch.no_grad()
     def faults_of(self, decoder: nn.Module, num_layers: int, device: str) -> tuple[str, ...]:
@@ -247,7 +269,8 @@ def _attention(
     name = type(module).__name__
     if layout is None:
         raise _Unsupported(f"does not pass `layout` on to {name}, so that packed samples would mix")
-    bent = [n for n in ("softcap", "s_aux", "sinks", "position_bias") if kwargs.get(n) is not None]
+    layout.changes_scores |= any(kwargs.get(n) is not None for n in ("softcap", "s_aux"))
+    bent = [n for n in ("sinks", "position_bias") if kwargs.get(n) is not None]
     if bent:
         raise _Unsupported(f"uses {', '.join(bent)} in {name}")
     whole = getattr(attention_mask, "_base", None)  # of which it may be a view
@@ -324,15 +347,15 @@ class _Hidden(dict[str, Any]):
         return self.last_hidden_state if key in (0, "last_hidden_state") else None
 
 
-def _head_faults(model: Any, text: Any) -> Iterator[str]:
+def _probed_head(model: Any, text: Any) -> LogitForm | str:
     """Runs the code around the decoder and the head, whose outputs are numbers made up here.
 
-    The logits must be the head's output, and its input the decoder's, to the last bit.
+    The logits must be the head's output, and its input the decoder's, up to a `LogitForm`: returns
+    that, or else the fault.
     """
     head = model.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
-        yield "needs a language-model head without bias"
-        return
+        return "needs a language-model head without bias"
     outputs, inputs = head.weight.shape
     hidden, logits = (torch.linspace(-50, 50, 3 * n).view(1, 3, n) for n in (inputs, outputs))
     for module in (model.base_model, model.get_decoder()):
@@ -341,10 +364,12 @@ def _head_faults(model: Any, text: Any) -> Iterator[str]:
     head.forward = lambda x: seen.append(x) or logits  # type: ignore[func-returns-value]
     try:
         out = model(input_ids=torch.zeros(1, 3, dtype=torch.long), use_cache=False).logits
-        plain = len(seen) == 1 and torch.equal(seen[0], hidden) and torch.equal(out, logits)
+        before = LogitForm.measured(hidden, seen[0], None) if len(seen) == 1 else None
+        after = LogitForm.measured(logits, out, getattr(text, "final_logit_softcapping", None))
     except Exception:  # code that wants more of the decoder than its hidden states
-        plain = False
-    if not plain:
-        values = {name: getattr(text, name, None) for name in _LOGIT_CHANGES}
-        options = ", ".join(f"{k} = {v}" for k, v in values.items() if v not in (None, 1))
-        yield f"changes its logits by {options or 'code around its head'}"
+        before = after = None
+    if before is not None and after is not None:
+        return LogitForm(before.scale * after.scale, after.cap)
+    values = {name: getattr(text, name, None) for name in _LOGIT_CHANGES}
+    options = ", ".join(f"{k} = {v}" for k, v in values.items() if v not in (None, 1))
+    return f"changes its logits by {options or 'code around its head'}"

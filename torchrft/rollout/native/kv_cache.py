@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchrft.models.attention import Packed
+from torchrft.models.scores import ScoreChange
 
 _GROWTH = 256  # tokens a slot has room for at first: growing later copies what is there
 
@@ -34,12 +35,13 @@ class Prefill:
         value: Tensor,
         scale: float,
         window: int | None,
+        change: ScoreChange | None = None,
     ) -> Tensor:
         if layer != len(self.keys):
             raise ValueError(f"the model runs layer {layer} where {len(self.keys)} was expected")
         for kept, row in ((self.keys, key), (self.values, value)):
             kept.append(row[0][:, self.row.prefixes].transpose(0, 1))
-        return self.row(layer, query, key, value, scale, window)
+        return self.row(layer, query, key, value, scale, window, change)
 
 
 class SlotCache:
@@ -123,7 +125,7 @@ class Decode:
         self.cache.reserve(self.width)
         self.columns = torch.arange(self.width, device=lengths.device)
         self.outside.clear()
-        self.rows = torch.empty(0)
+        self.rows: dict[tuple[int, ...], Tensor] = {}  # of `weigh`, by key heads and their group
 
     def __call__(
         self,
@@ -133,6 +135,7 @@ class Decode:
         value: Tensor,
         scale: float,
         window: int | None,
+        change: ScoreChange | None = None,
     ) -> Tensor:
         batch, heads, _, dim = query.shape
         kv_heads = key.shape[1]
@@ -144,9 +147,13 @@ class Decode:
         if window not in self.outside:  # once per step, not once per layer
             self.outside[window] = _outside(self.columns, self.lengths, window)
         outside, held = self.outside[window], keys[:batch, :, : self.width]
-        if _sums_bags(query):
+        if _sums_bags(query) or change is not None:
             scores = torch.matmul(query * scale, held.transpose(-1, -2))
-            out = self.weigh(scores.masked_fill_(outside, -torch.inf).softmax(-1), values)
+            if change is None:
+                weights = scores.masked_fill_(outside, -torch.inf).softmax(-1)
+            else:
+                weights = change.weights(scores, outside)
+            out = self.weigh(weights, values)
         else:
             out = F.scaled_dot_product_attention(
                 query, held, values[:batch, :, : self.width], attn_mask=~outside, scale=scale
@@ -154,22 +161,26 @@ class Decode:
         return out.reshape(batch, 1, heads, -1)  # MLA: values may be narrower than keys
 
     def weigh(self, weights: Tensor, values: Tensor) -> Tensor:
-        """Sums of the values by weights [B, Hkv, G, width], for a CPU.
+        """Sums of the values by weights [B, Hkv, G, width].
 
-        A bag of embeddings reads each row ahead of its use: 2 to 4 times as fast as a matmul with
-        few rows, and what is behind a sequence's end need not be read.
+        On a CPU, a bag of embeddings reads each row ahead of its use: 2 to 4 times as fast as a
+        matmul with few rows, and what is behind a sequence's end need not be read.
         """
+        if not _sums_bags(weights):
+            return weights @ values[: len(weights), :, : self.width]
         _, kv_heads, room, _ = values.shape
-        if not self.rows.numel():  # numbers of the rows; int32 would do for 2^31 of them
+        group = weights.shape[1:3]  # in which layers may differ
+        if group not in self.rows:  # numbers of the rows; int32 would do for 2^31 of them
             first = torch.arange(weights.shape[0] * kv_heads, dtype=torch.int32) * room
             column = self.columns.int().minimum(self.lengths[:, None].int())
             rows = first.view(-1, kv_heads, 1, 1) + column[:, None, None]
-            self.rows = rows.expand_as(weights).reshape(-1, self.width)
+            self.rows[group] = rows.expand_as(weights).reshape(-1, self.width)
+        rows = self.rows[group]
         return F.embedding_bag(
-            self.rows,
+            rows,
             values.view(-1, values.shape[-1]),
             mode="sum",
-            per_sample_weights=weights.view_as(self.rows),
+            per_sample_weights=weights.reshape(rows.shape),
         )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from torchrft.models.logprobs import product
+from torchrft.models.support import logit_form
 from torchrft.models.vision import Vision, hidden_states
 from torchrft.rollout.native.kv_cache import Prefill, SlotCache
 from torchrft.rollout.native.lean import is_plain, lean_step
@@ -25,6 +26,7 @@ class Decoder:
     def __init__(self, model: PreTrainedModel, vision: Vision | None, fp32_head: bool) -> None:
         self.model, self.vision, self.fp32_head = model, vision, fp32_head
         self.base, self.head = model.get_decoder(), model.get_output_embeddings()
+        self.form = logit_form(model.config, type(model))
         self.device = self.head.weight.device
         self.plain = is_plain(self.base)
 
@@ -51,7 +53,8 @@ class Decoder:
         return self._logits(hidden_states(self.model, ids, positions, layout, None)[:, 0])
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return product(hidden, self.head.weight) if self.fp32_head else self.head(hidden)
+        logits = product(hidden, self.head.weight) if self.fp32_head else self.head(hidden)
+        return self.form(logits)
 
 
 class Step:
