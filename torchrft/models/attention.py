@@ -30,6 +30,7 @@ from torch.nn.attention.varlen import AuxRequest, varlen_attn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
 
+from torchrft.models.mixers import Mixer, rows_of
 from torchrft.models.scores import Kernel, ScoreChange, attend_with_sinks
 from torchrft.parallel.sequence_parallel import Split
 
@@ -183,6 +184,8 @@ class Packed:
     branch_keys: Tensor  # int64 [S, longest path], as prefixes
     branch_starts: Tensor  # int64 [S]: tokens before each branch in its sequence
     fold: Tensor  # int64 [N]: cell of each position, counting prefix cells, then branch cells
+    sequences: Tensor  # int64 [E, longest path], as prefixes: those that no other one continues
+    place: Tensor  # int64 [N]: a cell of each position among those of `sequences`
 
     @classmethod
     def of(cls, groups: Sequence[tuple[int, Sequence[int]]]) -> Packed:
@@ -213,6 +216,12 @@ class Packed:
         for (parent, length), end in zip(segments, ends, strict=True):
             own_tokens = torch.arange(end - length, end)
             paths.append(own_tokens if parent < 0 else torch.cat([paths[parent], own_tokens]))
+        continued = {parent for parent, _ in segments}
+        whole = [path for i, path in enumerate(paths) if i not in continued]
+        sequences = pad_sequence(whole, batch_first=True)
+        place = torch.empty(int(paths[-1][-1]) + 1, dtype=torch.long)
+        for row, path in enumerate(whole):
+            place[path] = row * sequences.shape[1] + torch.arange(len(path))
         parents, own = torch.tensor(segments).unbind(1)
         seen = torch.tensor([len(path) for path in paths])
         before, start = seen - own, own.cumsum(0) - own
@@ -236,6 +245,8 @@ class Packed:
             branch_keys=_trim(keys, seen, ~is_prefix),
             branch_starts=before[~is_prefix],
             fold=(first_cell[:, None] + columns)[inside],
+            sequences=sequences,
+            place=place,
         )
 
     def to(self, device: torch.device) -> Packed:
@@ -265,6 +276,12 @@ class Packed:
         if self.branches.numel():
             cells = torch.cat([cells, self._branches(q, k, v, scale, window, change)])
         return cells[self.fold].unsqueeze(0)
+
+    def mix(self, mixer: Mixer, hidden: Tensor, options: dict[str, Any]) -> Tensor:
+        """A mixer's output [1, N, D] for the row: it runs on whole sequences, each from its start."""
+        given = {k: rows_of(v, self.sequences, hidden.shape[1]) for k, v in options.items()}
+        out = mixer.run(hidden[0][self.sequences], given)
+        return out.flatten(0, 1)[self.place].unsqueeze(0)
 
     def _branches(
         self,

@@ -12,7 +12,8 @@ from torchrft.models.attention import Layout
 from torchrft.models.logit_form import PLAIN
 from torchrft.models.logprobs import Head, fused_linear_logprob, head_logprob, linear_logprob
 from torchrft.models.split import joined, local_vocabulary, part_of, shared
-from torchrft.models.support import check_length, logit_form, refuse_unsupported
+from torchrft.models.mixers import gather_mixers
+from torchrft.models.support import check_length, logit_form, mixers, refuse_unsupported
 from torchrft.models.vision import ImageBatch, hidden_states
 from torchrft.parallel.mesh import ModelMesh
 from torchrft.types import Kept
@@ -67,6 +68,7 @@ class PolicyModel(nn.Module):
         super().__init__()
         self.limit = refuse_unsupported(model.config, kind=type(model))
         self.form = logit_form(model.config, type(model))
+        gather_mixers(model.get_decoder(), mixers(model.config, type(model)))
         head: Any = model.get_output_embeddings()
         if head.bias is not None:
             raise ValueError(f"{type(model).__name__} needs a language-model head without bias")

@@ -25,10 +25,13 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from torchrft.models.logit_form import PLAIN, LogitForm
+from torchrft.models.mixers import cache_name
+from torchrft.parallel.modules import MIXED, decoder_layers
 from torchrft.tools.hub import trusts_code_of
 
 _NAME = "torchrft_probe"
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_WITHOUT = {"mlp", "moe"}  # layers that mix no tokens
+_LAYER_TYPES = {"full_attention", "sliding_attention", *MIXED, *_WITHOUT}
 _LOGIT_CHANGES = (  # options by which known families do it, for the message
     *("final_logit_softcapping", "logit_scale", "logits_scaling"),
     *("lm_head_multiplier", "output_multiplier"),
@@ -116,6 +119,7 @@ class _Verdict:
     limit: int | None = None  # tokens of the longest sequence
     form: LogitForm = PLAIN
     changes_scores: bool = False
+    mixers: tuple[str, ...] = ()  # names in the decoder
 
 
 _VERDICTS: dict[tuple[type, str], _Verdict] = {}
@@ -141,7 +145,7 @@ def refuse_unsupported(
     """
     verdict = _verdict(config, kind)
     faults = [*verdict.faults, *(verdict.head_faults if head else ())]
-    if cache and not faults and verdict.layers != tuple(range(len(verdict.layers))):
+    if cache and not faults and verdict.layers != tuple(sorted({*verdict.layers})):
         faults = ['calls attention several times a layer (engine_type = "vllm" may know it)']
     if faults:
         raise ValueError(
@@ -156,6 +160,11 @@ def refuse_unsupported(
 def logit_form(config: PreTrainedConfig, kind: Any = None) -> LogitForm:
     """What a supported model does to the logits of its head; `kind` as in `refuse_unsupported`."""
     return _verdict(config, kind).form
+
+
+def mixers(config: PreTrainedConfig, kind: Any = None) -> tuple[str, ...]:
+    """Names in the decoder of what mixes tokens without attention, in a supported model."""
+    return _verdict(config, kind).mixers
 
 
 def changes_scores(config: PreTrainedConfig, kind: Any = None) -> bool:
@@ -186,22 +195,24 @@ def _judge(config: PreTrainedConfig, kind: Any) -> _Verdict:
     try:
         probed = with_attention(config, _NAME)
         text = probed.get_text_config()
-        types = sorted(set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES)
-        if types or not kind.is_backend_compatible():
-            what = ", ".join(types) or "attention code of its own"
+        types = set(getattr(text, "layer_types", None) or ())
+        unknown = sorted(types - _LAYER_TYPES)
+        # Hybrids may not say that they are, since their mixers are not.
+        if unknown or not (types & MIXED or kind.is_backend_compatible()):
+            what = ", ".join(unknown) or "attention code of its own"
             return _Verdict(kind.__name__, (f"uses {what}",))
         text._experts_implementation = "batched_mm"  # the one whose sizes do not depend on values
         with torch.device("meta"):
             model = kind(probed).eval()
         decoder = model.get_decoder()
         try:
-            faults = probe.faults_of(decoder, text.num_hidden_layers, "meta")
+            faults = probe.faults_of(decoder, text, "meta")
         except (
             NotImplementedError,
             RuntimeError,
         ):  # its layers look at numbers, as to route tokens
             decoder._apply(_zeros)
-            faults = probe.faults_of(decoder, text.num_hidden_layers, "cpu")
+            faults = probe.faults_of(decoder, text, "cpu")
     except _Unsupported as fault:
         faults = (str(fault),)
     except Exception as error:  # a model's code may raise anything
@@ -213,9 +224,8 @@ def _judge(config: PreTrainedConfig, kind: Any) -> _Verdict:
     form = _probed_head(model, text)
     heads = () if isinstance(form, LogitForm) else (form,)
     form = form if isinstance(form, LogitForm) else PLAIN
-    return _Verdict(
-        kind.__name__, faults, heads, tuple(probe.layers), limit, form, probe.changes_scores
-    )
+    layers, changed = tuple(probe.layers), probe.changes_scores
+    return _Verdict(kind.__name__, faults, heads, layers, limit, form, changed, probe.mixers)
 
 
 def _zeros(tensor: Tensor) -> Tensor:
@@ -229,13 +239,27 @@ class _Probe:
     """A layout that computes nothing and judges each call of the attention function."""
 
     def __init__(self) -> None:
-        self.layers: list[int] = []
+        self.layers: list[int] = []  # of attention
+        self.attention: set[Any] = set()
+        self.mixers: tuple[str, ...] = ()
         self.changes_scores = False
 
     @torch.no_grad()
-    def faults_of(self, decoder: nn.Module, num_layers: int, device: str) -> tuple[str, ...]:
+    def faults_of(self, decoder: nn.Module, text: Any, device: str) -> tuple[str, ...]:
         """Runs the decoder. Raises _Unsupported."""
         self.layers.clear()
+        told: dict[nn.Module, bool] = {}  # whether it got the layout
+        several: list[nn.Module] = []
+
+        def note(module: nn.Module, _: Any, options: dict[str, Any], out: Any) -> None:
+            told[module] = options.get("layout") is self
+            if not isinstance(out, Tensor):
+                several.append(module)
+
+        blocks = {*decoder_layers(decoder)}
+        cached = {m: n for n, m in decoder.named_modules() if m not in blocks and _may_mix(m)}
+        for module in cached:
+            module.register_forward_hook(note, with_kwargs=True)
         with torch.device(device):
             ids = torch.zeros(1, 5, dtype=torch.long)
             options: dict[str, Any] = {"use_cache": False, "layout": self}
@@ -243,12 +267,33 @@ class _Probe:
                 ids
             )  # so that no packed rows are looked for
             decoder(input_ids=ids, position_ids=ids.clone(), **options)
-        if {*self.layers} != {*range(num_layers)}:
-            return (f"has {len({*self.layers})} of {num_layers} layers with attention",)
+        found: list[Any] = [module for module in told if module not in self.attention]
+        self.mixers = tuple(cached[module] for module in found)
+        for module in found:
+            if not told[module]:
+                name = type(module).__name__
+                return (f"does not pass `layout` on to {name}, so that packed samples would mix",)
+            if module in several:
+                return (f"mixes tokens in {type(module).__name__} and returns more than they are",)
+        return self._gaps(decoder, text, found)
+
+    def _gaps(self, decoder: Any, text: Any, found: list[Any]) -> tuple[str, ...]:
+        """What may mix tokens and is neither attention nor a mixer."""
+        count = text.num_hidden_layers
+        types = getattr(text, "layer_types", None) or [""] * count
+        plain = {layer for layer in range(count) if types[layer] in _WITHOUT}
+        mixed = {*self.layers, *(module.layer_idx for module in found)}
+        if not mixed >= {*range(count)} - plain:
+            return (f"has {len(mixed)} of {count} layers with attention",)
+        inside = {m for module in found for m in module.modules()}
         layers = getattr(decoder, "layers", decoder)
-        if any(isinstance(module, nn.Conv1d) for module in layers.modules()):
-            return ("mixes tokens by convolution",)
+        if any(isinstance(m, nn.Conv1d) for m in layers.modules() if m not in inside):
+            return ("mixes tokens by convolution in its attention",)
         return ()
+
+
+def _may_mix(module: nn.Module) -> bool:
+    return hasattr(module, "layer_idx") and cache_name(module) is not None
 
 
 class _Unsupported(Exception):
@@ -279,6 +324,7 @@ def _attention(
         within = "" if sliding_window is None else f" within sliding_window = {sliding_window}"
         raise _Unsupported(f"has a mask in {name} other than the causal one{within}")
     layout.layers.append(module.layer_idx)
+    layout.attention.add(module)
     return value.new_empty(*query.transpose(1, 2).shape[:3], value.shape[3]), None
 
 

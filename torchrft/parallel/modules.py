@@ -7,6 +7,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
+# Layer types of transformers with states that run along a sequence.
+MIXED = {"linear_attention", "conv", "hybrid"}
+
+
 def transformers_part(model: nn.Module) -> PreTrainedModel | None:
     """The transformers model that `model` is or holds."""
     return next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
