@@ -278,7 +278,7 @@ class Packed:
         return cells[self.fold].unsqueeze(0)
 
     def mix(self, mixer: Mixer, hidden: Tensor, options: dict[str, Any]) -> Tensor:
-        """A mixer's output [1, N, D] for the row: it runs on whole sequences, each from its start."""
+        """A mixer's output [1, N, D] for the row: it runs on whole sequences from their start."""
         given = {k: rows_of(v, self.sequences, hidden.shape[1]) for k, v in options.items()}
         out = mixer.run(hidden[0][self.sequences], given)
         return out.flatten(0, 1)[self.place].unsqueeze(0)

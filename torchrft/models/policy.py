@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from torchrft.models.attention import Layout
 from torchrft.models.logit_form import PLAIN
 from torchrft.models.logprobs import Head, fused_linear_logprob, head_logprob, linear_logprob
-from torchrft.models.split import joined, local_vocabulary, part_of, shared
 from torchrft.models.mixers import gather_mixers
+from torchrft.models.split import joined, local_vocabulary, part_of, shared
 from torchrft.models.support import check_length, logit_form, mixers, refuse_unsupported
 from torchrft.models.vision import ImageBatch, hidden_states
 from torchrft.parallel.mesh import ModelMesh

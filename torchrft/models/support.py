@@ -147,6 +147,8 @@ def refuse_unsupported(
     faults = [*verdict.faults, *(verdict.head_faults if head else ())]
     if cache and not faults and verdict.layers != tuple(sorted({*verdict.layers})):
         faults = ['calls attention several times a layer (engine_type = "vllm" may know it)']
+    if cache and not faults and not verdict.layers:
+        faults = ['has no attention for a KV cache (engine_type = "vllm" may know it)']
     if faults:
         raise ValueError(
             f"{verdict.kind} {' and '.join(faults)}, which torchrft does not support; use a model "

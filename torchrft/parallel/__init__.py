@@ -9,7 +9,7 @@ from torchrft.parallel.activation_checkpoint import apply_activation_checkpointi
 from torchrft.parallel.compile import apply_compile
 from torchrft.parallel.fsdp import apply_fsdp, check_shardable, reshard, set_gradient_sync
 from torchrft.parallel.mesh import ParallelDims
-from torchrft.parallel.modules import decoder_layers
+from torchrft.parallel.modules import decoder_layers, refuse_split, transformers_part
 from torchrft.parallel.plain import prepare_plain
 from torchrft.parallel.sequence_parallel import apply_sequence_parallel
 from torchrft.parallel.tensor_parallel import apply_tensor_parallel
@@ -56,6 +56,8 @@ def parallelize(
     if device == "meta":  # the weights come later, to where this job computes
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dims.model_ranks > 1:
+        if (inner := transformers_part(model)) is not None:
+            refuse_split(inner.config, type(inner).__name__, dims.tp, dims.sp)
         plain = not hasattr(model, "mesh")
         if plain:
             prepare_plain(model, dims.tp)

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchrft.models.attention import Packed
+from torchrft.models.mixers import Mixer
 from torchrft.models.scores import ScoreChange
+from torchrft.rollout.native.states import States
 
 _GROWTH = 256  # tokens a slot has room for at first: growing later copies what is there
 
@@ -18,11 +20,19 @@ _GROWTH = 256  # tokens a slot has room for at first: growing later copies what 
 class Prefill:
     """Attention layout of a row of prompts, one behind the other, that keeps their keys and values.
 
-    `keys[layer]` and `values[layer]` are [P, Hkv, L, D]; behind a prompt's end they mean nothing.
+    `keys[order[layer]]` and `values[order[layer]]` are [P, Hkv, L, D]; behind a prompt's end they
+    mean nothing. `states` are those of mixers, where the model has any.
     """
 
-    def __init__(self, lengths: Sequence[int] = (1,), device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int] = (1,),
+        device: torch.device | str = "cpu",
+        states: States | None = None,
+    ) -> None:
         self.row = Packed.of([(length, ()) for length in lengths]).to(torch.device(device))
+        self.lengths, self.states = lengths, states
+        self.order: dict[int, int] = {}  # of the layers with attention
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.logits = torch.empty(0)  # after each prompt [P, V]
@@ -37,21 +47,30 @@ class Prefill:
         window: int | None,
         change: ScoreChange | None = None,
     ) -> Tensor:
-        if layer != len(self.keys):
-            raise ValueError(f"the model runs layer {layer} where {len(self.keys)} was expected")
+        if self.order.setdefault(layer, len(self.keys)) != len(self.keys):
+            raise ValueError(f"the model runs attention layer {layer} a second time")
         for kept, row in ((self.keys, key), (self.values, value)):
             kept.append(row[0][:, self.row.prefixes].transpose(0, 1))
         return self.row(layer, query, key, value, scale, window, change)
 
+    def mix(self, mixer: Mixer, hidden: Tensor, options: dict[str, Any]) -> Tensor:
+        """A mixer's output for the row, see `States.prefill`."""
+        assert self.states is not None
+        cells = [row[:length] for row, length in zip(self.row.prefixes, self.lengths, strict=True)]
+        return self.states.prefill(mixer, hidden, options, cells)
+
 
 class SlotCache:
-    """`keys[layer]`, `values[layer]`: [slots, Hkv, T, D]; T grows with the sequences to `limit`."""
+    """Keys and values, in the `order` of the layers with attention: [slots, Hkv, T, D]; T grows
+    with the sequences to `limit`. Beside them the states of mixers."""
 
     def __init__(self, slots: int, limit: int) -> None:
         self.slots, self.limit = slots, limit
         self.used = 0  # slots in front that may hold something
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        self.order: dict[int, int] = {}
+        self.states: States | None = None
 
     @property
     def capacity(self) -> int:
@@ -83,6 +102,10 @@ class SlotCache:
         """Copies the prompts `rows` (int64 [k]) into `slots`."""
         if not self.keys:
             self.allocate(prompts)
+            self.order = prompts.order
+        if prompts.states is not None:
+            self.states = self.states or States(prompts.states.config)
+            self.states.take(slots, prompts.states, rows, self.slots)
         length = prompts.keys[0].shape[2]
         self.reserve(length + 1)
         for cache, source in ((self.keys, prompts.keys), (self.values, prompts.values)):
@@ -96,6 +119,8 @@ class SlotCache:
         for tensor in (*self.keys, *self.values):
             held = tensor[:, :, :length]
             held[target] = held[source]
+        if self.states is not None:
+            self.states.move(source, target)
 
     def layout(self, batch: int) -> Any:
         """The attention layout of a step of the first slots."""
@@ -117,6 +142,7 @@ class Decode:
         self.cache, self.slots = cache, slice(0, batch)
         self.places = torch.arange(batch, device=cache.keys[0].device)
         self.outside: dict[int | None, Tensor] = {}  # bool [B, 1, 1, width], by window
+        self.mixed = None if cache.states is None else cache.states.cache(batch)
 
     def begin(self, lengths: Tensor) -> None:
         """`lengths` int64 [B] are the tokens a slot already holds: the new one is written there."""
@@ -139,7 +165,8 @@ class Decode:
     ) -> Tensor:
         batch, heads, _, dim = query.shape
         kv_heads = key.shape[1]
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        place = self.cache.order.get(layer, layer)
+        keys, values = self.cache.keys[place], self.cache.values[place]
         keys[self.places, :, self.lengths] = key[:, :, 0]
         values[self.places, :, self.lengths] = value[:, :, 0]
         # The query heads of a group become query tokens, so that keys are read once per group.
@@ -159,6 +186,10 @@ class Decode:
                 query, held, values[:batch, :, : self.width], attn_mask=~outside, scale=scale
             )
         return out.reshape(batch, 1, heads, -1)  # MLA: values may be narrower than keys
+
+    def mix(self, mixer: Mixer, hidden: Tensor, options: dict[str, Any]) -> Tensor:
+        """A mixer's output [B, 1, D] for a token of each slot, whose states it moves on."""
+        return mixer.run(hidden, options, self.mixed)
 
     def weigh(self, weights: Tensor, values: Tensor) -> Tensor:
         """Sums of the values by weights [B, Hkv, G, width].

@@ -11,12 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from torchrft.models.logprobs import product
-from torchrft.models.support import logit_form
+from torchrft.models.mixers import gather_mixers
+from torchrft.models.support import logit_form, mixers
 from torchrft.models.vision import Vision, hidden_states
 from torchrft.rollout.native.kv_cache import Prefill, SlotCache
 from torchrft.rollout.native.lean import is_plain, lean_step
 from torchrft.rollout.native.sampler import sample
 from torchrft.rollout.native.slots import Replay, Slots, record
+from torchrft.rollout.native.states import States
 from torchrft.types import Prompt, SamplingParams
 
 
@@ -27,6 +29,8 @@ class Decoder:
         self.model, self.vision, self.fp32_head = model, vision, fp32_head
         self.base, self.head = model.get_decoder(), model.get_output_embeddings()
         self.form = logit_form(model.config, type(model))
+        self.mixers = mixers(model.config, type(model))
+        gather_mixers(self.base, self.mixers)
         self.device = self.head.weight.device
         self.plain = is_plain(self.base)
 
@@ -35,7 +39,8 @@ class Decoder:
         ids = [token for prompt in prompts for token in prompt.token_ids]
         lengths = [len(prompt.token_ids) for prompt in prompts]
         ends, images = list(accumulate(lengths)), None
-        layout = Prefill(lengths, self.device)
+        states = States(self.model.config.get_text_config()) if self.mixers else None
+        layout = Prefill(lengths, self.device, states)
         positions = layout.row.positions[None]
         if self.vision is not None and any(prompt.images for prompt in prompts):
             spans = zip(prompts, [0, *ends], ends, strict=False)
