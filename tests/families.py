@@ -79,7 +79,20 @@ _COMMON: dict[str, Any] = {
     "qk_rope_head_dim": 4,
     "qk_nope_head_dim": 8,
     "v_head_dim": 8,
+    # mixers
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 8,
+    "mamba_n_groups": 1,
 }
+_LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
+_CONV = {"layer_types": ["conv", "full_attention"]}
 _WINDOWED = {"layer_types": ["sliding_attention", "full_attention"]}
 _LATENT = {"num_key_value_heads": 4, "head_dim": 4}
 _DENSE_SPARSE = {"mlp_layer_types": ["dense", "sparse"]}
@@ -107,6 +120,8 @@ OWN: dict[str, dict[str, Any]] = {
     "apertus": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     "aria_text": {"moe_num_experts": 4, "moe_num_shared_experts": 1},
     "axk1": _LATENT,
+    "bailing_hybrid": {**_LINEAR, **_LATENT, **_DENSE_SPARSE},
+    "bamba": {"attn_layer_indices": [1]},
     "bert": {"is_decoder": True},
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"],
@@ -117,9 +132,7 @@ OWN: dict[str, dict[str, Any]] = {
         },
     },
     "cwm": _WINDOWED,
-    "cohere": {"logit_scale": 1.0},
-    "cohere2": {**_WINDOWED, "logit_scale": 1.0},
-    "cohere2:scaled": {**_WINDOWED, "logit_scale": 0.0625},
+    "cohere2": _WINDOWED,
     "dbrx": {
         "d_model": 32,
         "n_heads": 4,
@@ -127,7 +140,7 @@ OWN: dict[str, dict[str, Any]] = {
         "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
     },
-    "nanochat:plain": {"final_logit_softcapping": None},
+    "gemma2": {**_WINDOWED, "final_logit_softcapping": 2.0, "attn_logit_softcapping": 1.0},
     "gemma2:plain": {"final_logit_softcapping": None, "attn_logit_softcapping": None},
     "gemma4": {},
     "mllama": {},
@@ -146,7 +159,6 @@ OWN: dict[str, dict[str, Any]] = {
     "exaone4": _WINDOWED,
     "exaone_moe": {**_WINDOWED, **_DENSE_SPARSE},
     "gemma": {"num_key_value_heads": 1, "tie_word_embeddings": True},
-    "gemma2": _WINDOWED,
     "gemma3_text": _WINDOWED,
     "gemma3n_text": {
         "num_hidden_layers": 4,
@@ -178,14 +190,29 @@ OWN: dict[str, dict[str, Any]] = {
     "glm4": {"partial_rotary_factor": 0.5},
     "glm4_moe": {"use_qk_norm": True, "partial_rotary_factor": 0.5},
     "glm4_moe_lite": {"num_key_value_heads": 4, **_DENSE_SPARSE},
-    "granite": {"logits_scaling": 1.0, "embedding_multiplier": 12.0, "residual_multiplier": 0.22},
-    "granite:scaled": {"logits_scaling": 8.0},
-    "granitemoe": {"logits_scaling": 1.0},
-    "granitemoeshared": {"logits_scaling": 1.0},
+    "gpt_oss": {**_WINDOWED, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "granite": {"logits_scaling": 8.0, "embedding_multiplier": 12.0, "residual_multiplier": 0.22},
+    "granitemoe": {"logits_scaling": 6.0},
+    "granitemoehybrid": {**_LINEAR, "logits_scaling": 6.0},
+    "granitemoeshared": {"logits_scaling": 6.0},
     "hunyuan_v1_moe": {"moe_topk": [2, 2]},
     "hy_v3": _DENSE_SPARSE,
-    "hyperclovax": {"logits_scaling": 1.0},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "hyperclovax": {"logits_scaling": 2.0},
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "kimi_linear": {**_LINEAR, **_LATENT, **_DENSE_SPARSE},
+    "lfm2": {**_CONV, "full_attn_idxs": None},
+    "lfm2_moe": {**_CONV, "num_dense_layers": 1},
+    "lfm3": {
+        **_CONV,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {
+                "rope_type": "proportional",
+                "rope_theta": 1e6,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    },
     "llama:dynamic": {
         "max_position_embeddings": 64,
         "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
@@ -231,6 +258,17 @@ OWN: dict[str, dict[str, Any]] = {
         },
     },
     "mixtral": {"sliding_window": None},
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
+        "num_hidden_layers": None,
+        "ssm_state_size": 8,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 8,
+        "n_groups": 2,
+        "chunk_size": 8,
+        "moe_shared_expert_intermediate_size": 16,
+    },
+    "olmo_hybrid": {**_LINEAR, "linear_num_key_heads": 4},
     "olmo3": _WINDOWED,
     "phi3:longrope": {
         "original_max_position_embeddings": 64,
@@ -250,7 +288,13 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "qwen2_moe": {"qkv_bias": True, "layer_types": ["full_attention"] * 2},
     "qwen2_moe:window": {"qkv_bias": True, "use_sliding_window": True, "max_window_layers": 2},
+    "qwen3_5_text": _LINEAR,
+    "qwen3_5_moe_text": _LINEAR,
+    "qwen3_5": {},
+    "qwen3_5_moe": {},
     "qwen3_moe": {"norm_topk_prob": True},
+    "qwen3_next": {**_LINEAR, "partial_rotary_factor": 0.5},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 8},
     "smollm3": {
         "num_hidden_layers": 4,
         "no_rope_layers": [1, 1, 1, 0],
@@ -261,6 +305,17 @@ OWN: dict[str, dict[str, Any]] = {
     "starcoder2": {"sliding_window": None},
     "starcoder2:window": {},
     "youtu": _LATENT,
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"],
+        "mamba_ngroups": 1,
+        "n_mamba_heads": 8,
+        "chunk_size": 8,
+        "num_mem_blocks": 1,
+        "adapter_rank": 4,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "num_key_value_heads": 4,
+    },
 }
 
 
