@@ -368,6 +368,11 @@ def _known(default: PreTrainedConfig, options: dict[str, Any]) -> dict[str, Any]
     return {key: value for key, value in options.items() if key in known}
 
 
+def tokenizer() -> Any:
+    """That of the debug model, whose tokens all tiny models have."""
+    return load_tokenizer(str(_TOKENIZER))
+
+
 def model(name: str, implementation: str = "eager", seed: int = 0) -> Any:
     """The family's tiny model in float32, all its parameters and the buffers that files hold away
     from where they start."""
@@ -418,7 +423,7 @@ def distances(folder: Path, built: Any) -> dict[str, float]:
         with torch.no_grad():
             got = policy(micro_batch(samples, rows, packed))[0]
         found[way] = float((got - wanted).abs().max())
-    engine = NativeEngine(load_config(str(folder)), load_tokenizer(str(_TOKENIZER)), (1,))
+    engine = NativeEngine(load_config(str(folder)), tokenizer(), (1,))
     engine.update_weights(named_full_tensors(policy.model), version=0)
     prompts = [Prompt(row=i, text="", token_ids=ids) for i, ids in enumerate(_PROMPTS)]
     completions = engine.generate(prompts, SamplingParams(temperature=0.0, max_new_tokens=12))
@@ -448,9 +453,7 @@ def sharded(rank: int, folders: list[str]) -> list[tuple[Tensor, str | None]]:
         with torch.no_grad():
             logprobs = policy(micro_batch(samples, rows, True))[0]
         Path(folder, "export").mkdir(exist_ok=True)
-        export_hf(
-            policy.model, load_tokenizer(str(_TOKENIZER)), Path(folder, "export"), torch.float32
-        )
+        export_hf(policy.model, tokenizer(), Path(folder, "export"), torch.float32)
         results.append((logprobs, None))
     return results
 

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from torchrft.models.logit_form import PLAIN, LogitForm
+from torchrft.models.logit_form import PLAIN, LogitForm, probed_form
 from torchrft.models.mixers import cache_name
 from torchrft.parallel.modules import MIXED, decoder_layers
 from torchrft.tools.hub import trusts_code_of
@@ -32,10 +32,6 @@ from torchrft.tools.hub import trusts_code_of
 _NAME = "torchrft_probe"
 _WITHOUT = {"mlp", "moe"}  # layers that mix no tokens
 _LAYER_TYPES = {"full_attention", "sliding_attention", *MIXED, *_WITHOUT}
-_LOGIT_CHANGES = (  # options by which known families do it, for the message
-    *("final_logit_softcapping", "logit_scale", "logits_scaling"),
-    *("lm_head_multiplier", "output_multiplier"),
-)
 _OFFSET = 8  # some tables of positions hold a few rows more than there are positions
 
 
@@ -223,7 +219,7 @@ def _judge(config: PreTrainedConfig, kind: Any) -> _Verdict:
         return _Verdict(kind.__name__, (what,))
     limits = [rope_limit(text), _table_limit(decoder, model.get_input_embeddings(), text)]
     limit = min((n for n in limits if n is not None), default=None)
-    form = _probed_head(model, text)
+    form = probed_form(model, text)
     heads = () if isinstance(form, LogitForm) else (form,)
     form = form if isinstance(form, LogitForm) else PLAIN
     layers, changed = tuple(probe.layers), probe.changes_scores
@@ -287,6 +283,9 @@ class _Probe:
         mixed = {*self.layers, *(module.layer_idx for module in found)}
         if not mixed >= {*range(count)} - plain:
             return (f"has {len(mixed)} of {count} layers with attention",)
+        layer_parts = [p for layer in decoder_layers(decoder) for p in layer.parameters()]
+        if len({*layer_parts}) < len(layer_parts):
+            return ("shares weights among its layers",)
         inside = {m for module in found for m in module.modules()}
         layers = getattr(decoder, "layers", decoder)
         if any(isinstance(m, nn.Conv1d) for m in layers.modules() if m not in inside):
@@ -380,44 +379,3 @@ def _table_limit(decoder: nn.Module, embeddings: nn.Module, text: Any) -> int | 
     tables = [m for m in decoder.modules() if isinstance(m, nn.Embedding) and m is not embeddings]
     held = most and any(0 <= table.num_embeddings - most <= _OFFSET for table in tables)
     return most if held else None
-
-
-class _Hidden(dict[str, Any]):
-    """Stands for any model output: hidden states, and None for all else."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        self.last_hidden_state = hidden
-
-    def __getattr__(self, name: str) -> None:
-        return None
-
-    def __getitem__(self, key: Any) -> Any:
-        return self.last_hidden_state if key in (0, "last_hidden_state") else None
-
-
-def _probed_head(model: Any, text: Any) -> LogitForm | str:
-    """Runs the code around the decoder and the head, whose outputs are numbers made up here.
-
-    The logits must be the head's output, and its input the decoder's, up to a `LogitForm`: returns
-    that, or else the fault.
-    """
-    head = model.get_output_embeddings()
-    if head is None or getattr(head, "bias", None) is not None:
-        return "needs a language-model head without bias"
-    outputs, inputs = head.weight.shape
-    hidden, logits = (torch.linspace(-50, 50, 3 * n).view(1, 3, n) for n in (inputs, outputs))
-    for module in (model.base_model, model.get_decoder()):
-        module.forward = lambda *args, **kwargs: _Hidden(hidden)
-    seen: list[Tensor] = []
-    head.forward = lambda x: seen.append(x) or logits  # type: ignore[func-returns-value]
-    try:
-        out = model(input_ids=torch.zeros(1, 3, dtype=torch.long), use_cache=False).logits
-        before = LogitForm.measured(hidden, seen[0], None) if len(seen) == 1 else None
-        after = LogitForm.measured(logits, out, getattr(text, "final_logit_softcapping", None))
-    except Exception:  # code that wants more of the decoder than its hidden states
-        before = after = None
-    if before is not None and after is not None:
-        return LogitForm(before.scale * after.scale, after.cap)
-    values = {name: getattr(text, name, None) for name in _LOGIT_CHANGES}
-    options = ", ".join(f"{k} = {v}" for k, v in values.items() if v not in (None, 1))
-    return f"changes its logits by {options or 'code around its head'}"

@@ -48,6 +48,8 @@ def parallelize(
     parameter = next(model.parameters())
     shards = dims.world_size > 1 or parameter.dtype != dtype or config.fsdp_cpu_offload
     _check_layers(model, gradient_checkpointing, compile, dims.tp)
+    if (inner := transformers_part(model)) is not None:
+        refuse_split(inner.config, type(inner).__name__, dims.tp, dims.sp)
     if shards:
         check_shardable(model)
     if shards or dist.is_initialized():
@@ -56,8 +58,6 @@ def parallelize(
     if device == "meta":  # the weights come later, to where this job computes
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dims.model_ranks > 1:
-        if (inner := transformers_part(model)) is not None:
-            refuse_split(inner.config, type(inner).__name__, dims.tp, dims.sp)
         plain = not hasattr(model, "mesh")
         if plain:
             prepare_plain(model, dims.tp)
