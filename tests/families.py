@@ -2,7 +2,8 @@
 
 `config("gemma2")` has two or four layers of width 32, windows of 4 tokens, and each kind of layer
 that the family mixes. `python tests/families.py [NAME...]` holds families to transformers' own
-forward in all ways (see `check`) and prints a table.
+forward in all ways (see `check`), and with `--table` before the names prints the table of
+docs/models.md.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from torchrft.types import Prompt, SamplingParams
 TOLERANCE = 2e-5  # nats, in float32
 WAYS = ("padded", "packed", "native", "two ranks", "export")
 _TOKENIZER = Path(__file__).parent / "assets/debug_model"
-_GROUPS = [(3, [4, 1, 7]), (6, [2]), (1, [1, 5]), (11, [6, 12])]
-_PROMPTS = [(7, 8, 9), (20,), (5, 6) * 7, (30, 2, 40, 41, 9, 10, 22)]
+GROUPS = [(3, [4, 1, 7]), (6, [2]), (1, [1, 5]), (11, [6, 12])]
+PROMPTS = [(7, 8, 9), (20,), (5, 6) * 7, (30, 2, 40, 41, 9, 10, 22)]
 
 # Every option that a config knows is set to this.
 _COMMON: dict[str, Any] = {
@@ -397,50 +398,49 @@ def refusal(name: str) -> str | None:
     return None
 
 
-def expected(built: Any) -> Tensor:
+def expected(built: Any, gradients: bool = False) -> Tensor:
     """Log-probs [M] of the responses in `tiny.batch`, each sample alone in a forward of its own."""
     logprobs = []
-    samples = batch(_GROUPS)
-    for row, sequence in enumerate(samples.sequences):
-        prompt = int(samples.prompt_lens[row])
-        logprobs.append(_alone(built, sequence, prompt))
+    samples = batch(GROUPS)
+    with torch.set_grad_enabled(gradients):
+        for row, sequence in enumerate(samples.sequences):
+            logprobs.append(alone(built, sequence, int(samples.prompt_lens[row])))
     return torch.cat(logprobs)
 
 
-@torch.no_grad()
-def _alone(built: Any, sequence: Tensor, prompt: int) -> Tensor:
+def alone(built: Any, sequence: Tensor, prompt: int) -> Tensor:
     logits = built(input_ids=sequence[None], use_cache=False).logits[0, prompt - 1 : -1]
     return logits.float().log_softmax(-1).gather(1, sequence[prompt:, None])[:, 0]
 
 
+@torch.no_grad()
 def distances(folder: Path, built: Any) -> dict[str, float]:
     """The largest differences in the ways that take one process."""
-    samples, wanted = batch(_GROUPS), expected(built)
+    samples, wanted = batch(GROUPS), expected(built)
     rows = list(range(len(samples)))
     policy = PolicyModel(load_model(str(folder)).eval())
     found = {}
     for way, packed in (("padded", False), ("packed", True)):
-        with torch.no_grad():
-            got = policy(micro_batch(samples, rows, packed))[0]
+        got = policy(micro_batch(samples, rows, packed))[0]
         found[way] = float((got - wanted).abs().max())
     engine = NativeEngine(load_config(str(folder)), tokenizer(), (1,))
     engine.update_weights(named_full_tensors(policy.model), version=0)
-    prompts = [Prompt(row=i, text="", token_ids=ids) for i, ids in enumerate(_PROMPTS)]
+    prompts = [Prompt(row=i, text="", token_ids=ids) for i, ids in enumerate(PROMPTS)]
     completions = engine.generate(prompts, SamplingParams(temperature=0.0, max_new_tokens=12))
     found["native"] = max(
         float(
-            (torch.tensor(c.logprobs) - _alone(built, torch.tensor([*ids, *c.token_ids]), len(ids)))
+            (torch.tensor(c.logprobs) - alone(built, torch.tensor([*ids, *c.token_ids]), len(ids)))
             .abs()
             .max()
         )
-        for ids, c in zip(_PROMPTS, completions, strict=True)
+        for ids, c in zip(PROMPTS, completions, strict=True)
     )
     return found
 
 
 def sharded(rank: int, folders: list[str]) -> list[tuple[Tensor, str | None]]:
     """For `run_ranks`: log-probs of each folder's model over two ranks, which then export it."""
-    samples = batch(_GROUPS)
+    samples = batch(GROUPS)
     rows = list(range(len(samples)))
     results: list[tuple[Tensor, str | None]] = []
     for folder in folders:
@@ -484,7 +484,11 @@ def check(chosen: list[str], root: Path, spread: bool = True) -> dict[str, dict[
     return found
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and sys.argv[1:2] == ["--table"]:
+    import family_table
+
+    family_table.main(sys.argv[2:])
+elif __name__ == "__main__":
     for name in sys.argv[1:] or names():
         if (sentence := refusal(name)) is not None:
             print(f"{name:28} refused: {sentence}", flush=True)
