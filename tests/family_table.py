@@ -20,7 +20,7 @@ from torch import Tensor
 from torchrft.checkpoint.hf_export import export_hf
 from torchrft.config.job_config import Parallel
 from torchrft.learn.packing import build as micro_batch
-from torchrft.models.loader import load_model
+from torchrft.models.loader import load_config, load_model
 from torchrft.models.policy import PolicyModel
 from torchrft.models.sharded import ShardedWeights
 from torchrft.models.support import refuse_unsupported
@@ -79,7 +79,7 @@ def trained(built: Any, folder: Path, packed: bool) -> tuple[float, float]:
 def sampled(built: Any, folder: Path) -> float | str:
     """The largest difference of the native engine's log-probs; its tokens are `generate`'s."""
     try:
-        engine = NativeEngine(built.config, families.tokenizer(), (1,))
+        engine = NativeEngine(load_config(str(folder)), families.tokenizer(), (1,))
     except ValueError as error:
         return str(error)
     engine.update_weights(named_full_tensors(built), version=0)
