@@ -2,7 +2,8 @@
 
 `config("gemma2")` has two or four layers of width 32, windows of 4 tokens, and each kind of layer
 that the family mixes. `python tests/families.py [NAME...]` holds families to transformers' own
-forward in all ways (see `check`) and prints a table.
+forward in all ways (see `check`), and with `--table` before the names prints the table of
+docs/models.md.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from torchrft.types import Prompt, SamplingParams
 TOLERANCE = 2e-5  # nats, in float32
 WAYS = ("padded", "packed", "native", "two ranks", "export")
 _TOKENIZER = Path(__file__).parent / "assets/debug_model"
-_GROUPS = [(3, [4, 1, 7]), (6, [2]), (1, [1, 5]), (11, [6, 12])]
-_PROMPTS = [(7, 8, 9), (20,), (5, 6) * 7, (30, 2, 40, 41, 9, 10, 22)]
+GROUPS = [(3, [4, 1, 7]), (6, [2]), (1, [1, 5]), (11, [6, 12])]
+PROMPTS = [(7, 8, 9), (20,), (5, 6) * 7, (30, 2, 40, 41, 9, 10, 22)]
 
 # Every option that a config knows is set to this.
 _COMMON: dict[str, Any] = {
@@ -79,7 +80,20 @@ _COMMON: dict[str, Any] = {
     "qk_rope_head_dim": 4,
     "qk_nope_head_dim": 8,
     "v_head_dim": 8,
+    # mixers
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 8,
+    "mamba_n_groups": 1,
 }
+_LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
+_CONV = {"layer_types": ["conv", "full_attention"]}
 _WINDOWED = {"layer_types": ["sliding_attention", "full_attention"]}
 _LATENT = {"num_key_value_heads": 4, "head_dim": 4}
 _DENSE_SPARSE = {"mlp_layer_types": ["dense", "sparse"]}
@@ -107,6 +121,8 @@ OWN: dict[str, dict[str, Any]] = {
     "apertus": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     "aria_text": {"moe_num_experts": 4, "moe_num_shared_experts": 1},
     "axk1": _LATENT,
+    "bailing_hybrid": {**_LINEAR, **_LATENT, **_DENSE_SPARSE},
+    "bamba": {"attn_layer_indices": [1]},
     "bert": {"is_decoder": True},
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"],
@@ -117,9 +133,7 @@ OWN: dict[str, dict[str, Any]] = {
         },
     },
     "cwm": _WINDOWED,
-    "cohere": {"logit_scale": 1.0},
-    "cohere2": {**_WINDOWED, "logit_scale": 1.0},
-    "cohere2:scaled": {**_WINDOWED, "logit_scale": 0.0625},
+    "cohere2": _WINDOWED,
     "dbrx": {
         "d_model": 32,
         "n_heads": 4,
@@ -127,7 +141,7 @@ OWN: dict[str, dict[str, Any]] = {
         "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
     },
-    "nanochat:plain": {"final_logit_softcapping": None},
+    "gemma2": {**_WINDOWED, "final_logit_softcapping": 2.0, "attn_logit_softcapping": 1.0},
     "gemma2:plain": {"final_logit_softcapping": None, "attn_logit_softcapping": None},
     "gemma4": {},
     "mllama": {},
@@ -146,7 +160,6 @@ OWN: dict[str, dict[str, Any]] = {
     "exaone4": _WINDOWED,
     "exaone_moe": {**_WINDOWED, **_DENSE_SPARSE},
     "gemma": {"num_key_value_heads": 1, "tie_word_embeddings": True},
-    "gemma2": _WINDOWED,
     "gemma3_text": _WINDOWED,
     "gemma3n_text": {
         "num_hidden_layers": 4,
@@ -178,14 +191,29 @@ OWN: dict[str, dict[str, Any]] = {
     "glm4": {"partial_rotary_factor": 0.5},
     "glm4_moe": {"use_qk_norm": True, "partial_rotary_factor": 0.5},
     "glm4_moe_lite": {"num_key_value_heads": 4, **_DENSE_SPARSE},
-    "granite": {"logits_scaling": 1.0, "embedding_multiplier": 12.0, "residual_multiplier": 0.22},
-    "granite:scaled": {"logits_scaling": 8.0},
-    "granitemoe": {"logits_scaling": 1.0},
-    "granitemoeshared": {"logits_scaling": 1.0},
+    "gpt_oss": {**_WINDOWED, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "granite": {"logits_scaling": 8.0, "embedding_multiplier": 12.0, "residual_multiplier": 0.22},
+    "granitemoe": {"logits_scaling": 6.0},
+    "granitemoehybrid": {**_LINEAR, "logits_scaling": 6.0},
+    "granitemoeshared": {"logits_scaling": 6.0},
     "hunyuan_v1_moe": {"moe_topk": [2, 2]},
     "hy_v3": _DENSE_SPARSE,
-    "hyperclovax": {"logits_scaling": 1.0},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "hyperclovax": {"logits_scaling": 2.0},
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "kimi_linear": {**_LINEAR, **_LATENT, **_DENSE_SPARSE},
+    "lfm2": {**_CONV, "full_attn_idxs": None},
+    "lfm2_moe": {**_CONV, "num_dense_layers": 1},
+    "lfm3": {
+        **_CONV,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {
+                "rope_type": "proportional",
+                "rope_theta": 1e6,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    },
     "llama:dynamic": {
         "max_position_embeddings": 64,
         "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
@@ -231,6 +259,17 @@ OWN: dict[str, dict[str, Any]] = {
         },
     },
     "mixtral": {"sliding_window": None},
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
+        "num_hidden_layers": None,
+        "ssm_state_size": 8,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 8,
+        "n_groups": 2,
+        "chunk_size": 8,
+        "moe_shared_expert_intermediate_size": 16,
+    },
+    "olmo_hybrid": {**_LINEAR, "linear_num_key_heads": 4},
     "olmo3": _WINDOWED,
     "phi3:longrope": {
         "original_max_position_embeddings": 64,
@@ -250,7 +289,13 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "qwen2_moe": {"qkv_bias": True, "layer_types": ["full_attention"] * 2},
     "qwen2_moe:window": {"qkv_bias": True, "use_sliding_window": True, "max_window_layers": 2},
+    "qwen3_5_text": _LINEAR,
+    "qwen3_5_moe_text": _LINEAR,
+    "qwen3_5": {},
+    "qwen3_5_moe": {},
     "qwen3_moe": {"norm_topk_prob": True},
+    "qwen3_next": {**_LINEAR, "partial_rotary_factor": 0.5},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 8},
     "smollm3": {
         "num_hidden_layers": 4,
         "no_rope_layers": [1, 1, 1, 0],
@@ -261,6 +306,17 @@ OWN: dict[str, dict[str, Any]] = {
     "starcoder2": {"sliding_window": None},
     "starcoder2:window": {},
     "youtu": _LATENT,
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"],
+        "mamba_ngroups": 1,
+        "n_mamba_heads": 8,
+        "chunk_size": 8,
+        "num_mem_blocks": 1,
+        "adapter_rank": 4,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "num_key_value_heads": 4,
+    },
 }
 
 
@@ -313,6 +369,11 @@ def _known(default: PreTrainedConfig, options: dict[str, Any]) -> dict[str, Any]
     return {key: value for key, value in options.items() if key in known}
 
 
+def tokenizer() -> Any:
+    """That of the debug model, whose tokens all tiny models have."""
+    return load_tokenizer(str(_TOKENIZER))
+
+
 def model(name: str, implementation: str = "eager", seed: int = 0) -> Any:
     """The family's tiny model in float32, all its parameters and the buffers that files hold away
     from where they start."""
@@ -337,50 +398,49 @@ def refusal(name: str) -> str | None:
     return None
 
 
-def expected(built: Any) -> Tensor:
+def expected(built: Any, gradients: bool = False) -> Tensor:
     """Log-probs [M] of the responses in `tiny.batch`, each sample alone in a forward of its own."""
     logprobs = []
-    samples = batch(_GROUPS)
-    for row, sequence in enumerate(samples.sequences):
-        prompt = int(samples.prompt_lens[row])
-        logprobs.append(_alone(built, sequence, prompt))
+    samples = batch(GROUPS)
+    with torch.set_grad_enabled(gradients):
+        for row, sequence in enumerate(samples.sequences):
+            logprobs.append(alone(built, sequence, int(samples.prompt_lens[row])))
     return torch.cat(logprobs)
 
 
-@torch.no_grad()
-def _alone(built: Any, sequence: Tensor, prompt: int) -> Tensor:
+def alone(built: Any, sequence: Tensor, prompt: int) -> Tensor:
     logits = built(input_ids=sequence[None], use_cache=False).logits[0, prompt - 1 : -1]
     return logits.float().log_softmax(-1).gather(1, sequence[prompt:, None])[:, 0]
 
 
+@torch.no_grad()
 def distances(folder: Path, built: Any) -> dict[str, float]:
     """The largest differences in the ways that take one process."""
-    samples, wanted = batch(_GROUPS), expected(built)
+    samples, wanted = batch(GROUPS), expected(built)
     rows = list(range(len(samples)))
     policy = PolicyModel(load_model(str(folder)).eval())
     found = {}
     for way, packed in (("padded", False), ("packed", True)):
-        with torch.no_grad():
-            got = policy(micro_batch(samples, rows, packed))[0]
+        got = policy(micro_batch(samples, rows, packed))[0]
         found[way] = float((got - wanted).abs().max())
-    engine = NativeEngine(load_config(str(folder)), load_tokenizer(str(_TOKENIZER)), (1,))
+    engine = NativeEngine(load_config(str(folder)), tokenizer(), (1,))
     engine.update_weights(named_full_tensors(policy.model), version=0)
-    prompts = [Prompt(row=i, text="", token_ids=ids) for i, ids in enumerate(_PROMPTS)]
+    prompts = [Prompt(row=i, text="", token_ids=ids) for i, ids in enumerate(PROMPTS)]
     completions = engine.generate(prompts, SamplingParams(temperature=0.0, max_new_tokens=12))
     found["native"] = max(
         float(
-            (torch.tensor(c.logprobs) - _alone(built, torch.tensor([*ids, *c.token_ids]), len(ids)))
+            (torch.tensor(c.logprobs) - alone(built, torch.tensor([*ids, *c.token_ids]), len(ids)))
             .abs()
             .max()
         )
-        for ids, c in zip(_PROMPTS, completions, strict=True)
+        for ids, c in zip(PROMPTS, completions, strict=True)
     )
     return found
 
 
 def sharded(rank: int, folders: list[str]) -> list[tuple[Tensor, str | None]]:
     """For `run_ranks`: log-probs of each folder's model over two ranks, which then export it."""
-    samples = batch(_GROUPS)
+    samples = batch(GROUPS)
     rows = list(range(len(samples)))
     results: list[tuple[Tensor, str | None]] = []
     for folder in folders:
@@ -393,9 +453,7 @@ def sharded(rank: int, folders: list[str]) -> list[tuple[Tensor, str | None]]:
         with torch.no_grad():
             logprobs = policy(micro_batch(samples, rows, True))[0]
         Path(folder, "export").mkdir(exist_ok=True)
-        export_hf(
-            policy.model, load_tokenizer(str(_TOKENIZER)), Path(folder, "export"), torch.float32
-        )
+        export_hf(policy.model, tokenizer(), Path(folder, "export"), torch.float32)
         results.append((logprobs, None))
     return results
 
@@ -426,7 +484,11 @@ def check(chosen: list[str], root: Path, spread: bool = True) -> dict[str, dict[
     return found
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and sys.argv[1:2] == ["--table"]:
+    import family_table
+
+    family_table.main(sys.argv[2:])
+elif __name__ == "__main__":
     for name in sys.argv[1:] or names():
         if (sentence := refusal(name)) is not None:
             print(f"{name:28} refused: {sentence}", flush=True)

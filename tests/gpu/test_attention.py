@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from torchrft.models.attention import Packed
+from torchrft.models.scores import ScoreChange
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,20 +20,24 @@ LAYOUTS = {
 
 
 def run(layout, tensors, window, weights):
+    """With a fourth tensor, sinks."""
     tensors = [x.detach().clone().requires_grad_() for x in tensors]
-    out = layout(0, *tensors, 0.2, window)
+    change = [ScoreChange(sinks) for sinks in tensors[3:]]
+    out = layout(0, *tensors[:3], 0.2, window, *change)
     return [out.detach(), *torch.autograd.grad((out * weights).sum(), tensors)]
 
 
+@pytest.mark.parametrize("has_sinks", [False, True], ids=["", "sinks"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kv_heads", [8, 2, 1])
 @pytest.mark.parametrize("window", [None, 16, 3])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_kernel_equals_the_dense_path(layout, window, kv_heads, dtype):
+def test_kernel_equals_the_dense_path(layout, window, kv_heads, dtype, has_sinks):
     """Values and gradients, up to the rounding of 16-bit numbers."""
     torch.manual_seed(0)
     length = layout.positions.numel()
     exact = [torch.randn(1, heads, length, 64).to(dtype) for heads in (8, kv_heads, kv_heads)]
+    exact += [torch.randn(8).to(dtype)] * has_sinks
     weights = torch.randn(1, length, 8, 64).to(dtype)
     wanted = run(layout, [x.double() for x in exact], window, weights.double())
     device = torch.device("cuda")

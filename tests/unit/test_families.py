@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import families
+import family_table
 import pytest
 from families import TOLERANCE
 
@@ -18,7 +19,7 @@ TOKENIZER = load_tokenizer(str(Path(__file__).parents[1] / "assets/debug_model")
 SPREAD = [
     *("llama", "gemma", "gemma3_text", "qwen3_moe", "gpt2", "opt", "persimmon", "olmo2"),
     *("deepseek_v2", "gpt_neox", "phi3", "granite"),
-    *("deepseek_v3", "glm4_moe_lite", "gemma4_text"),
+    *("deepseek_v3", "glm4_moe_lite", "gemma4_text", "gpt_oss", "qwen3_5_text", "nemotron_h"),
 ]
 
 
@@ -36,11 +37,30 @@ def test_each_family_is_right_or_refused(name, tmp_path):
         return
     differences = families.check([name], tmp_path, spread=False)[name]
     assert differences.keys() == {"padded", "packed", "native"}
+    native = differences.pop("native")
+    assert native < family_table.OWN_STEP.get(name, TOLERANCE), native
     assert max(differences.values()) < TOLERANCE, differences
+
+
+def test_the_table_of_a_few(tmp_path):
+    """Gradients and greedy tokens, too, and two ranks by fsdp, tp and sp."""
+    chosen = ["granite", "gpt_oss", "qwen3_5_text", "mamba2", "mamba"]
+    rows, refused = family_table.table(chosen, tmp_path)
+    assert refused.keys() == {"mamba"}
+    no = {name: {*row.reasons} for name, row in rows.items()}
+    hybrid = {"tp", "sp"}
+    assert no == {
+        "granite": set(),
+        "gpt_oss": {"tp"},
+        "qwen3_5_text": hybrid,
+        "mamba2": {*hybrid, "native"},
+    }
+    assert "*" not in family_table.text(rows, refused)  # no cell is beyond its tolerance
 
 
 @pytest.mark.slow
 def test_two_ranks_and_the_export(tmp_path):
     for name, differences in families.check(SPREAD, tmp_path).items():
         assert differences.keys() == {*families.WAYS}
+        assert differences.pop("native") < family_table.OWN_STEP.get(name, TOLERANCE)
         assert max(differences.values()) < TOLERANCE, (name, differences)

@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from torchrft.models.logit_form import PLAIN, LogitForm
 from torchrft.models.logprobs import (
     Head,
     fused_linear_logprob,
@@ -326,3 +327,43 @@ def test_fp32_logits_of_bfloat16_factors(chunk, scale):
         assert (a.double() - b).norm() < 0.01 * b.norm()
     rounded, _ = fused_linear_logprob(hidden, weight, labels, 0.7, chunk)
     assert (rounded.double() - wanted[0]).abs().max() > 1e-3 * scale
+
+
+FORMS = {"scaled": LogitForm(0.25), "capped": LogitForm(1.0, 2.0), "both": LogitForm(3.0, 5.0)}
+
+
+@pytest.mark.parametrize("keeps", [False, True], ids=["all tokens", "kept tokens"])
+@pytest.mark.parametrize("chunk", [None, 1, 3, N + 7], ids=["plain", "1", "3", ">N"])
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_scaled_and_capped_logits(form, chunk, keeps):
+    hidden, weight, labels, scales = make()
+    kept, sets = kept_tokens(labels) if keeps else (None, [list(range(V))] * N)
+
+    def wanted(h, w):
+        logits = form.scale * (h @ w.t())
+        if form.cap is not None:
+            logits = form.cap * (logits / form.cap).tanh()
+        return truncated_reference(logits, torch.eye(V).double(), labels, sets, 0.8)
+
+    def got(h, w):
+        if chunk is None and not keeps:
+            return linear_logprob(h, w, labels, 0.8, form=form)
+        return head_logprob(h, w, labels, Head(0.8, chunk or N, kept=kept, form=form))
+
+    reference = run(wanted, *(x.double() for x in (hidden, weight, scales)))
+    for a, b in zip(run(got, hidden, weight, scales), reference, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", [PLAIN, *FORMS.values()])
+def test_a_form_is_measured_from_what_it_makes(form):
+    logits = torch.linspace(-50, 50, 3 * 56).view(1, 3, 56)
+    found = LogitForm.measured(logits, form(logits), form.cap)
+    assert found == LogitForm(pytest.approx(form.scale, rel=1e-6), form.cap)
+
+
+@pytest.mark.parametrize("change", [torch.square, lambda x: x + 1, torch.tanh])
+def test_what_is_no_form_is_not_measured(change):
+    logits = torch.linspace(-50, 50, 3 * 56).view(1, 3, 56)
+    for cap in None, 30.0:
+        assert LogitForm.measured(logits, change(logits), cap) is None

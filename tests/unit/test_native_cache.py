@@ -91,12 +91,12 @@ def test_prefill_keeps_each_prompts_keys(window):
         assert torch.equal(layout.values[0][row, :, : end - start], value[0, :, start:end])
 
 
-def test_prefill_needs_the_layers_in_order():
+def test_prefill_needs_a_layer_once():
     tensor = torch.zeros(1, HEADS, 2, DIM)
     layout = Prefill([2])
     layout(0, tensor, tensor, tensor, 1.0, None)
-    with pytest.raises(ValueError, match="runs layer 2 where 1 was expected"):
-        layout(2, tensor, tensor, tensor, 1.0, None)
+    with pytest.raises(ValueError, match="attention layer 0 a second time"):
+        layout(0, tensor, tensor, tensor, 1.0, None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

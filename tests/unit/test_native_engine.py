@@ -668,13 +668,17 @@ def test_the_given_config_is_not_touched():
 
 
 @pytest.mark.parametrize(
-    ("family", "match"),
-    [("granite", "logits_scaling = 8.0"), ("gemma2", "final_logit_softcapping = 30.0")],
+    ("family", "options"),
+    [
+        ("granite", {"logits_scaling": 8.0}),
+        ("gemma2", {"final_logit_softcapping": 2.0, "attn_logit_softcapping": 0.5}),
+        ("gpt_oss", {}),
+    ],
 )
-def test_models_that_change_their_logits_are_refused(family, match):
-    options = {"logits_scaling": 8.0} if family == "granite" else {}
-    with pytest.raises(ValueError, match=match):
-        NativeEngine(tiny.config(family, **options), TOKENIZER, (EOS,))
+def test_log_probs_of_scaled_and_capped_logits_and_of_changed_scores(family, options):
+    engine, model = make(family, **options)
+    sampling = SamplingParams(n=2, max_new_tokens=20, temperature=0.8, seeds=seeds(4, 2))
+    check_log_probs(model, RAGGED, engine.generate(prompts(RAGGED), sampling), 0.8)
 
 
 def test_attention_code_of_a_models_own_is_noticed():

@@ -17,6 +17,7 @@ from torchrft.models.loader import cast_buffers, load_config, load_model, load_t
 from torchrft.models.policy import PolicyModel
 from torchrft.models.support import refuse_unsupported, sees_images
 from torchrft.parallel import ParallelDims, parallelize
+from torchrft.parallel.modules import refuse_split
 from torchrft.tools.distributed import World
 from torchrft.tools.hub import trust_code_of
 
@@ -48,7 +49,10 @@ def check_models(config: JobConfig) -> None:
     uses = (model.pretrain, native, True), (model.ref_pretrain, False, True)
     for source, cache, head in (*uses, (model.critic_pretrain, False, False)):
         if source is not None:
-            refuse_unsupported(load_config(source), config.data.max_len, cache, head)
+            loaded = load_config(source)
+            refuse_unsupported(loaded, config.data.max_len, cache, head)
+            kind = (loaded.architectures or [loaded.model_type])[0]
+            refuse_split(loaded, kind, config.parallel.tp_size, config.parallel.sp_size)
     for source in {model.ref_pretrain, model.critic_pretrain} - {None, model.pretrain}:
         _check_tokens(model.pretrain, str(source))
 

@@ -6,6 +6,8 @@ transformers hands it through to the attention function untouched. A layout is a
     layout(layer, query [B, H, T, D], key [B, Hkv, T, D], value [B, Hkv, T, D], scale, window)
         -> [B, T, H, D]
 
+with a `ScoreChange` as one more argument where the model has one.
+
 Here are the two of training, `padded` (rows padded on the right) and `Packed` (one row holding
 several sequences, shared prompts once); the native engine brings its own, with a KV cache.
 Because no mask function is registered for "torchrft", transformers builds no mask.
@@ -24,16 +26,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
+from torch.nn.attention.varlen import AuxRequest, varlen_attn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
+
+from torchrft.models.mixers import Mixer, rows_of
+from torchrft.models.scores import Kernel, ScoreChange, attend_with_sinks
 
 if TYPE_CHECKING:  # jobs without sequence parallelism do without it
     from torchrft.parallel.sequence_parallel import Split
 
 NAME = "torchrft"
 TRACED = "torchrft_traced"  # the same, where torch.compile may look into some layouts
-Layout = Callable[[int, Tensor, Tensor, Tensor, float, int | None], Tensor]
+Layout = Callable[..., Tensor]
 
 # torch 2.13 has grouped queries here, 2.11 has not.
 _VARLEN_HAS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -63,6 +68,8 @@ def attention(
     layout: Layout | None = None,
     split: Split | None = None,
     layer: Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The function transformers calls in every attention layer; returns ([B, T, H, D], None).
@@ -70,14 +77,13 @@ def attention(
     With `split` (sequence parallelism) it gets a part of the sequence, and returns that part.
 
     Without a layout, rows are padded on the right, as when a script calls a model itself. Raises
-    ValueError for what would silently change the result: an attention mask, dropout, attention
-    sinks, soft-capped scores, and a layout that was `handed` to the model and does not arrive.
+    ValueError for what would silently change the result: an attention mask, dropout, sinks of
+    another name, and a layout that was `handed` to the model and does not arrive.
     """
     if attention_mask is not None:
         raise ValueError("torchrft attention takes a `layout`, not an attention_mask")
-    unsupported = [k for k in ("softcap", "s_aux", "sinks") if kwargs.get(k) is not None]
-    if unsupported or dropout > 0:
-        what = ", ".join(unsupported) or f"attention_dropout = {dropout}"
+    if dropout > 0 or kwargs.get("sinks") is not None:
+        what = f"attention_dropout = {dropout}" if dropout > 0 else "sinks"
         raise ValueError(f"{type(module).__name__} uses {what}, which torchrft does not support")
     if layout is None:
         if _handed.get():
@@ -90,7 +96,10 @@ def attention(
     place: Any = module.layer_idx if layer is None else layer
     if split is not None:
         query, key, value = split.whole(query, key, value)
-    out = layout(place, query, key, value, scale, sliding_window)
+        s_aux = None if s_aux is None else split.heads(s_aux)
+    changed = softcap is not None or s_aux is not None
+    change = (ScoreChange(s_aux, softcap),) if changed else ()
+    out = layout(place, query, key, value, scale, sliding_window, *change)
     return out if split is None else split.part(out), None
 
 
@@ -123,18 +132,34 @@ def causal_mask(length: int, window: int | None, device: torch.device) -> Tensor
 
 
 def padded(
-    layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
+    layer: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    window: int | None,
+    change: ScoreChange | None = None,
 ) -> Tensor:
     """Causal attention over rows that are padded on the right.
 
     Padding needs no mask: a causal query never looks to its right, and what the padding itself
     computes is never read.
     """
-    return _sdpa(query, key, value, causal_mask(query.shape[2], window, query.device), scale)
+    mask = causal_mask(query.shape[2], window, query.device)
+    return _sdpa(query, key, value, mask, scale, change)
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def _sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    change: ScoreChange | None,
+) -> Tensor:
     """[B, T, H, D]; causal where there is no mask."""
+    if change is not None:
+        return change.attend(query, key, value, mask, scale)
     options: dict[str, Any] = {"scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
     out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, **options)
     return out.transpose(1, 2)
@@ -161,6 +186,8 @@ class Packed:
     branch_keys: Tensor  # int64 [S, longest path], as prefixes
     branch_starts: Tensor  # int64 [S]: tokens before each branch in its sequence
     fold: Tensor  # int64 [N]: cell of each position, counting prefix cells, then branch cells
+    sequences: Tensor  # int64 [E, longest path], as prefixes: those that no other one continues
+    place: Tensor  # int64 [N]: a cell of each position among those of `sequences`
 
     @classmethod
     def of(cls, groups: Sequence[tuple[int, Sequence[int]]]) -> Packed:
@@ -191,6 +218,12 @@ class Packed:
         for (parent, length), end in zip(segments, ends, strict=True):
             own_tokens = torch.arange(end - length, end)
             paths.append(own_tokens if parent < 0 else torch.cat([paths[parent], own_tokens]))
+        continued = {parent for parent, _ in segments}
+        whole = [path for i, path in enumerate(paths) if i not in continued]
+        sequences = pad_sequence(whole, batch_first=True)
+        place = torch.empty(int(paths[-1][-1]) + 1, dtype=torch.long)
+        for row, path in enumerate(whole):
+            place[path] = row * sequences.shape[1] + torch.arange(len(path))
         parents, own = torch.tensor(segments).unbind(1)
         seen = torch.tensor([len(path) for path in paths])
         before, start = seen - own, own.cumsum(0) - own
@@ -214,6 +247,8 @@ class Packed:
             branch_keys=_trim(keys, seen, ~is_prefix),
             branch_starts=before[~is_prefix],
             fold=(first_cell[:, None] + columns)[inside],
+            sequences=sequences,
+            place=place,
         )
 
     def to(self, device: torch.device) -> Packed:
@@ -231,18 +266,33 @@ class Packed:
         value: Tensor,
         scale: float,
         window: int | None,
+        change: ScoreChange | None = None,
     ) -> Tensor:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, H, D]
-        if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-            return self._varlen(q, k, v, scale, window).unsqueeze(0)
+        is_capped = change is not None and change.cap is not None  # which no kernel here does
+        if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not is_capped:
+            sinks = None if change is None else change.sinks
+            return self._varlen(q, k, v, scale, window, sinks).unsqueeze(0)
         query, key, value = (x[self.prefixes].transpose(1, 2) for x in (q, k, v))
-        cells = padded(layer, query, key, value, scale, window).flatten(0, 1)
+        cells = padded(layer, query, key, value, scale, window, change).flatten(0, 1)
         if self.branches.numel():
-            cells = torch.cat([cells, self._branches(q, k, v, scale, window)])
+            cells = torch.cat([cells, self._branches(q, k, v, scale, window, change)])
         return cells[self.fold].unsqueeze(0)
 
+    def mix(self, mixer: Mixer, hidden: Tensor, options: dict[str, Any]) -> Tensor:
+        """A mixer's output [1, N, D] for the row: it runs on whole sequences from their start."""
+        given = {k: rows_of(v, self.sequences, hidden.shape[1]) for k, v in options.items()}
+        out = mixer.run(hidden[0][self.sequences], given)
+        return out.flatten(0, 1)[self.place].unsqueeze(0)
+
     def _branches(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        window: int | None,
+        change: ScoreChange | None,
     ) -> Tensor:
         columns = torch.arange(self.branch_keys.shape[1], device=q.device)
         steps = torch.arange(self.branches.shape[1], device=q.device)
@@ -252,9 +302,17 @@ class Packed:
             mask &= columns > last - window
         cells = (q[self.branches], k[self.branch_keys], v[self.branch_keys])
         query, key, value = (x.transpose(1, 2) for x in cells)
-        return _sdpa(query, key, value, mask[:, None], scale).flatten(0, 1)
+        return _sdpa(query, key, value, mask[:, None], scale, change).flatten(0, 1)
 
-    def _varlen(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    def _varlen(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        window: int | None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
         if self.branches.numel():
             k, v = k[self.keys], v[self.keys]
         options: dict[str, Any] = {"scale": scale, "window_size": ((window or 0) - 1, 0)}
@@ -267,9 +325,31 @@ class Packed:
         if width < k.shape[-1]:  # MLA: the kernel wants values as wide as keys
             v = F.pad(v, (0, k.shape[-1] - width))
         # A segment's last query sees all its keys: causality is aligned at the end.
-        out = varlen_attn(q, k, v, self.cu_queries, self.cu_keys, *self.longest, **options)
+        lengths = self.cu_queries, self.cu_keys, *self.longest
+        if sinks is not None:
+            kernel = _flash(lengths, options)
+            return attend_with_sinks(kernel, q, k, v, sinks)[..., :width]
+        out = varlen_attn(q, k, v, *lengths, **options)
         assert isinstance(out, Tensor)
         return out[..., :width]
+
+
+def _flash(lengths: tuple[Any, ...], options: dict[str, Any]) -> Kernel:
+    """`varlen_attn` with these arguments, whose own backward pass knows no gradient of the
+    log-sum-exp."""
+    window = options["window_size"]
+
+    def backward(grad: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        state = torch.zeros(2, dtype=torch.uint64, device=grad.device)  # of dropout: there is none
+        return torch.ops.torch_attn._varlen_attn_backward(
+            grad, *tensors, *lengths, window == (-1, 0), state, options["scale"], list(window)
+        )
+
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = varlen_attn(q, k, v, *lengths, return_aux=AuxRequest(lse=True), **options)
+        return out, lse
+
+    return Kernel(forward, backward)
 
 
 def _trim(table: Tensor, lengths: Tensor, rows: Tensor) -> Tensor:

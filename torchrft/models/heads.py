@@ -6,9 +6,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 from transformers import PreTrainedModel
 
+from torchrft.models.mixers import gather_mixers
 from torchrft.models.policy import Inputs, target_states
 from torchrft.models.split import joined
-from torchrft.models.support import refuse_unsupported, sees_images
+from torchrft.models.support import mixers, refuse_unsupported, sees_images
 from torchrft.parallel.mesh import ModelMesh
 
 
@@ -21,6 +22,7 @@ class ValueModel(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.limit = refuse_unsupported(model.config, head=False, kind=type(model))
+        gather_mixers(model.get_decoder(), mixers(model.config, type(model)))
         whole: Any = model.base_model if sees_images(model.config) else model.get_decoder()
         self.model: nn.Module = whole
         weight = model.get_input_embeddings().weight

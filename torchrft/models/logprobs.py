@@ -1,6 +1,7 @@
 """Log-probs and entropies of tokens from hidden states, with and without the whole logits.
 
-Both functions compute, for row i with logits z = temperature^-1 * (hidden_i @ weight^T):
+Both functions compute, for row i with logits z = temperature^-1 * form(hidden_i @ weight^T), where
+`form` is the identity for most models:
 
     logprob_i = z[label_i] - logsumexp(z)        entropy_i = logsumexp(z) - sum_v softmax(z)_v z_v
 
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from torchrft.models.logit_form import PLAIN, LogitForm
 from torchrft.types import Kept
 
 _OUT = -1e30  # a logit that is left out: far below all others, yet 0 times it is 0
@@ -37,7 +39,8 @@ class Head:
 
     At most `chunk_size` rows of logits exist at a time. `vocabulary` is a rank's part of it. With
     `kept`, one set of tokens for each row, the softmax is over those alone. With `fp32`, logits
-    are float32 products of factors of a lower precision, which are never rounded to it.
+    are float32 products of factors of a lower precision, which are never rounded to it. `form` is
+    what the model does to its logits.
     """
 
     temperature: float = 1.0
@@ -45,10 +48,13 @@ class Head:
     vocabulary: Vocabulary | None = None
     kept: Kept | None = None
     fp32: bool = False
+    form: LogitForm = PLAIN
 
     def logits(self, hidden: Tensor, weight: Tensor, rows: slice) -> Tensor:
-        """Unscaled logits [n, V] of the `rows`; what is not kept is so low that it adds nothing."""
+        """The model's logits [n, V] of the `rows`, not yet divided by the temperature; what is not
+        kept is so low that it adds nothing."""
         logits = product(hidden[rows], weight) if self.fp32 else hidden[rows] @ weight.t()
+        logits = self.form(logits)
         if self.kept is None:
             return logits
         start = 0 if self.vocabulary is None else self.vocabulary.start
@@ -70,15 +76,16 @@ def linear_logprob(
     labels: Tensor,
     temperature: float = 1.0,
     vocabulary: Vocabulary | None = None,
+    form: LogitForm = PLAIN,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies of `labels`, holding the logits [N, V].
 
     Args: hidden [N, D], weight [V, D] of one dtype; labels int64 [N]; temperature > 0. With
         `vocabulary`, weight is this rank's part of it; the logits of the others stay with them, and
-        the gradient of `hidden` is this rank's part of a sum over the group.
+        the gradient of `hidden` is this rank's part of a sum over the group. `form`: see `Head`.
     Returns: logprobs float32 [N], entropy float32 [N].
     """
-    logits = (hidden @ weight.t()).float() / temperature
+    logits = form(hidden @ weight.t()).float() / temperature
     if vocabulary is not None:
         return _SplitLogprob.apply(logits, labels, vocabulary)
     return logprob_and_entropy(logits, labels)
@@ -249,7 +256,8 @@ class _FusedLinearLogprob(torch.autograd.Function):
             part = slice(start, start + head.chunk_size)
             logits = head.logits(hidden, weight, part)
             chunk = [x[part] for x in (lse, entropy, place, grad_label, *grads)]
-            grad = gradient(logits, head.temperature, *chunk).to(weight.dtype)
+            grad = gradient(logits, head.temperature, *chunk)
+            grad = head.form.backward(grad, logits).to(weight.dtype)
             del logits
             if grad_hidden is not None:
                 grad_hidden[part] = grad @ weight

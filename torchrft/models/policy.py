@@ -11,9 +11,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from torchrft.models.attention import Layout, handed, padded
+from torchrft.models.logit_form import PLAIN
 from torchrft.models.logprobs import Head, fused_linear_logprob, head_logprob, linear_logprob
+from torchrft.models.mixers import gather_mixers
 from torchrft.models.split import joined, local_vocabulary, part_of, shared
-from torchrft.models.support import check_length, refuse_unsupported
+from torchrft.models.support import check_length, logit_form, mixers, refuse_unsupported
 from torchrft.parallel.mesh import ModelMesh
 from torchrft.types import Kept
 
@@ -89,6 +91,8 @@ class PolicyModel(nn.Module):
     ) -> None:
         super().__init__()
         self.limit = refuse_unsupported(model.config, kind=type(model))
+        self.form = logit_form(model.config, type(model))
+        gather_mixers(model.get_decoder(), mixers(model.config, type(model)))
         head: Any = model.get_output_embeddings()
         if head.bias is not None:
             raise ValueError(f"{type(model).__name__} needs a language-model head without bias")
@@ -107,7 +111,7 @@ class PolicyModel(nn.Module):
         # Unfused, all rows are one chunk.
         chunk_size = self.chunk_size if self.fused else max(len(hidden), 1)
         kept = None if inputs.kept is None else inputs.kept.part(rows)
-        how = Head(self.temperature, chunk_size, None, kept, self.fp32_head)
+        how = Head(self.temperature, chunk_size, None, kept, self.fp32_head, self.form)
         values = head.logprobs(hidden, inputs.labels[rows], how, self.fused)
         logprobs, entropy = (joined(v, rows, inputs.targets.numel(), sp) for v in values)
         return logprobs, entropy
@@ -118,9 +122,9 @@ def _logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of `labels` and entropies."""
     weight, vocabulary = local_vocabulary(head.weight)
-    if how.fp32 or how.kept is not None:
+    if how.fp32 or how.kept is not None or (fused and how.form != PLAIN):
         return head_logprob(hidden, weight, labels, replace(how, vocabulary=vocabulary))
     if fused:
         options = (how.temperature, how.chunk_size, vocabulary)
         return fused_linear_logprob(hidden, weight, labels, *options)
-    return linear_logprob(hidden, weight, labels, how.temperature, vocabulary)
+    return linear_logprob(hidden, weight, labels, how.temperature, vocabulary, how.form)

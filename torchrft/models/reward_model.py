@@ -20,7 +20,7 @@ from torchrft.models import attention
 from torchrft.models.loader import read_config, read_weights
 from torchrft.models.prefix_tree import PrefixTree
 from torchrft.models.sharded import ShardedWeights
-from torchrft.models.support import from_config, refuse_unsupported
+from torchrft.models.support import from_config, mixers, refuse_unsupported
 from torchrft.parallel import ParallelDims, parallelize
 from torchrft.tools.distributed import World
 from torchrft.tools.hub import hub_fault
@@ -219,4 +219,4 @@ def _is_plain_decoder(model: PreTrainedModel) -> bool:
         refuse_unsupported(config, head=False)
     except ValueError:
         return False
-    return True
+    return not mixers(config)

@@ -7,7 +7,7 @@ around the head runs on real numbers. So a model is judged before weights are lo
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,14 +24,14 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from torchrft.models.logit_form import PLAIN, LogitForm, probed_form
+from torchrft.models.mixers import cache_name
+from torchrft.parallel.modules import MIXED, decoder_layers
 from torchrft.tools.hub import trusts_code_of
 
 _NAME = "torchrft_probe"
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
-_LOGIT_CHANGES = (  # options by which known families do it, for the message
-    *("final_logit_softcapping", "logit_scale", "logits_scaling"),
-    *("lm_head_multiplier", "output_multiplier"),
-)
+_WITHOUT = {"mlp", "moe"}  # layers that mix no tokens
+_LAYER_TYPES = {"full_attention", "sliding_attention", *MIXED, *_WITHOUT}
 _OFFSET = 8  # some tables of positions hold a few rows more than there are positions
 
 
@@ -113,6 +113,9 @@ class _Verdict:
     head_faults: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()  # of all calls of attention, in their order
     limit: int | None = None  # tokens of the longest sequence
+    form: LogitForm = PLAIN
+    changes_scores: bool = False
+    mixers: tuple[str, ...] = ()  # names in the decoder
 
 
 _VERDICTS: dict[tuple[type, str], _Verdict] = {}
@@ -136,14 +139,12 @@ def refuse_unsupported(
     Raises ValueError for a model that would give other log-probs than transformers' own forward of
     each sample alone, and for a max_len beyond the limit.
     """
-    kind = kind or _model_class(config)
-    key = kind, config.to_json_string(use_diff=False)
-    if key not in _VERDICTS:
-        _VERDICTS[key] = _judge(config, kind)
-    verdict = _VERDICTS[key]
+    verdict = _verdict(config, kind)
     faults = [*verdict.faults, *(verdict.head_faults if head else ())]
-    if cache and not faults and verdict.layers != tuple(range(len(verdict.layers))):
+    if cache and not faults and verdict.layers != tuple(sorted({*verdict.layers})):
         faults = ['calls attention several times a layer (engine_type = "vllm" may know it)']
+    if cache and not faults and not verdict.layers:
+        faults = ['has no attention for a KV cache (engine_type = "vllm" may know it)']
     if faults:
         raise ValueError(
             f"{verdict.kind} {' and '.join(faults)}, which torchrft does not support; use a model "
@@ -152,6 +153,29 @@ def refuse_unsupported(
     if max_len is not None:
         check_length(max_len, verdict.limit, verdict.kind, "max_len = ")
     return verdict.limit
+
+
+def logit_form(config: PreTrainedConfig, kind: Any = None) -> LogitForm:
+    """What a supported model does to the logits of its head; `kind` as in `refuse_unsupported`."""
+    return _verdict(config, kind).form
+
+
+def mixers(config: PreTrainedConfig, kind: Any = None) -> tuple[str, ...]:
+    """Names in the decoder of what mixes tokens without attention, in a supported model."""
+    return _verdict(config, kind).mixers
+
+
+def changes_scores(config: PreTrainedConfig, kind: Any = None) -> bool:
+    """Whether attention gets a `ScoreChange` in a supported model."""
+    return _verdict(config, kind).changes_scores
+
+
+def _verdict(config: PreTrainedConfig, kind: Any) -> _Verdict:
+    kind = kind or _model_class(config)
+    key = kind, config.to_json_string(use_diff=False)
+    if key not in _VERDICTS:
+        _VERDICTS[key] = _judge(config, kind)
+    return _VERDICTS[key]
 
 
 def check_length(length: int, limit: int | None, kind: str, name: str = "a sequence of ") -> None:
@@ -169,22 +193,24 @@ def _judge(config: PreTrainedConfig, kind: Any) -> _Verdict:
     try:
         probed = with_attention(config, _NAME)
         text = probed.get_text_config()
-        types = sorted(set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES)
-        if types or not kind.is_backend_compatible():
-            what = ", ".join(types) or "attention code of its own"
+        types = set(getattr(text, "layer_types", None) or ())
+        unknown = sorted(types - _LAYER_TYPES)
+        # Hybrids may not say that they are, since their mixers are not.
+        if unknown or not (types & MIXED or kind.is_backend_compatible()):
+            what = ", ".join(unknown) or "attention code of its own"
             return _Verdict(kind.__name__, (f"uses {what}",))
         text._experts_implementation = "batched_mm"  # the one whose sizes do not depend on values
         with torch.device("meta"):
             model = kind(probed).eval()
         decoder = model.get_decoder()
         try:
-            faults = probe.faults_of(decoder, text.num_hidden_layers, "meta")
+            faults = probe.faults_of(decoder, text, "meta")
         except (
             NotImplementedError,
             RuntimeError,
         ):  # its layers look at numbers, as to route tokens
             decoder._apply(_zeros)
-            faults = probe.faults_of(decoder, text.num_hidden_layers, "cpu")
+            faults = probe.faults_of(decoder, text, "cpu")
     except _Unsupported as fault:
         faults = (str(fault),)
     except Exception as error:  # a model's code may raise anything
@@ -193,8 +219,11 @@ def _judge(config: PreTrainedConfig, kind: Any) -> _Verdict:
         return _Verdict(kind.__name__, (what,))
     limits = [rope_limit(text), _table_limit(decoder, model.get_input_embeddings(), text)]
     limit = min((n for n in limits if n is not None), default=None)
-    heads = tuple(_head_faults(model, text))
-    return _Verdict(kind.__name__, faults, heads, tuple(probe.layers), limit)
+    form = probed_form(model, text)
+    heads = () if isinstance(form, LogitForm) else (form,)
+    form = form if isinstance(form, LogitForm) else PLAIN
+    layers, changed = tuple(probe.layers), probe.changes_scores
+    return _Verdict(kind.__name__, faults, heads, layers, limit, form, changed, probe.mixers)
 
 
 def _zeros(tensor: Tensor) -> Tensor:
@@ -208,12 +237,27 @@ class _Probe:
     """A layout that computes nothing and judges each call of the attention function."""
 
     def __init__(self) -> None:
-        self.layers: list[int] = []
+        self.layers: list[int] = []  # of attention
+        self.attention: set[Any] = set()
+        self.mixers: tuple[str, ...] = ()
+        self.changes_scores = False
 
     @torch.no_grad()
-    def faults_of(self, decoder: nn.Module, num_layers: int, device: str) -> tuple[str, ...]:
+    def faults_of(self, decoder: nn.Module, text: Any, device: str) -> tuple[str, ...]:
         """Runs the decoder. Raises _Unsupported."""
         self.layers.clear()
+        told: dict[nn.Module, bool] = {}  # whether it got the layout
+        several: list[nn.Module] = []
+
+        def note(module: nn.Module, _: Any, options: dict[str, Any], out: Any) -> None:
+            told[module] = options.get("layout") is self
+            if not isinstance(out, Tensor):
+                several.append(module)
+
+        blocks = {*decoder_layers(decoder)}
+        cached = {m: n for n, m in decoder.named_modules() if m not in blocks and _may_mix(m)}
+        for module in cached:
+            module.register_forward_hook(note, with_kwargs=True)
         with torch.device(device):
             ids = torch.zeros(1, 5, dtype=torch.long)
             options: dict[str, Any] = {"use_cache": False, "layout": self}
@@ -221,12 +265,36 @@ class _Probe:
                 ids
             )  # so that no packed rows are looked for
             decoder(input_ids=ids, position_ids=ids.clone(), **options)
-        if {*self.layers} != {*range(num_layers)}:
-            return (f"has {len({*self.layers})} of {num_layers} layers with attention",)
+        found: list[Any] = [module for module in told if module not in self.attention]
+        self.mixers = tuple(cached[module] for module in found)
+        for module in found:
+            if not told[module]:
+                name = type(module).__name__
+                return (f"does not pass `layout` on to {name}, so that packed samples would mix",)
+            if module in several:
+                return (f"mixes tokens in {type(module).__name__} and returns more than they are",)
+        return self._gaps(decoder, text, found)
+
+    def _gaps(self, decoder: Any, text: Any, found: list[Any]) -> tuple[str, ...]:
+        """What may mix tokens and is neither attention nor a mixer."""
+        count = text.num_hidden_layers
+        types = getattr(text, "layer_types", None) or [""] * count
+        plain = {layer for layer in range(count) if types[layer] in _WITHOUT}
+        mixed = {*self.layers, *(module.layer_idx for module in found)}
+        if not mixed >= {*range(count)} - plain:
+            return (f"has {len(mixed)} of {count} layers with attention",)
+        layer_parts = [p for layer in decoder_layers(decoder) for p in layer.parameters()]
+        if len({*layer_parts}) < len(layer_parts):
+            return ("shares weights among its layers",)
+        inside = {m for module in found for m in module.modules()}
         layers = getattr(decoder, "layers", decoder)
-        if any(isinstance(module, nn.Conv1d) for module in layers.modules()):
-            return ("mixes tokens by convolution",)
+        if any(isinstance(m, nn.Conv1d) for m in layers.modules() if m not in inside):
+            return ("mixes tokens by convolution in its attention",)
         return ()
+
+
+def _may_mix(module: nn.Module) -> bool:
+    return hasattr(module, "layer_idx") and cache_name(module) is not None
 
 
 class _Unsupported(Exception):
@@ -247,7 +315,8 @@ def _attention(
     name = type(module).__name__
     if layout is None:
         raise _Unsupported(f"does not pass `layout` on to {name}, so that packed samples would mix")
-    bent = [n for n in ("softcap", "s_aux", "sinks", "position_bias") if kwargs.get(n) is not None]
+    layout.changes_scores |= any(kwargs.get(n) is not None for n in ("softcap", "s_aux"))
+    bent = [n for n in ("sinks", "position_bias") if kwargs.get(n) is not None]
     if bent:
         raise _Unsupported(f"uses {', '.join(bent)} in {name}")
     whole = getattr(attention_mask, "_base", None)  # of which it may be a view
@@ -256,6 +325,7 @@ def _attention(
         within = "" if sliding_window is None else f" within sliding_window = {sliding_window}"
         raise _Unsupported(f"has a mask in {name} other than the causal one{within}")
     layout.layers.append(module.layer_idx)
+    layout.attention.add(module)
     return value.new_empty(*query.transpose(1, 2).shape[:3], value.shape[3]), None
 
 
@@ -309,42 +379,3 @@ def _table_limit(decoder: nn.Module, embeddings: nn.Module, text: Any) -> int | 
     tables = [m for m in decoder.modules() if isinstance(m, nn.Embedding) and m is not embeddings]
     held = most and any(0 <= table.num_embeddings - most <= _OFFSET for table in tables)
     return most if held else None
-
-
-class _Hidden(dict[str, Any]):
-    """Stands for any model output: hidden states, and None for all else."""
-
-    def __init__(self, hidden: Tensor) -> None:
-        self.last_hidden_state = hidden
-
-    def __getattr__(self, name: str) -> None:
-        return None
-
-    def __getitem__(self, key: Any) -> Any:
-        return self.last_hidden_state if key in (0, "last_hidden_state") else None
-
-
-def _head_faults(model: Any, text: Any) -> Iterator[str]:
-    """Runs the code around the decoder and the head, whose outputs are numbers made up here.
-
-    The logits must be the head's output, and its input the decoder's, to the last bit.
-    """
-    head = model.get_output_embeddings()
-    if head is None or getattr(head, "bias", None) is not None:
-        yield "needs a language-model head without bias"
-        return
-    outputs, inputs = head.weight.shape
-    hidden, logits = (torch.linspace(-50, 50, 3 * n).view(1, 3, n) for n in (inputs, outputs))
-    for module in (model.base_model, model.get_decoder()):
-        module.forward = lambda *args, **kwargs: _Hidden(hidden)
-    seen: list[Tensor] = []
-    head.forward = lambda x: seen.append(x) or logits  # type: ignore[func-returns-value]
-    try:
-        out = model(input_ids=torch.zeros(1, 3, dtype=torch.long), use_cache=False).logits
-        plain = len(seen) == 1 and torch.equal(seen[0], hidden) and torch.equal(out, logits)
-    except Exception:  # code that wants more of the decoder than its hidden states
-        plain = False
-    if not plain:
-        values = {name: getattr(text, name, None) for name in _LOGIT_CHANGES}
-        options = ", ".join(f"{k} = {v}" for k, v in values.items() if v not in (None, 1))
-        yield f"changes its logits by {options or 'code around its head'}"

@@ -8,7 +8,7 @@ from torchrft.config.job_config import Parallel
 from torchrft.parallel.compile import apply_compile
 from torchrft.parallel.fsdp import apply_fsdp, check_shardable, reshard, set_gradient_sync
 from torchrft.parallel.mesh import ParallelDims
-from torchrft.parallel.modules import decoder_layers
+from torchrft.parallel.modules import decoder_layers, refuse_split, transformers_part
 from torchrft.parallel.zero import sharding
 
 __all__ = ["ParallelDims", "parallelize", "reshard", "set_gradient_sync"]
@@ -44,6 +44,8 @@ def parallelize(
     parameter = next(model.parameters())
     shards = dims.world_size > 1 or parameter.dtype != dtype or config.fsdp_cpu_offload
     _check_layers(model, gradient_checkpointing, compile, dims.tp)
+    if (inner := transformers_part(model)) is not None:
+        refuse_split(inner.config, type(inner).__name__, dims.tp, dims.sp)
     if shards:
         check_shardable(model)
     if shards or dist.is_initialized():

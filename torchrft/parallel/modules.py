@@ -6,6 +6,21 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+# Layer types of transformers with states that run along a sequence.
+MIXED = {"linear_attention", "conv", "hybrid"}
+
+
+def refuse_split(config: Any, kind: str, tp: int, sp: int) -> None:
+    """Raises ValueError if a model of the class `kind` cannot be split over tp x sp ranks: the
+    states of its layers run along whole sequences."""
+    text = config.get_text_config()
+    types = sorted(MIXED & {*(getattr(text, "layer_types", None) or ())})
+    if types and tp * sp > 1:
+        raise ValueError(
+            f"tp_size x sp_size = {tp} x {sp}: {kind} has {', '.join(types)} layers, whose states "
+            "run along whole sequences; use tp_size = 1 and sp_size = 1 with fsdp or zero_stage = 3"
+        )
+
 
 def transformers_part(model: nn.Module) -> PreTrainedModel | None:
     """The transformers model that `model` is or holds."""

@@ -164,6 +164,10 @@ class Split:
         moved = [self._move(x, Shard(2), Shard(1)) for x in (query, key, value)]
         return tuple(x[:, :, : self.length] for x in moved)
 
+    def heads(self, by_head: Tensor) -> Tensor:
+        """[H / ranks] of a number for each head [H]: those of the query in `whole`."""
+        return by_head.chunk(self.mesh.size())[self.mesh.get_local_rank()]
+
     def part(self, out: Tensor) -> Tensor:
         """[B, length, H / ranks, D] as [B, part, H, D]."""
         return self._move(F.pad(out, (0, 0, 0, 0, 0, self.pad)), Shard(2), Shard(1))

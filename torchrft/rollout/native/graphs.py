@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchrft.models.support import changes_scores, mixers
 from torchrft.rollout.native.kv_cache import Prefill, SlotCache
 from torchrft.rollout.native.step import Step
 from torchrft.types import SamplingParams
@@ -26,8 +27,8 @@ _PART, _BLOCKS = 64, 192  # keys of the smallest part; so many parts keep a GPU 
 
 def supports(model: Any, sampling: SamplingParams) -> bool:
     """Whether all of a step can be captured: flash attention in 16 bits of values as wide as keys,
-    no sliding window, no stop strings, which need the text of every token, and no `replay`: what
-    draws were among has no fixed size."""
+    no sliding window, no changed scores, no mixers, no stop strings, which need the text of every
+    token, and no `replay`: what draws were among has no fixed size."""
     text = model.config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     has_window_off = getattr(text, "use_sliding_window", None) is False
@@ -38,6 +39,8 @@ def supports(model: Any, sampling: SamplingParams) -> bool:
         and kinds == {"full_attention"}
         and (getattr(text, "sliding_window", None) is None or has_window_off)
         and not (sampling.stop or sampling.replay)
+        and not changes_scores(model.config, type(model))
+        and not mixers(model.config, type(model))
         and not any(hasattr(text, name) for name in ("kv_lora_rank", "v_head_dim"))
     )
 

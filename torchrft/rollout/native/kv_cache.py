@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchrft.models.attention import Packed
+from torchrft.models.mixers import Mixer
+from torchrft.models.scores import ScoreChange
+from torchrft.rollout.native.states import States
 
 _GROWTH = 256  # tokens a slot has room for at first: growing later copies what is there
 
@@ -17,11 +20,19 @@ _GROWTH = 256  # tokens a slot has room for at first: growing later copies what 
 class Prefill:
     """Attention layout of a row of prompts, one behind the other, that keeps their keys and values.
 
-    `keys[layer]` and `values[layer]` are [P, Hkv, L, D]; behind a prompt's end they mean nothing.
+    `keys[order[layer]]` and `values[order[layer]]` are [P, Hkv, L, D]; behind a prompt's end they
+    mean nothing. `states` are those of mixers, where the model has any.
     """
 
-    def __init__(self, lengths: Sequence[int] = (1,), device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int] = (1,),
+        device: torch.device | str = "cpu",
+        states: States | None = None,
+    ) -> None:
         self.row = Packed.of([(length, ()) for length in lengths]).to(torch.device(device))
+        self.lengths, self.states = lengths, states
+        self.order: dict[int, int] = {}  # of the layers with attention
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.logits = torch.empty(0)  # after each prompt [P, V]
@@ -34,11 +45,18 @@ class Prefill:
         value: Tensor,
         scale: float,
         window: int | None,
+        change: ScoreChange | None = None,
     ) -> Tensor:
         self.check(layer)
         for kept, row in ((self.keys, key), (self.values, value)):
             kept.append(row[0][:, self.row.prefixes].transpose(0, 1))
-        return self.row(layer, query, key, value, scale, window)
+        return self.row(layer, query, key, value, scale, window, change)
+
+    def mix(self, mixer: Mixer, hidden: Tensor, options: dict[str, Any]) -> Tensor:
+        """A mixer's output for the row, see `States.prefill`."""
+        assert self.states is not None
+        cells = [row[:length] for row, length in zip(self.row.prefixes, self.lengths, strict=True)]
+        return self.states.prefill(mixer, hidden, options, cells)
 
     @property
     def positions(self) -> Tensor:
@@ -46,19 +64,22 @@ class Prefill:
         return self.row.positions
 
     def check(self, layer: int) -> None:
-        """Raises ValueError if the layers do not run one after the other."""
-        if layer != len(self.keys):
-            raise ValueError(f"the model runs layer {layer} where {len(self.keys)} was expected")
+        """Gives a layer its place. Raises ValueError for one that has run already."""
+        if self.order.setdefault(layer, len(self.keys)) != len(self.keys):
+            raise ValueError(f"the model runs attention layer {layer} a second time")
 
 
 class SlotCache:
-    """`keys[layer]`, `values[layer]`: [slots, Hkv, T, D]; T grows with the sequences to `limit`."""
+    """Keys and values, in the `order` of the layers with attention: [slots, Hkv, T, D]; T grows
+    with the sequences to `limit`. Beside them the states of mixers."""
 
     def __init__(self, slots: int, limit: int) -> None:
         self.slots, self.limit = slots, limit
         self.used = 0  # slots in front that may hold something
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        self.order: dict[int, int] = {}
+        self.states: States | None = None
 
     @property
     def capacity(self) -> int:
@@ -95,6 +116,10 @@ class SlotCache:
         """Copies the prompts `rows` (int64 [k]) into `slots`."""
         if not self.keys:
             self.allocate(prompts)
+            self.order = prompts.order
+        if prompts.states is not None:
+            self.states = self.states or States(prompts.states.config)
+            self.states.take(slots, prompts.states, rows, self.slots)
         length = prompts.keys[0].shape[2]
         self.reserve(length + 1)
         for cache, source in ((self.keys, prompts.keys), (self.values, prompts.values)):
@@ -108,6 +133,8 @@ class SlotCache:
         for tensor in (*self.keys, *self.values):
             held = tensor[:, :, :length]
             held[target] = held[source]
+        if self.states is not None:
+            self.states.move(source, target)
 
     def layout(self, batch: int) -> Any:
         """The attention layout of a step of the first slots."""
@@ -129,6 +156,7 @@ class Decode:
         self.cache, self.slots = cache, slice(0, batch)
         self.places = torch.arange(batch, device=cache.keys[0].device)
         self.outside: dict[int | None, Tensor] = {}  # bool [B, 1, 1, width], by window
+        self.mixed = None if cache.states is None else cache.states.cache(batch)
 
     def begin(self, lengths: Tensor) -> None:
         """`lengths` int64 [B] are the tokens a slot already holds: the new one is written there."""
@@ -137,7 +165,7 @@ class Decode:
         self.cache.reserve(self.width)
         self.columns = torch.arange(self.width, device=lengths.device)
         self.outside.clear()
-        self.rows = torch.empty(0)
+        self.rows: dict[tuple[int, ...], Tensor] = {}  # of `weigh`, by key heads and their group
 
     def __call__(
         self,
@@ -147,10 +175,12 @@ class Decode:
         value: Tensor,
         scale: float,
         window: int | None,
+        change: ScoreChange | None = None,
     ) -> Tensor:
         batch, heads, _, dim = query.shape
         kv_heads = key.shape[1]
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        place = self.cache.order.get(layer, layer)
+        keys, values = self.cache.keys[place], self.cache.values[place]
         keys[self.places, :, self.lengths] = key[:, :, 0]
         values[self.places, :, self.lengths] = value[:, :, 0]
         # The query heads of a group become query tokens, so that keys are read once per group.
@@ -158,32 +188,44 @@ class Decode:
         if window not in self.outside:  # once per step, not once per layer
             self.outside[window] = _outside(self.columns, self.lengths, window)
         outside, held = self.outside[window], keys[:batch, :, : self.width]
-        if _sums_bags(query):
+        if _sums_bags(query) or change is not None:
             scores = torch.matmul(query * scale, held.transpose(-1, -2))
-            out = self.weigh(scores.masked_fill_(outside, -torch.inf).softmax(-1), values)
+            if change is None:
+                weights = scores.masked_fill_(outside, -torch.inf).softmax(-1)
+            else:
+                weights = change.weights(scores, outside)
+            out = self.weigh(weights, values)
         else:
             out = F.scaled_dot_product_attention(
                 query, held, values[:batch, :, : self.width], attn_mask=~outside, scale=scale
             )
         return out.reshape(batch, 1, heads, -1)  # MLA: values may be narrower than keys
 
-    def weigh(self, weights: Tensor, values: Tensor) -> Tensor:
-        """Sums of the values by weights [B, Hkv, G, width], for a CPU.
+    def mix(self, mixer: Mixer, hidden: Tensor, options: dict[str, Any]) -> Tensor:
+        """A mixer's output [B, 1, D] for a token of each slot, whose states it moves on."""
+        return mixer.run(hidden, options, self.mixed)
 
-        A bag of embeddings reads each row ahead of its use: 2 to 4 times as fast as a matmul with
-        few rows, and what is behind a sequence's end need not be read.
+    def weigh(self, weights: Tensor, values: Tensor) -> Tensor:
+        """Sums of the values by weights [B, Hkv, G, width].
+
+        On a CPU, a bag of embeddings reads each row ahead of its use: 2 to 4 times as fast as a
+        matmul with few rows, and what is behind a sequence's end need not be read.
         """
+        if not _sums_bags(weights):
+            return weights @ values[: len(weights), :, : self.width]
         _, kv_heads, room, _ = values.shape
-        if not self.rows.numel():  # numbers of the rows; int32 would do for 2^31 of them
+        group = weights.shape[1:3]  # in which layers may differ
+        if group not in self.rows:  # numbers of the rows; int32 would do for 2^31 of them
             first = torch.arange(weights.shape[0] * kv_heads, dtype=torch.int32) * room
             column = self.columns.int().minimum(self.lengths[:, None].int())
             rows = first.view(-1, kv_heads, 1, 1) + column[:, None, None]
-            self.rows = rows.expand_as(weights).reshape(-1, self.width)
+            self.rows[group] = rows.expand_as(weights).reshape(-1, self.width)
+        rows = self.rows[group]
         return F.embedding_bag(
-            self.rows,
+            rows,
             values.view(-1, values.shape[-1]),
             mode="sum",
-            per_sample_weights=weights.view_as(self.rows),
+            per_sample_weights=weights.reshape(rows.shape),
         )
 
 

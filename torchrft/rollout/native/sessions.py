@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchrft.models.scores import ScoreChange
 from torchrft.rollout.native.kv_cache import Prefill, SlotCache
 
 
@@ -38,7 +39,7 @@ class Sessions:
         """Copies a conversation out of the slot that it was decoded in."""
         self.drop(session)
         length = len(token_ids)
-        if length > self.room or not cache.is_even:
+        if length > self.room or not cache.is_even or cache.states is not None:
             return
         while self.used + length > self.room:
             self.drop(next(iter(self.held)))
@@ -102,10 +103,12 @@ class Continuation(Prefill):
         value: Tensor,
         scale: float,
         window: int | None,
+        change: ScoreChange | None = None,
     ) -> Tensor:
         self.check(layer)
         prompt, position = self.cells
-        keys, values = self.whole_keys[layer], self.whole_values[layer]
+        place = self.order[layer]
+        keys, values = self.whole_keys[place], self.whole_values[place]
         for whole, new in ((keys, key), (values, value)):
             whole[prompt, :, position] = new[0].transpose(0, 1)
         self.keys.append(keys)
@@ -114,6 +117,9 @@ class Continuation(Prefill):
         if window is not None:
             inside &= self.columns > self.last - window
         queries = query[0][:, self.row.prefixes].transpose(0, 1)  # [P, H, T, D]
+        if change is not None:
+            cells = change.attend(queries, keys, values, inside, scale)
+            return cells.flatten(0, 1)[self.row.fold].unsqueeze(0)
         # The query heads of a group become query tokens: masked kernels know no grouped queries.
         group = queries.shape[1] // keys.shape[1]
         grouped = queries.unflatten(1, (-1, group)).flatten(2, 3)

@@ -11,12 +11,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from torchrft.models.logprobs import product
+from torchrft.models.mixers import gather_mixers
 from torchrft.models.policy import hidden_states
+from torchrft.models.support import logit_form, mixers
 from torchrft.rollout.native.kv_cache import Prefill, SlotCache
 from torchrft.rollout.native.lean import is_plain, lean_step
 from torchrft.rollout.native.sampler import sample
 from torchrft.rollout.native.sessions import Continuation, Held
 from torchrft.rollout.native.slots import Replay, Slots, record
+from torchrft.rollout.native.states import States
 from torchrft.types import Prompt, SamplingParams
 
 if TYPE_CHECKING:
@@ -29,6 +32,9 @@ class Decoder:
     def __init__(self, model: PreTrainedModel, vision: Vision | None, fp32_head: bool) -> None:
         self.model, self.vision, self.fp32_head = model, vision, fp32_head
         self.base, self.head = model.get_decoder(), model.get_output_embeddings()
+        self.form = logit_form(model.config, type(model))
+        self.mixers = mixers(model.config, type(model))
+        gather_mixers(self.base, self.mixers)
         self.device = self.head.weight.device
         self.plain = is_plain(self.base)
 
@@ -41,7 +47,8 @@ class Decoder:
         new = [p.token_ids[start:] for p, start in zip(prompts, starts, strict=True)]
         ids, lengths = [token for tokens in new for token in tokens], [len(x) for x in new]
         ends, images = list(accumulate(lengths)), None
-        layout = Continuation(lengths, pasts) if pasts else Prefill(lengths, self.device)
+        states = States(self.model.config.get_text_config()) if self.mixers else None
+        layout = Continuation(lengths, pasts) if pasts else Prefill(lengths, self.device, states)
         positions = layout.positions[None]
         if self.vision is not None and any(prompt.images for prompt in prompts):
             spans = zip(prompts, [0, *ends], ends, strict=False)
@@ -59,7 +66,8 @@ class Decoder:
         return self._logits(hidden_states(self.model, ids, positions, layout, None)[:, 0])
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return product(hidden, self.head.weight) if self.fp32_head else self.head(hidden)
+        logits = product(hidden, self.head.weight) if self.fp32_head else self.head(hidden)
+        return self.form(logits)
 
 
 class Step:
