@@ -1,5 +1,6 @@
 """Single requests, sessions and episodes with real vLLM, in process and on servers."""
 
+import os
 import shutil
 
 import pytest
@@ -124,6 +125,9 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path):
 
 def _shared(rank, folder):
     """Each rank asks for other requests, at other times, and for another number of them."""
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2}  # as torchrun does
+    told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
+    os.environ.update({name: str(value) for name, value in told.items()})
     engine = make(folder, engine_tp_size=2)
     prompts = [Prompt(i, "", (7 + i, 8, 9 + 10 * rank)) for i in range(2 + 3 * rank)]
     wanted = engine.generate(prompts, GREEDY)
