@@ -156,11 +156,12 @@ def code_lines(source: str) -> int:
 
 
 # Code lines that a room may have; docs/design.md: why not 10,200 in sum.
-LINES = {"rollout": 2431, "rewards": 2390, "models": 1596, "config": 1410, "tools": 1016}
-LINES |= {"the loop": 974, "checkpoint": 775, "data": 621, "parallel": 606, "algorithms": 590}
-LINES |= {"learn": 581, "build": 577, "metrics": 473, "optim": 126}
+LINES = {"rollout": 2532, "rewards": 2390, "models": 1700, "config": 1414, "tools": 1028}
+LINES |= {"the loop": 985, "checkpoint": 775, "data": 621, "parallel": 617, "algorithms": 590}
+LINES |= {"learn": 581, "build": 593, "metrics": 473, "optim": 126}
 # Rooms that no other job imports.
-APART = {"deepspeed": 1750, "code rewards": 840, "reward server": 445, "environments": 1375}
+APART = {"deepspeed": 1750, "code rewards": 840, "reward server": 445, "environments": 1667}
+APART |= {"serving": 320, "model families": 215}
 
 
 MODULES, MODULE_LINES = 133, 10_345  # of the default job; docs/design.md: why not 75 and 6,800
@@ -172,6 +173,10 @@ def room_of(path: Path) -> str:
         return "the loop"
     if names[-1].startswith("environment"):
         return "environments"
+    if names[-1] in ("mixers.py", "scores.py", "logit_form.py", "states.py"):
+        return "model families"
+    if names[-1].endswith("serving.py") or names[-1] == "sessions.py":
+        return "serving"
     if names[0] == "rewards" and names[1].startswith(("code_", "sandbox")):
         return "code rewards"
     if names[0] == "rewards" and names[1].startswith("server"):
@@ -186,7 +191,7 @@ def test_rooms_stay_small():
     for path, source in sources.items():
         lines[room_of(path)] += code_lines(source)
     assert not {room: n for room, n in lines.items() if n > (LINES | APART)[room]}
-    assert sum(LINES.values()) < 14_170
+    assert sum(LINES.values()) < 14_430
     assert max(source.count("\n") for source in sources.values()) <= 400
 
 
