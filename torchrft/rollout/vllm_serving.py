@@ -31,7 +31,7 @@ class VllmServing:
         self.numbers = count()
         self.new: list[tuple[int, Prompt, dict[str, Any]]] = []
         self.replies: dict[str, tuple[Prompt, Future[Completion]]] = {}
-        self.ended: list[bool] = []  # whether each rank has called `close`
+        self.ended = [False] * engine.ranks.size  # whether each rank has called `close`
 
     def submit(
         self, prompt: Prompt, seed: int | None, session: Hashable = None
@@ -57,6 +57,7 @@ class VllmServing:
         self.ended = [of_rank != "open" for _, of_rank in parts]
         for rank, (requests, of_rank) in enumerate(parts):
             if of_rank == "failed" and rank != ranks.rank:
+                self.ended = [True] * ranks.size  # nobody exchanges anything any more
                 raise ConnectionError(f"the engine's rank {rank} has failed")
             for number, prompt, options in requests:
                 self._add(self._name(number, rank), prompt, options)
