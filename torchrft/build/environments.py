@@ -23,13 +23,17 @@ def build_sampler(
     section = config.environment
     if section.name is None:
         return engine
+    from torchrft.environments.agent import PREFIX
     from torchrft.environments.player import Player
     from torchrft.environments.pool import EnvironmentPool
     from torchrft.environments.protocol import Limits
     from torchrft.environments.renderer import ChatRenderer
 
     workers = section.environment_workers or min(len(os.sched_getaffinity(0)), 16)
-    pool = EnvironmentPool(section.name, section.options, workers, section.environment_timeout)
+    are_agents, seconds = section.name.startswith(PREFIX), section.environment_timeout
+    if are_agents:  # one call is the whole episode
+        seconds *= section.max_turns + 1
+    pool = EnvironmentPool(section.name, section.options, workers, seconds)
     asyncio.run(pool.check())
     limits = Limits(section.max_turns, config.data.max_len)
     stops, options = config.rollout.stop_token_ids, config.data.chat_template_kwargs
@@ -38,7 +42,7 @@ def build_sampler(
     exact = torch.are_deterministic_algorithms_enabled() and not config.rollout.server_urls
     schedule = section.episode_schedule or ("rounds" if exact else "free")
     in_rounds, seed = schedule == "rounds", config.training.seed
-    return Player(engine, pool, renderer, limits, row_of, seed, in_rounds)
+    return Player(engine, pool, renderer, limits, row_of, seed, in_rounds, are_agents)
 
 
 def row_of(prompt: Prompt) -> dict[str, Any]:

@@ -27,7 +27,7 @@ Generate = Callable[[Sequence[int], int], Awaitable[Completion]]
 
 
 @dataclass
-class _Row:
+class Row:
     """A branch as it grows."""
 
     prompt: tuple[int, ...]
@@ -37,6 +37,9 @@ class _Row:
     turn_ends: list[int] = field(default_factory=list)
     turn_rewards: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.token_ids)
 
     def observe(self, ids: Sequence[int]) -> None:
         """Adds tokens that the policy did not sample."""
@@ -129,7 +132,7 @@ class _Play:
     ) -> None:
         self.environment, self.generate = environment, generate
         self.renderer, self.limits = renderer, limits
-        self.rows: list[_Row] = []
+        self.rows: list[Row] = []
         self.messages: list[Message] = []
         self.answers: list[Turn] = []
         self.kept: list[Kept] = []
@@ -150,7 +153,7 @@ class _Play:
         self.messages = list(opening.messages)
         tools = opening.tools or None
         prompt = self._rendered(tools)
-        self.rows.append(_Row(tuple(prompt)))
+        self.rows.append(Row(tuple(prompt)))
         for turn in range(self.limits.max_turns):
             if len(prompt) >= self.limits.max_tokens:
                 return "length"
@@ -188,7 +191,7 @@ class _Play:
             )
         if ids is None:
             ids = self._rendered(tools)
-            self.rows.append(_Row(tuple(ids)))
+            self.rows.append(Row(tuple(ids)))
         else:
             self.rows[-1].observe(ids[before:])
         return ids

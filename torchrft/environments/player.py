@@ -8,14 +8,18 @@ last bit. Or they go freely: the engine gets each request at once, beside what i
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, get_args
 
+from torchrft.environments.agent import run_agent
 from torchrft.environments.batches import Batches
 from torchrft.environments.play import Episode, play
 from torchrft.environments.pool import EnvironmentPool, Seat
 from torchrft.environments.protocol import Limits, Message, Opening, Renderer, Status, Turn
+from torchrft.environments.recording import Recorder
+from torchrft.environments.serve import Endpoint
 from torchrft.tools import progress
 from torchrft.tools.seeds import derive_seed
 from torchrft.types import Branch, Completion, Prompt, Sampler, SamplingParams, Serves, Serving
@@ -39,7 +43,8 @@ class Player:
 
     Args: engine; environments, as an EnvironmentPool; renderer, of the policy's chat template;
         row_of, what an environment gets of a prompt; seed, of environments where sampling has none;
-        in_rounds, whether episodes wait for each other.
+        in_rounds, whether episodes wait for each other; are_agents, whether environments own their
+        loop and call the policy at an endpoint.
     """
 
     def __init__(
@@ -51,10 +56,11 @@ class Player:
         row_of: Callable[[Prompt], Mapping[str, Any]],
         seed: int = 0,
         in_rounds: bool = True,
+        are_agents: bool = False,
     ) -> None:
         self.engine, self.environments = engine, environments
         self.renderer, self.limits, self.row_of, self.seed = renderer, limits, row_of, seed
-        self.in_rounds = in_rounds
+        self.in_rounds, self.are_agents = in_rounds, are_agents
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
         """One completion an episode, in the order of prompts and samples."""
@@ -85,13 +91,19 @@ class _Episodes:
 
     def __init__(self, player: Player, serving: Serving, sampling: SamplingParams) -> None:
         self.player, self.serving, self.sampling = player, serving, sampling
-        self.waiting: dict[tuple[int, int], _Request] = {}
+        self.waiting: dict[tuple[int, int, int], _Request] = {}
         self.under_way = 0  # episodes
         self.unanswered = 0  # requests that the engine has
         self.failure: BaseException | None = None
         self.changed = asyncio.Event()
+        self.endpoint = Endpoint(sampling) if player.are_agents else None
 
     async def play(self, prompts: Sequence[Prompt]) -> list[Completion]:
+        """One completion an episode."""
+        async with self.endpoint or nullcontext():
+            return await self._play(prompts)
+
+    async def _play(self, prompts: Sequence[Prompt]) -> list[Completion]:
         keys = [(i, j) for i in range(len(prompts)) for j in range(self.sampling.n)]
         tasks = [asyncio.create_task(self._episode(prompts[i], i, j)) for i, j in keys]
         for task in tasks:
@@ -117,14 +129,16 @@ class _Episodes:
         # Equal for the samples of a prompt, which are compared with each other.
         first = derive_seed(player.seed, prompt.row) if seeds is None else seeds[i][0]
         ask = partial(self._ask, (i, j), prompt, None if seeds is None else seeds[i][j])
-        episode = await play(
-            _Hosted(player.environments, prompt.row),
-            player.row_of(prompt),
-            derive_seed(first, _ENVIRONMENT),
-            ask,
-            player.renderer,
-            player.limits,
-        )
+        hosted = _Hosted(player.environments, prompt.row)
+        given = player.row_of(prompt), derive_seed(first, _ENVIRONMENT)
+        if self.endpoint is None:
+            episode = await play(hosted, *given, ask, player.renderer, player.limits)
+        else:
+            recorder = Recorder(ask, player.renderer, player.limits)
+            key = self.endpoint.open(recorder)
+            end = await run_agent(hosted, *given, self.endpoint.url, key)
+            self.endpoint.close(key)
+            episode = recorder.episode(*end)
         self.serving.release((i, j))
         return episode
 
@@ -134,14 +148,15 @@ class _Episodes:
         prompt = replace(row, token_ids=tuple(ids))
         reply = asyncio.get_running_loop().create_future()
         turn_seed = None if seed is None else derive_seed(seed, turn)
-        self.waiting[key] = _Request(prompt, turn_seed, reply)
+        self.waiting[*key, turn] = _Request(prompt, turn_seed, reply)
         self.changed.set()
         return await reply
 
     async def _advance(self) -> None:
         """Has the engine go on, or waits for a request where it cannot."""
         in_rounds = self.player.in_rounds
-        if not in_rounds or len(self.waiting) == self.under_way:
+        # An agent may wait for several replies at once.
+        if not in_rounds or len({key[:2] for key in self.waiting}) == self.under_way:
             self._submit()
         if (not in_rounds or self.unanswered) and self.serving.advance():
             for _ in range(_PASSES):
@@ -154,7 +169,7 @@ class _Episodes:
         """Gives the engine what waits, in the order of the prompts."""
         for key in sorted(self.waiting):
             request = self.waiting.pop(key)
-            answer = self.serving.submit(request.prompt, request.seed, session=key)
+            answer = self.serving.submit(request.prompt, request.seed, session=key[:2])
             self.unanswered += 1
             asyncio.wrap_future(answer).add_done_callback(partial(self._answer, request.reply))
 

@@ -7,6 +7,7 @@ from functools import cache, partial
 from typing import Any, TypeVar
 
 from torchrft.environments.adapters import ADAPTERS, library_of
+from torchrft.environments.agent import PREFIX, Agent
 from torchrft.environments.protocol import Environment
 from torchrft.environments.tools import ToolEnvironment
 from torchrft.tools.registry import Registry
@@ -59,6 +60,8 @@ def make(name: str, options: Mapping[str, Any]) -> Environment:
 @cache  # a file that is edited meanwhile stays what it was
 def _component(name: str) -> Callable[..., Any]:
     module, colon, rest = name.partition(":")
+    if name.startswith(PREFIX):
+        return partial(Agent, ENVIRONMENTS.get(rest))
     if module in ADAPTERS and not rest:
         raise ValueError(f"{name!r} does not say which; write {module}:NAME")
     if module in ADAPTERS:

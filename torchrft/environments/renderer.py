@@ -61,7 +61,7 @@ class ChatRenderer:
             raise ValueError("the chat template takes no tools: describe them in a message instead")
         if tools and self._parser is None and not self._parses_itself:
             raise ValueError("unknown form of tool calls: give the tokenizer a response_template")
-        return self._encode(text)
+        return self.encode(text)
 
     def get_stop_token_ids(self) -> list[int]:
         """The tokens that end a reply."""
@@ -124,9 +124,10 @@ class ChatRenderer:
             rest = rest.removeprefix(stop)
         # Encoded behind a token, since some tokenizers put a space in front of a text.
         first = next(iter(self._stops.values()))
-        return [*prompt_ids, *ids, *self._encode(first + rest)[1:]]
+        return [*prompt_ids, *ids, *self.encode(first + rest)[1:]]
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, special tokens in it included, without any in front."""
         return encode(self.tokenizer, [text], special=False)[0]
 
     def _text(self, messages: Messages, tools: Tools = None, prompt: bool = False) -> str:
