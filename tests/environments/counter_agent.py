@@ -1,8 +1,9 @@
 """An agent on the `openai` client, which knows nothing of torchrft."""
 
+import asyncio
 import json
 
-from openai import OpenAI
+from openai import AsyncOpenAI, OpenAI
 
 TOOL = {
     "type": "function",
@@ -38,16 +39,14 @@ def run(row, base_url, api_key):
 
 
 async def faulty(row, base_url, api_key):
-    """Every third row's agent raises, every third one's never ends."""
-    from openai import AsyncOpenAI
-
+    """Raises on every third row, never ends on another third; else the endpoint gets the reward."""
     client = AsyncOpenAI(base_url=base_url, api_key=api_key)
     message = {"role": "user", "content": "?"}
-    await client.chat.completions.create(model="any", messages=[message])
+    reply = await client.chat.completions.create(model="any", messages=[message])
     if row["target"] == 2:
         raise RuntimeError("a bad agent")
     while row["target"] == 3:
-        import asyncio
-
         await asyncio.sleep(0.1)
-    await client.post("/reward", body={"reward": 0.5}, cast_to=object)
+    await client.post(
+        "/reward", body={"reward": len(reply.choices[0].message.content) % 5}, cast_to=object
+    )
