@@ -192,7 +192,9 @@ def test_episodes_of_a_job(alone, tmp_path, ngpu, tp, schedule):
     for mine, other in zip(records(tmp_path), records(alone), strict=True):
         assert mine["reward/environment/turns"] == 3.0
         assert mine["reward/mean"] == pytest.approx(other["reward/mean"])
-        assert mine["mismatch/logprob_abs_max"] < 1e-4
+        if mine["update/optimizer_steps"]:
+            assert mine["mismatch/logprob_abs_max"] < 1e-4
+    assert any(record["update/optimizer_steps"] for record in records(tmp_path))
 
 
 servers, twins = served.servers, served.twins
