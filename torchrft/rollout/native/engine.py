@@ -20,7 +20,6 @@ from torchrft.rollout.native.graphs import FixedCache, GraphRunner, supports
 from torchrft.rollout.native.joined import join_projections
 from torchrft.rollout.native.kv_cache import SlotCache
 from torchrft.rollout.native.scheduler import Request, Runner, Sample, Scheduler
-from torchrft.rollout.native.serving import NativeServing
 from torchrft.rollout.native.sessions import Sessions
 from torchrft.rollout.native.slots import Slots
 from torchrft.rollout.native.step import Decoder, EagerRunner, Step
@@ -30,6 +29,7 @@ from torchrft.types import Completion, FinishReason, Prompt, SamplingParams
 
 if TYPE_CHECKING:
     from torchrft.models.vision import Vision
+    from torchrft.rollout.native.serving import NativeServing
 
 
 class NativeEngine:
@@ -107,6 +107,8 @@ class NativeEngine:
 
     def serve(self, sampling: SamplingParams, at_once: int) -> NativeServing:
         """See `torchrft.types.Serves`."""
+        from torchrft.rollout.native.serving import NativeServing
+
         self.serving = NativeServing(self, sampling, min(self.max_num_seqs, at_once))
         return self.serving
 
