@@ -57,9 +57,11 @@ def _prompts(config: JobConfig) -> Iterator[str]:
 
 def _environment(config: JobConfig) -> Iterator[str]:
     """The library that an environment's name begins with, and the columns that it needs."""
+    if (name := config.environment.name) is None:
+        return
     from torchrft.environments.adapters import COLUMNS, library_of
 
-    name, what = config.environment.name or "", label(config, "name")
+    what = label(config, "name")
     library = library_of(name)
     if library is not None and find_spec(library) is None:
         package = library.replace("_", "-")
