@@ -5,6 +5,7 @@ import json
 from typing import Any, Literal
 
 import pytest
+import tiny_job
 
 from torchrft.environments import Opening, Turn
 from torchrft.environments.registry import make, register
@@ -259,3 +260,34 @@ def test_environments_by_name(tmp_path, monkeypatch):
     ):
         with pytest.raises((ValueError, TypeError), match=words):
             make(name, {})
+
+
+CALCULATOR = f"{tiny_job.ROOT}/train_configs/calculator.py:Calculator"
+
+
+@pytest.mark.parametrize(
+    ("expression", "answer"),
+    [
+        ("(12 + 3) * 4", "60"),
+        ("1,200 / 8 - -2", "152.0"),
+        ("7 // 2 % 2", "1"),
+        ("1 / 0", "error: ZeroDivisionError: division by zero"),
+        ("2 ** 9", "error: ValueError: 2 ** 9 is no arithmetic; use numbers and + - * / // %"),
+        ("exit()", "error: ValueError: exit() is no arithmetic; use numbers and + - * / // %"),
+        ("1" * 201, "error: ValueError: the expression has more than 200 characters"),
+    ],
+)
+def test_the_recipes_calculator(expression, answer):
+    environment = make(CALCULATOR, {})
+    row = {"prompt": "How many?", "label": "It is 6 * 10 = 60.\n#### 1,060", "unused": 1}
+
+    async def episode():
+        opening = await environment.reset(row, 0)
+        assert opening.tools[0]["function"]["parameters"]["required"] == ["expression"]
+        call = {"function": {"name": "calculate", "arguments": {"expression": expression}}}
+        turn = await environment.step({"content": "", "tool_calls": [call]})
+        assert turn.messages[0]["content"] == answer
+        said = [{"content": text} for text in ("So $1,060.", "It is 60", "none")]
+        return [(await environment.step(reply)).reward for reply in said]
+
+    assert asyncio.run(episode()) == [1.0, 0.0, 0.0]
