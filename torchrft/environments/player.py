@@ -135,9 +135,11 @@ class _Episodes:
             episode = await play(hosted, *given, ask, player.renderer, player.limits)
         else:
             recorder = Recorder(ask, player.renderer, player.limits)
-            key = self.endpoint.open(recorder)
-            end = await run_agent(hosted, *given, self.endpoint.url, key)
-            self.endpoint.close(key)
+            name = self.endpoint.open(recorder)
+            end = await run_agent(hosted, *given, self.endpoint.url, name)
+            self.endpoint.close(name)
+            for key in [key for key in self.waiting if key[:2] == (i, j)]:
+                self.waiting.pop(key).reply.cancel()  # nobody hears the answer any more
             episode = recorder.episode(*end)
         self.serving.release((i, j))
         return episode

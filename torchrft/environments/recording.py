@@ -43,6 +43,7 @@ class Recorder:
         """Forgets all calls: the agent begins anew, since its process was lost."""
         self.rows: list[Row] = []
         self.calls: list[Call] = []
+        self.kept: list[tuple[Row, Kept]] = []
         self.asked = 0
         self.limit: Status | None = None  # which one a call ran into
         self.reward = 0.0
@@ -99,6 +100,8 @@ class Recorder:
         else:
             row = Row(ids)
         row.add(call.reply)
+        if call.reply.kept is not None:
+            self.kept.append((row, call.reply.kept))
         self.rows.append(row)  # the last one has the last reply
         self.calls.append(call)
 
@@ -112,7 +115,7 @@ class Recorder:
             status, fault = self.limit, None
         if self.rows:
             self.rows[-1].turn_rewards[-1] += reward
-        kept = [call.reply.kept for call in self.calls if call.reply.kept is not None]
+        kept = [one for row in self.rows for own, one in self.kept if own is row]
         return Episode(
             tuple(row.branch() for row in self.rows),
             reward,
