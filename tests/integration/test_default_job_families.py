@@ -29,7 +29,7 @@ GPT_OSS = {  # sinks, alternating windows and experts
 
 @pytest.mark.slow
 def test_sinks_windows_and_experts_learn(tmp_path):
-    """Most of the held-out questions after 41 steps; on the way there 0.2 to 0.7 after 21."""
+    """0.925 of the held-out questions after 41 steps, where a constant answer earns 1/6."""
     AutoConfig.for_model("gpt_oss", **GPT_OSS).save_pretrained(tmp_path / "model")
     tiny_classifiers.tokenizer(tmp_path / "model")
     words = ["--pretrain", f"{tmp_path}/model", "--save_path", f"{tmp_path}/run"]
