@@ -41,14 +41,15 @@ def made(kind, tokenizer, ids, sampling):
     logprobs = [-0.5] * len(ids)
     if kind is NativeEngine:
         request = Request(0, Prompt(0, "", (1,)), seeds=[0], budget=len(ids))
-        return engine._completion(Sample(request, 0, list(ids), logprobs, True), sampling)
+        return engine.completion(Sample(request, 0, list(ids), logprobs, True), sampling)
     if kind is SglangEngine:
         rows = [(logprob, token, None) for logprob, token in zip(logprobs, ids, strict=True)]
         return engine._completion(0, 0, (rows, {"type": "stop"}), sampling)
     if kind is VllmEngine:
         inner = SimpleNamespace(logprobs=logprobs)
         output = SimpleNamespace(index=0, token_ids=ids, logprobs=inner, finish_reason="stop")
-        return engine._completion(0, output, sampling)
+        whole = SimpleNamespace(outputs=[output])
+        return engine.completions(0, Prompt(0, "", (1,)), whole, sampling)[0]
     content = {"content": [{"logprob": logprob} for logprob in logprobs]}
     choice = {"index": 0, "token_ids": ids, "finish_reason": "stop", "logprobs": content}
     engine.run_id, engine.newest = "run", 0

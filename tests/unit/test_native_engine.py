@@ -726,7 +726,7 @@ def test_the_last_sequences_fill_the_holes(flat, finished, order):
     slots, engine = len(finished), flat[0]
     sampling = SamplingParams(n=slots)
     requests = [Request(0, prompts(RAGGED)[0], range(slots), budget=9)]
-    scheduler = engine._scheduler(requests, 12, sampling)
+    scheduler = engine.scheduler(sampling, slots, 12, 9, False)
     scheduler.samples = {slot: Sample(requests[0], slot) for slot in range(slots)}
     state, cache, numbers = scheduler.state, scheduler.step.cache, torch.arange(slots)
     state.live[:] = ~torch.tensor(finished).bool()
@@ -752,7 +752,7 @@ def test_requests_come_and_go_while_others_run(flat, monkeypatch, captured):
         for key, tokens in by_key(engine.generate(prompts(RAGGED), sampling)).items()
     }
     requests = engine._requests(prompts(RAGGED), sampling)
-    scheduler, got = engine._scheduler(requests[:1], 40, sampling), {}
+    scheduler, got = engine.scheduler(sampling, 2, 40, 20, False), {}
     with torch.inference_mode():
         for request in requests:
             scheduler.add(request)
