@@ -81,7 +81,7 @@ class VllmServer:
         )
 
     def wait(self):
-        for _ in range(600):
+        for _ in range(1200):
             assert self.process.poll() is None, self.log.read_text()[-3000:]
             with contextlib.suppress(OSError):
                 return urllib.request.urlopen(f"{self.url}/health").status
