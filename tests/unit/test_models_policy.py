@@ -162,7 +162,7 @@ def test_attention_dropout_is_refused_while_training():
     ("family", "match"),
     [
         ("mamba", "MambaForCausalLM has 0 of 2 layers with attention, which"),
-        ("minimax", "MiniMaxForCausalLM mixes tokens in MiniMaxLightningAttention and returns more"),
+        ("minimax", "MiniMaxForCausalLM mixes tokens in MiniMaxLightningAttention and"),
         ("bloom", "BloomForCausalLM uses attention code of its own, which"),
         ("stablelm", "StableLmForCausalLM uses attention code of its own, which"),
     ],
